@@ -1,0 +1,52 @@
+"""On-policy distillation with TRL that sees rock tokens.
+
+Public names load on first use, so that `import trl_opd` and `trl-opd --help` stay free of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Controls": "rock_set",
+    "LMHead": "records",
+    "OPDConfig": "opd_config",
+    "OPDTrainer": "opd_trainer",
+    "Rock": "rock_set",
+    "RockSet": "rock_set",
+    "TokenSignals": "records",
+    "token_weights": "weighting",
+    "weighted_divergence": "divergence",
+}
+__all__ = [
+    "Controls",
+    "LMHead",
+    "OPDConfig",
+    "OPDTrainer",
+    "Rock",
+    "RockSet",
+    "TokenSignals",
+    "token_weights",
+    "weighted_divergence",
+]
+
+if TYPE_CHECKING:
+    from .divergence import weighted_divergence
+    from .opd_config import OPDConfig
+    from .opd_trainer import OPDTrainer
+    from .records import LMHead, TokenSignals
+    from .rock_set import Controls, Rock, RockSet
+    from .weighting import token_weights
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

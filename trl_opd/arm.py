@@ -1,0 +1,78 @@
+"""One arm of the rock experiment: the weights that a configuration and a rock set give to a generation batch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from .batching import loss_mask
+from .figures import token_groups
+from .opd_config import OPDConfig
+from .rock_set import RockSet
+from .weighting import random_weights, token_weights
+
+# Frozen positions are measured in the steps that end in a log; without a fixed rhythm of logs, every tenth step.
+MEASURE_EVERY = 10
+
+
+class Arm:
+    """How a run weights its positions; evaluation is never weighted and does not ask.
+
+    Args:
+        args (`OPDConfig`): The configuration.
+        rock_set (`RockSet`, *optional*): The rock set of `args.rock_set`, checked against the tokenizer.
+        vocab_size (`int`): The range of ids that student and teacher share.
+        accelerator (`accelerate.Accelerator`): Sums over processes.
+
+    Attributes:
+        groups (`torch.Tensor` or `None`): Rock, control or other, int64, shape `(vocab_size,)`; `None` without a set.
+    """
+
+    def __init__(self, args: OPDConfig, rock_set: RockSet | None, vocab_size: int, accelerator: Accelerator):
+        self._args, self._accelerator = args, accelerator
+        self._freezes = args.token_weighting != "uniform" and args.rock_weight == 0.0
+        self.groups = None
+        if rock_set is not None:
+            controls = [] if rock_set.controls is None else rock_set.controls.ids
+            self.groups = token_groups(rock_set.ids, controls, vocab_size)
+            self._share = rock_set.token_share
+            self._ids = torch.tensor(controls) if args.token_weighting == "control" else rock_set.ids
+
+    def weigh(self, batch: dict[str, torch.Tensor], step: int) -> None:
+        """Add the weights of a generation batch, `(B, C)`, and their denominator where it is not TRL's token count.
+
+        A collective: every process calls it.
+        """
+        if self._args.token_weighting == "uniform":
+            return
+        batch["weights"] = self._weights(batch, step)
+        if self._args.weight_normalization == "weights":
+            total = self._accelerator.gather(batch["weights"].sum()).sum()
+            # Gradients are averaged over processes, so each divides by its part of the global sum.
+            batch["weight_denominator"] = total / self._accelerator.num_processes
+
+    def measures_all(self, state: TrainerState) -> bool:
+        """Return whether every position is measured in the current step, as always unless some are frozen.
+
+        Frozen positions are measured, without gradient, in the optimizer steps that end in a log.
+        """
+        if not self._freezes:
+            return True
+        step = state.global_step + 1
+        if self._args.logging_strategy != "steps":
+            return step % MEASURE_EVERY == 0
+        return step % state.logging_steps == 0 or (step == 1 and self._args.logging_first_step)
+
+    def _weights(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        mask, ids, args = loss_mask(batch), batch["completion_ids"], self._args
+        if args.token_weighting != "random":
+            return token_weights(ids, self._ids, rock_weight=args.rock_weight, window=args.rock_window, mask=mask)
+        return random_weights(
+            mask,
+            share=self._share,
+            rock_weight=args.rock_weight,
+            seed=args.seed,
+            step=step,
+            first_rollout=self._accelerator.process_index * len(mask),
+        )

@@ -1,0 +1,96 @@
+"""Sums behind the figures of the log, kept on the device: sums travel, means are for display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .records import TokenSignals
+
+OTHER, ROCK, CONTROL = range(3)
+
+
+class FigureSums:
+    """Sums over the positions and forwards since the last log, one small float64 vector.
+
+    Adding needs no synchronisation with the device; reading needs one.
+
+    Args:
+        groups (`torch.Tensor`, *optional*):
+            Group of each vocabulary entry (OTHER, ROCK or CONTROL), int64, shape `(V,)`; `None` without a rock set.
+        device (`torch.device`): Where the sums are kept.
+    """
+
+    # Places in the vector: three divergence sums and three counts by group, then the rest.
+    _DIVERGENCE, _MEASURED = slice(0, 3), slice(3, 6)
+    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _SIZE = 6, 7, 8, 9, 10
+
+    def __init__(self, groups: torch.Tensor | None, device: torch.device):
+        # MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._groups = None if groups is None else groups.to(device)
+        self._has_controls = groups is not None and bool((groups == CONTROL).any())
+        self._sums = torch.zeros(self._SIZE, dtype=dtype, device=device)
+
+    def add_signals(self, signals: TokenSignals, complete: bool) -> None:
+        """Count the weights of a micro-batch and, when `complete` (every position was measured), add its divergences."""
+        self._sums[self._ZERO_WEIGHT] += (signals.weights == 0).sum()
+        self._sums[self._WEIGHTED] += signals.weights.numel()
+        if not complete:
+            return
+        divergence = signals.divergence.to(self._sums)
+        group = torch.zeros_like(signals.token_ids) if self._groups is None else self._groups[signals.token_ids]
+        self._sums[self._DIVERGENCE].index_add_(0, group, divergence)
+        self._sums[self._MEASURED].index_add_(0, group, torch.ones_like(divergence))
+
+    def add_total(self, divergence_sum: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add a sum of divergences over positions of weight 1 that are not told apart (scalars)."""
+        self._sums[OTHER] += divergence_sum
+        self._sums[3 + OTHER] += positions
+        self._sums[self._WEIGHTED] += positions
+
+    def add_forward(self, *attention_masks: torch.Tensor) -> None:
+        """Count the positions of a student forward and the padding among them, masks of shape `(B, L)`."""
+        for mask in attention_masks:
+            self._sums[self._PADDING] += (mask == 0).sum()
+            self._sums[self._FORWARDED] += mask.numel()
+
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Return the figures of all processes by name, in nats and shares, and start anew.
+
+        A figure without positions is absent.
+
+        Args:
+            reduce (`Callable`): Sums the vector over processes; every process calls it.
+        """
+        sums = reduce(self._sums).tolist()
+        self._sums.zero_()
+        divergence, measured = sums[self._DIVERGENCE], sums[self._MEASURED]
+        total, positions = sum(divergence), sum(measured)
+        figures = {
+            "kl/mean": (total, positions),
+            "weight/zero_share": (sums[self._ZERO_WEIGHT], sums[self._WEIGHTED]),
+            "batch/padding_share": (sums[self._PADDING], sums[self._FORWARDED]),
+        }
+        if self._groups is not None:
+            figures |= {
+                "rock/token_share": (measured[ROCK], positions),
+                "rock/kl_share": (divergence[ROCK], total),
+                "rock/mean_kl": (divergence[ROCK], measured[ROCK]),
+                "other/mean_kl": (divergence[OTHER], measured[OTHER]),
+            }
+            if self._has_controls:
+                figures |= {
+                    "control/token_share": (measured[CONTROL], positions),
+                    "control/mean_kl": (divergence[CONTROL], measured[CONTROL]),
+                }
+        return {name: part / whole for name, (part, whole) in figures.items() if whole > 0}
+
+
+def token_groups(rock_ids: torch.Tensor, control_ids: list[int], vocab_size: int) -> torch.Tensor:
+    """Return the group of each vocabulary entry (OTHER, ROCK or CONTROL), int64, shape `(vocab_size,)`."""
+    groups = torch.full((vocab_size,), OTHER, dtype=torch.long)
+    groups[torch.tensor(control_ids, dtype=torch.long)] = CONTROL
+    groups[rock_ids] = ROCK
+    return groups

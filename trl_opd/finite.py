@@ -1,0 +1,40 @@
+"""Logits that are not finite stop a run, with the step and the model that they came from."""
+
+import torch
+from accelerate import Accelerator
+
+_ADVICE = {
+    "student": "lower learning_rate or max_grad_norm, use bf16 instead of fp16, and check the checkpoint",
+    "teacher": "load it in bfloat16 or float32 instead of float16, and check its weights and its quantisation",
+}
+
+
+class FiniteGuard:
+    """Two flags on the device, raised by values that are not finite and read once per optimizer step.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Holds the device, and sums the flags over processes so that all stop.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._flags = torch.zeros(len(_ADVICE), device=accelerator.device)
+
+    def note(self, entropy: torch.Tensor, divergence: torch.Tensor) -> None:
+        """Look at values of projected positions, of any shape, without a synchronisation."""
+        # The entropy is the student's alone: where it is finite and the divergence is not, the teacher is at fault.
+        student = ~torch.isfinite(entropy).all()
+        teacher = ~torch.isfinite(divergence).all() & ~student
+        self._flags += torch.stack([student, teacher]).to(self._flags)
+
+    def stop_if_raised(self, step: int) -> None:
+        """Raise `ValueError` on every process when one has seen a value that is not finite in optimizer step `step`."""
+        flags = self._accelerator.reduce(self._flags, reduction="sum").tolist()
+        for model, flag in zip(_ADVICE, flags, strict=True):
+            if flag:
+                raise not_finite(model, step)
+
+
+def not_finite(model: str, step: int) -> ValueError:
+    """Return the error that says which model's logits are not finite, in which optimizer step, and what to check."""
+    return ValueError(f"Step {step}: the {model}'s logits are not finite (NaN or infinite): {_ADVICE[model]}.")

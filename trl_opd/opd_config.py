@@ -1,0 +1,127 @@
+"""OPDConfig: TRL's DistillationConfig and what is new."""
+
+from dataclasses import dataclass, field
+
+from trl import DistillationConfig
+
+TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
+WEIGHT_NORMALIZATIONS = ("tokens", "weights")
+MICRO_BATCHINGS = ("trl",)
+
+
+@dataclass
+class OPDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`OPDTrainer`].
+
+    Extends [`~trl.DistillationConfig`]; with nothing new set it trains as TRL does.
+
+    Parameters:
+        > Parameters that weight tokens
+
+        token_weighting (`str`, *optional*, defaults to `"uniform"`):
+            Which positions get `rock_weight` in the loss: `"uniform"` (none), `"rock"` (the types of `rock_set`),
+            `"control"` (its mass-matched control types) or `"random"` (as many positions as rocks have, drawn by a hash
+            of seed, step, rollout and position). Evaluation is never weighted.
+        rock_set (`str`, *optional*):
+            Path or Hub repository of a rock set. Required unless `token_weighting` is `"uniform"`; with `"uniform"` it
+            only adds the `rock/*` figures to the log.
+        rock_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the chosen positions, in [0, 1]: `0.0` freezes them, `1.0` changes nothing.
+        rock_window (`int`, *optional*, defaults to `0`):
+            Positions on each side of a rock (or control), within the completion, that get the same weight.
+        weight_normalization (`str`, *optional*, defaults to `"tokens"`):
+            What the weighted sum is divided by: `"tokens"` (all positions of the loss mask, as TRL: freezing some
+            leaves the gradient of the others as it was) or `"weights"` (the sum of the weights: the others' gradient
+            grows).
+
+        > Parameters that control rollouts and batches
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Rollouts per prompt. `per_device_train_batch_size` counts rollouts; times processes times
+            `gradient_accumulation_steps` it must be divisible by this. Evaluation uses 1.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Whether to leave rollouts that were cut at the length limit out of the loss.
+        micro_batching (`str`, *optional*, defaults to `"trl"`):
+            How a generation batch is split: `"trl"` is TRL's padding and split.
+
+        > Parameters that control the teacher
+
+        teacher_tokenizer_name_or_path (`str`, *optional*):
+            Tokenizer of the teacher, to compare vocabularies when the teacher object does not name one.
+    """
+
+    token_weighting: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which positions get `rock_weight` in the loss: 'uniform' (none), 'rock' (types of `rock_set`), "
+            "'control' (its mass-matched control types) or 'random' (as many positions as rocks have).",
+        },
+    )
+    rock_set: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub repository of a rock set. Required unless `token_weighting` is 'uniform'."},
+    )
+    rock_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the chosen positions, in [0, 1]: 0 freezes them, 1 changes nothing."},
+    )
+    rock_window: int = field(
+        default=0,
+        metadata={"help": "Positions on each side of a rock that get the same weight."},
+    )
+    weight_normalization: str = field(
+        default="tokens",
+        metadata={
+            "help": "What the weighted sum is divided by: 'tokens' (all positions of the loss mask, as TRL) or "
+            "'weights' (the sum of the weights).",
+        },
+    )
+    num_generations: int = field(
+        default=1,
+        metadata={"help": "Rollouts per prompt; divides the number of rollouts of an optimizer step."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave rollouts that were cut at the length limit out of the loss."},
+    )
+    micro_batching: str = field(
+        default="trl",
+        metadata={
+            "help": "How a generation batch is split into micro-batches: 'trl' is TRL's padding and split.",
+        },
+    )
+    teacher_tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of the teacher, when the teacher object does not name one."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
+        _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
+        _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
+        if not 0.0 <= self.rock_weight <= 1.0:
+            raise ValueError(
+                f"rock_weight must be in [0, 1] (0 freezes rocks, 1 changes nothing), got {self.rock_weight}."
+            )
+        if self.rock_window < 0:
+            raise ValueError(f"rock_window counts positions and cannot be negative, got {self.rock_window}.")
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations counts rollouts per prompt, at least 1, got {self.num_generations}.")
+        if self.token_weighting != "uniform" and self.rock_set is None:
+            raise ValueError(
+                f"token_weighting={self.token_weighting!r} needs a rock set: pass rock_set (a file of `trl-opd detect` "
+                "or a Hub repository), or leave token_weighting='uniform'."
+            )
+        greedy = (self.generation_kwargs or {}).get("do_sample") is False
+        if greedy and self.temperature != 1.0:
+            raise ValueError(
+                "Greedy rollouts (`generation_kwargs={'do_sample': False}`) know no temperature, and the divergence is "
+                f"taken at temperature 1: leave temperature at 1.0, got {self.temperature}."
+            )
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

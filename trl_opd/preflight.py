@@ -1,0 +1,65 @@
+"""What is refused, or warned of, before the work that it would spoil."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from .opd_config import OPDConfig
+from .rock_set import RockSet
+
+# Two unrelated distributions over 150 000 tokens differ by about 12 nats; a teacher of the same family by 0.1 to 2.
+FIRST_STEP_LIMIT = 10.0
+
+
+def require_groups(args: OPDConfig) -> None:
+    """Raise `ValueError` unless the rollouts of an optimizer step divide into groups of `num_generations`."""
+    if not isinstance(args, OPDConfig):
+        raise TypeError(f"OPDTrainer takes an OPDConfig, got a {type(args).__name__}: change that name too.")
+    rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if rollouts % args.num_generations:
+        raise ValueError(
+            f"The {rollouts} rollouts of an optimizer step (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} x {args.world_size} processes x gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps}) do not divide into groups of num_generations={args.num_generations}."
+        )
+
+
+def load_rock_set(args: OPDConfig) -> RockSet | None:
+    """Return the rock set of the configuration, with the controls that its weighting needs, or `None` without one."""
+    if args.rock_set is None:
+        return None
+    rock_set = RockSet.load(args.rock_set)
+    if args.token_weighting == "control" and (rock_set.controls is None or not rock_set.controls.matched):
+        raise ValueError(
+            f"token_weighting='control' needs controls that match the rocks' token mass, and {args.rock_set} has none: "
+            "use token_weighting='random', which takes as many positions drawn at random."
+        )
+    return rock_set
+
+
+def warn_of_float32(device: torch.device, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Warn when weights that are never trained lie in float32 on an accelerator."""
+    if device.type == "cpu":
+        return
+    for name, model in (("student", student), ("teacher", teacher)):
+        frozen = name == "teacher" or is_peft_model(model)
+        if frozen and any(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters()):
+            warnings.warn(
+                f"The frozen weights of the {name} are in float32 on a GPU, twice the memory of bfloat16 for nothing: "
+                "pass `--dtype bfloat16`, or `dtype` in its init kwargs.",
+                stacklevel=2,
+            )
+
+
+def warn_of_first_step(mean_divergence: float) -> None:
+    """Warn when the first step's mean divergence (nats per token) is that of unrelated models."""
+    if mean_divergence > FIRST_STEP_LIMIT:
+        warnings.warn(
+            f"The divergence of the first step is {mean_divergence:.1f} nats per token, as between unrelated models: "
+            "is it the right teacher, and does it have the student's tokenizer and chat template?",
+            stacklevel=2,
+        )

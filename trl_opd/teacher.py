@@ -1,0 +1,145 @@
+"""The teacher: load it, place it, and find out whether it speaks the student's vocabulary."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._trl import create_model_from_path, prepare_deepspeed
+from .opd_config import OPDConfig
+from .vocabulary import require_same_vocabulary
+
+
+def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTrainedModel, args: OPDConfig):
+    """Return the frozen teacher in eval mode: the object given, or the model loaded from a name or path.
+
+    Args:
+        teacher (`str` or `transformers.PreTrainedModel`, *optional*):
+            Name, path or object; `args.teacher_model_name_or_path` when `None`.
+        student (`str` or `transformers.PreTrainedModel`): The student as the trainer received it.
+        args (`OPDConfig`): The configuration.
+
+    Raises:
+        `ValueError`: if there is no teacher, it is the student's own object, or the settings contradict each other.
+    """
+    if teacher is None:
+        teacher = args.teacher_model_name_or_path
+    if teacher is None:
+        raise ValueError(
+            "There is no teacher: pass `teacher_model` to the trainer or set `teacher_model_name_or_path`."
+        )
+    if isinstance(teacher, str):
+        teacher = create_model_from_path(teacher, **_init_kwargs(args))
+    else:
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "`teacher_model_init_kwargs` has no effect on a teacher that is already instantiated: remove it, or "
+                "pass the teacher's name."
+            )
+        if teacher is student:
+            raise ValueError(
+                "Student and teacher are the same object: the divergence would be zero at every position. Load the "
+                "teacher separately, or pass its name."
+            )
+    keep_4bit_layout(teacher)
+    return teacher.eval().requires_grad_(False)
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> PreTrainedModel:
+    """Return the teacher on the accelerator; with FSDP or DeepSpeed (`sharded`), wrapped as TRL wraps it."""
+    if sharded:
+        if accelerator.state.deepspeed_plugin is not None:
+            return prepare_deepspeed(teacher, accelerator)
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
+    if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
+        teacher.to(accelerator.device)
+    return teacher
+
+
+def check_teacher_vocabulary(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: tuple[int, int], args: OPDConfig
+) -> None:
+    """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
+
+    Args:
+        teacher (`transformers.PreTrainedModel`): The teacher, whose configuration names its tokenizer.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
+        rows (`tuple[int, int]`): Rows of the output embeddings of student and teacher.
+        args (`OPDConfig`): The configuration.
+    """
+    theirs = _teacher_tokenizer(teacher, args)
+    if theirs is not None:
+        require_same_vocabulary(tokenizer, theirs)
+        _warn_of_other_template(tokenizer, theirs)
+        return
+    advice = "Set `teacher_tokenizer_name_or_path` to the teacher's tokenizer."
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"The student has {rows[0]} vocabulary entries, the teacher {rows[1]}, and the teacher names no tokenizer "
+            f"that can be loaded, so nothing tells whether their ids mean the same tokens. {advice}"
+        )
+    warnings.warn(
+        f"The teacher names no tokenizer that can be loaded: its {rows[1]} ids are taken to mean the student's tokens. "
+        + advice,
+        stacklevel=2,
+    )
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Keep the 4-bit layers of a model in the layout that has gradients, on every CPU.
+
+    On CPUs with avx512_bf16, bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode. The packed
+    layout has no backward (every gradient of a QLoRA student is None from then on) and crashes on widths that 32 does
+    not divide. It came with https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804; this can go when the
+    packed layout can be trained.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _init_kwargs(args: OPDConfig) -> dict:
+    kwargs = dict(args.teacher_model_init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"`dtype` of the teacher must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}."
+            )
+        kwargs["dtype"] = getattr(torch, dtype)
+    # TRL's own default for the teacher, whose configuration names the dtype it was saved in.
+    kwargs.setdefault("dtype", None)
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    # A device map of "auto" would spread the teacher over the other ranks' GPUs.
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return kwargs
+
+
+def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:
+    name = args.teacher_tokenizer_name_or_path or getattr(teacher.config, "_name_or_path", None)
+    if not name:
+        return None
+    revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if args.teacher_tokenizer_name_or_path:
+            raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error
+        return None
+
+
+def _warn_of_other_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:
+    if ours.chat_template and theirs.chat_template and ours.chat_template != theirs.chat_template:
+        warnings.warn(
+            "The chat templates of student and teacher differ. Prompts are rendered with the student's, so the teacher "
+            "sees a format that it was not trained on: expect a larger divergence, or give the student's tokenizer the "
+            "teacher's template.",
+            stacklevel=3,
+        )
