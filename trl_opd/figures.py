@@ -34,7 +34,7 @@ class FigureSums:
         self._sums = torch.zeros(self._SIZE, dtype=dtype, device=device)
 
     def add_signals(self, signals: TokenSignals, complete: bool) -> None:
-        """Count the weights of a micro-batch and, when `complete` (every position was measured), add its divergences."""
+        """Count the weights of a micro-batch and, when `complete` (all were measured), add its divergences."""
         self._sums[self._ZERO_WEIGHT] += (signals.weights == 0).sum()
         self._sums[self._WEIGHTED] += signals.weights.numel()
         if not complete:

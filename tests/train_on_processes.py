@@ -1,0 +1,59 @@
+"""One weighted training step on however many processes launched this; writes what moved. Started by test_laws.py.
+
+`python -m torch.distributed.run --nproc_per_node 2 tests/train_on_processes.py OUT.json` and the same without the
+launcher train on the same eight greedy rollouts.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from tests.test_laws import rock_file
+from tests.tiny import make_config, make_dataset, make_model, make_tokenizer
+from trl_opd import OPDTrainer
+
+out = Path(sys.argv[1])
+processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+torch.set_num_threads(1)
+config = make_config(
+    out.parent / f"run-{processes}",
+    per_device_train_batch_size=4 // processes,
+    gradient_accumulation_steps=2,
+    num_generations=2,
+    generation_kwargs={"do_sample": False},
+    token_weighting="rock",
+    rock_set=rock_file(out.with_name(f"rocks-{processes}-{rank}.json"), range(60, 180)),
+    rock_weight=0.5,
+    weight_normalization="weights",
+    mask_truncated_completions=True,
+    max_completion_length=40,
+    max_steps=1,
+    optim="sgd",
+    learning_rate=1.0,
+    max_grad_norm=0.0,
+)
+trainer = OPDTrainer(
+    model=make_model(seed=0),
+    teacher_model=make_model(seed=1),
+    args=config,
+    train_dataset=make_dataset(),
+    processing_class=make_tokenizer(),
+)
+before = [p.detach().clone() for p in trainer.model.parameters()]
+trainer.train()
+if rank == 0:
+    moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(trainer.model.parameters(), before, strict=True)])
+    line = trainer.state.log_history[0]
+    keys = ("loss", "kl/mean", "rock/token_share", "rock/kl_share", "rock/mean_kl", "other/mean_kl", "entropy")
+    content = {
+        "processes": trainer.accelerator.num_processes,
+        "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")},
+        "moved": moved[torch.linspace(0, len(moved) - 1, 5000).long()].tolist(),
+    }
+    out.write_text(json.dumps(content))
