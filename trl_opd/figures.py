@@ -24,7 +24,7 @@ class FigureSums:
 
     # Places in the vector: three divergence sums and three counts by group, then the rest.
     _DIVERGENCE, _MEASURED = slice(0, 3), slice(3, 6)
-    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _SIZE = 6, 7, 8, 9, 10
+    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _ENTROPY, _PROJECTED, _SIZE = 6, 7, 8, 9, 10, 11, 12
 
     def __init__(self, groups: torch.Tensor | None, device: torch.device):
         # MPS has no float64.
@@ -37,6 +37,9 @@ class FigureSums:
         """Count the weights of a micro-batch and, when `complete` (all were measured), add its divergences."""
         self._sums[self._ZERO_WEIGHT] += (signals.weights == 0).sum()
         self._sums[self._WEIGHTED] += signals.weights.numel()
+        projected = ~signals.entropy.isnan()
+        self._sums[self._ENTROPY] += signals.entropy.where(projected, 0.0).sum()
+        self._sums[self._PROJECTED] += projected.sum()
         if not complete:
             return
         divergence = signals.divergence.to(self._sums)
@@ -44,8 +47,10 @@ class FigureSums:
         self._sums[self._DIVERGENCE].index_add_(0, group, divergence)
         self._sums[self._MEASURED].index_add_(0, group, torch.ones_like(divergence))
 
-    def add_total(self, divergence_sum: torch.Tensor, positions: torch.Tensor) -> None:
-        """Add a sum of divergences over positions of weight 1 that are not told apart (scalars)."""
+    def add_totals(self, divergence_sum: torch.Tensor, entropy_sum: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add sums over positions of weight 1 that are not told apart (scalars)."""
+        self._sums[self._ENTROPY] += entropy_sum
+        self._sums[self._PROJECTED] += positions
         self._sums[OTHER] += divergence_sum
         self._sums[3 + OTHER] += positions
         self._sums[self._WEIGHTED] += positions
@@ -69,6 +74,7 @@ class FigureSums:
         divergence, measured = sums[self._DIVERGENCE], sums[self._MEASURED]
         total, positions = sum(divergence), sum(measured)
         figures = {
+            "entropy": (sums[self._ENTROPY], sums[self._PROJECTED]),
             "kl/mean": (total, positions),
             "weight/zero_share": (sums[self._ZERO_WEIGHT], sums[self._WEIGHTED]),
             "batch/padding_share": (sums[self._PADDING], sums[self._FORWARDED]),

@@ -222,7 +222,7 @@ class OPDTrainer(DistillationTrainer):
         if self._as_trl:
             loss, entropy_sum, positions = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             denominator = positions.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            figures.add_total(loss.detach() * denominator, positions)
+            figures.add_totals(loss.detach() * denominator, entropy_sum, positions)
             self._finite.note(entropy_sum, loss.detach())
             return loss, entropy_sum, positions
 
@@ -289,5 +289,6 @@ class OPDTrainer(DistillationTrainer):
             self._finite.stop_if_raised(self.state.global_step)
         prefix = "" if mode == "train" else "eval_"
         figures = self._figures[mode].take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
+        self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
         logs.update({prefix + name: value for name, value in figures.items()})
         super().log(logs, start_time)
