@@ -1,0 +1,183 @@
+"""`trl-opd`: help without torch, real runs from flags and from YAML, resuming, a sentence for every wrong input."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from trl import DistillationConfig
+
+from trl_opd import OPDConfig
+from trl_opd.cli import COMMANDS, main
+from trl_opd.cli.options import OPD_OPTIONS
+
+from .test_laws import rock_file
+from .tiny import PROMPTS, make_model, make_tokenizer
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a student, a teacher, chat prompts and plain prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("student", "teacher")):
+        make_model("qwen3", seed=seed, width=64).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    chats = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n")
+    return folder
+
+
+def flags(world: Path, output: Path, **changes) -> list[str]:
+    """Return the flags of a short run; a value of `True` stands for a flag without one, `None` leaves it out."""
+    settings = {
+        "model_name_or_path": world / "student",
+        "teacher_model_name_or_path": world / "teacher",
+        "dataset_name": world / "chats.jsonl",
+        "output_dir": output,
+        "use_cpu": True,
+        "bf16": "false",
+        "gradient_checkpointing": "false",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 8,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        **changes,
+    }
+    given = [(name, value) for name, value in settings.items() if value is not None]
+    return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def test_help_needs_no_torch_and_lists_every_command_and_option():
+    code = (
+        "import sys; from trl_opd.cli import main; main(['--help']); main(['train', '--help']); "
+        "loaded = {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules); sys.exit(len(loaded))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert all(f"\n  {command} " in run.stdout for command in COMMANDS)
+    assert all(f"--{option} " in run.stdout for option in OPD_OPTIONS)
+
+
+def test_the_table_of_options_is_that_of_the_dataclass():
+    new = {f.name: f.default for f in dataclasses.fields(OPDConfig)}
+    inherited = {f.name for f in dataclasses.fields(DistillationConfig)}
+    shown = {name: "none" if value is None else str(value).lower() for name, value in new.items()}
+    assert {name: default for name, (default, _) in OPD_OPTIONS.items()} == {
+        name: shown[name] for name in new if name not in inherited
+    }
+
+
+def test_help_all_lists_the_options_of_trl_and_ours(capsys):
+    assert main(["train", "--help_all"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{option}" in printed for option in (*OPD_OPTIONS, "lora_r", "dataset_name", "max_completion_length"))
+
+
+def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(world, tmp_path, capsys):
+    four_bit = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
+    changes = {"use_peft": True, "num_generations": 4, "teacher_model_init_kwargs": four_bit, "save_steps": 1}
+    assert main(["train", *flags(world, tmp_path, **changes)]) == 0
+    assert "Trained 2 steps, divergence" in capsys.readouterr().out
+    assert main(["train", *flags(world, tmp_path, **changes, max_steps=3), "--resume_from_checkpoint"]) == 0
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "kl/mean" in line] == [1, 2, 3]
+    adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    base = AutoModelForCausalLM.from_pretrained(world / "student").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert not torch.allclose(adapter(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsys):
+    rocks = rock_file(tmp_path / "rocks.json", range(60, 180))
+    given = flags(world, tmp_path / "out", use_peft=True, load_in_4bit=True, token_weighting="rock", rock_set=rocks)
+    pairs = [part.removeprefix("--") for part in given]
+    recipe, place = {}, 0
+    while place < len(pairs):
+        alone = place + 1 == len(given) or given[place + 1].startswith("--")
+        recipe[pairs[place]] = True if alone else pairs[place + 1]
+        place += 1 if alone else 2
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe.items()))
+    assert main(["train", "--config", str(path), "--max_steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Trained 1 steps" in printed
+    assert "rock/token_share" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_name_or_path": None}, "A student is required"),
+        ({"teacher_model_name_or_path": None}, "A teacher is required"),
+        ({"dataset_name": None}, "Prompts are required"),
+        ({"dataset_name": "nowhere.jsonl"}, "no dataset file nowhere.jsonl"),
+        ({"dataset_name": "BROKEN"}, "cannot be read"),
+        ({"dataset_train_split": "learn"}, "no split 'learn' (it has train)"),
+        ({"eval_strategy": "steps"}, "no split 'test'"),
+        ({"token_weighting": "rocks"}, "token_weighting must be one of"),
+        ({"token_weighting": "rock"}, "needs a rock set"),
+        ({"token_weighting": "rock", "rock_set": "nowhere.json"}, "No rock set at nowhere.json"),
+        ({"rock_weight": "2"}, "rock_weight must be in [0, 1]"),
+        ({"rock_window": "-1"}, "rock_window counts positions"),
+        ({"num_generations": "3"}, "do not divide into groups of num_generations=3"),
+        ({"weight_normalization": "sum"}, "weight_normalization must be one of"),
+        ({"micro_batching": "loose"}, "micro_batching must be one of"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
+        ({"resume_from_checkpoint": True}, "No valid checkpoint found in output directory"),
+        ({"model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"teacher_tokenizer_name_or_path": "./nowhere"}, "holds no tokenizer"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_exit_code_one(world, tmp_path, capsys, changes, sentence):
+    if changes.get("dataset_name") == "BROKEN":
+        changes = {"dataset_name": tmp_path / "broken.jsonl"}
+        changes["dataset_name"].write_text('{"prompt": "a"}\n{"prompt": ')
+    assert main(["train", *flags(world, tmp_path / "out", **changes)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("trl-opd train: error: ")
+    assert sentence in last
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "No such file"), ("a: [", "is not YAML"), ("- a", "mapping")])
+def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, content, sentence):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert main(["train", "--config", str(path)]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["distil"], ["train", "--config"], ["train", "--no_such_option", "1"]])
+def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
+    if "--no_such_option" in argv:
+        argv = [*argv, *flags(world, tmp_path)]
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert "usage: trl-opd" in printed
+    assert len(printed.splitlines()) < 20
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_into_the_options_it_names(recipe, tmp_path):
+    from trl_opd.cli.train import make_parser, parse
+
+    on_this_machine = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    script_args, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+    assert training_args.num_generations == 4
+    assert script_args.dataset_name
+    assert model_args.lora_dropout == 0.0 or not model_args.use_peft

@@ -1,0 +1,61 @@
+"""`trl-opd COMMAND`: parsing that imports no torch, and errors that are one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib import import_module
+
+# Command -> its module here and what it does, in the order of `trl-opd --help`.
+COMMANDS = {"train": ("train", "distil a teacher into a student, on the student's own rollouts")}
+
+USAGE = """usage: trl-opd COMMAND [options]
+
+On-policy distillation with TRL that sees rock tokens.
+
+commands:
+{commands}
+
+`trl-opd COMMAND --help` lists the options of a command."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 after a user's error, 2 on bad usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in COMMANDS:
+        commands = "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
+        wanted = bool(argv) and argv[0] in ("-h", "--help")
+        print(USAGE.format(commands=commands), file=sys.stdout if wanted else sys.stderr)
+        if argv and not wanted:
+            print(f"\ntrl-opd: error: there is no command {argv[0]!r}", file=sys.stderr)
+        return 0 if wanted else 2
+    name, module = argv[0], import_module(f".{COMMANDS[argv[0]][0]}", __name__)
+    if any(flag in argv[1:] for flag in ("-h", "--help")):
+        print(module.HELP)
+        return 0
+    try:
+        with warnings.catch_warnings():
+            # What transformers is about to rename is no news for somebody at a command line.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.showwarning = _show_warning
+            module.run(argv[1:])
+    except (ValueError, OSError) as error:  # Hub errors are OSErrors
+        return _fail(name, error)
+    except ImportError as error:
+        if error.name != "trl":
+            raise
+        return _fail(name, error)
+    return 0
+
+
+def _fail(name: str, error: Exception) -> int:
+    # Every process of a distributed run fails alike; the first speaks for all.
+    if os.environ.get("RANK", "0") == "0":
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        print(f"trl-opd {name}: error: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)

@@ -1,0 +1,19 @@
+"""What `--help` lists without importing torch; `tests/test_cli.py` compares it with the dataclass."""
+
+# Option -> its default as the help shows it, and what it does.
+OPD_OPTIONS = {
+    "token_weighting": ("uniform", "which positions get rock_weight: uniform (none), rock, control or random"),
+    "rock_set": ("none", "path or Hub repository of a rock set; required unless uniform"),
+    "rock_weight": ("0.0", "weight of the chosen positions, in [0, 1]: 0 freezes them, 1 changes nothing"),
+    "rock_window": ("0", "positions on each side of a rock that get the same weight"),
+    "weight_normalization": ("tokens", "divide by all tokens of the loss (as TRL), or by the sum of the weights"),
+    "num_generations": ("1", "rollouts per prompt; divides the number of rollouts of an optimizer step"),
+    "mask_truncated_completions": ("false", "leave rollouts that were cut at the length limit out of the loss"),
+    "micro_batching": ("trl", "how a generation batch is split: trl is TRL's padding and split"),
+    "teacher_tokenizer_name_or_path": ("none", "tokenizer of the teacher, when its model does not name one"),
+}
+
+
+def table(options: dict[str, tuple[str, str]]) -> str:
+    """Return one line per option: flag, default, meaning."""
+    return "\n".join(f"  --{name:<32}{default:<9}{text}" for name, (default, text) in options.items())

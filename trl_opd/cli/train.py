@@ -1,0 +1,158 @@
+"""`trl-opd train`: TRL's distillation script with OPDTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .options import OPD_OPTIONS, table
+
+HELP = f"""usage: trl-opd train [--config FILE.yaml] [options]
+
+Distil a teacher into a student on the student's own rollouts. Takes the arguments of TRL's distillation script, as
+flags or in a YAML file, and those below. A dataset is a name on the Hub, a folder, or a file of JSON lines, each with a
+`prompt`.
+
+usual options of TRL:
+  --model_name_or_path M            the student
+  --teacher_model_name_or_path T    the teacher
+  --dataset_name D                  prompts
+  --output_dir DIR                  where checkpoints and the trained model go
+  --use_peft --load_in_4bit         a LoRA student; a 4-bit base for it (QLoRA)
+  --resume_from_checkpoint [PATH]   go on from the newest checkpoint of output_dir, or from PATH
+
+options of trl_opd:             default
+{table(OPD_OPTIONS)}
+
+  --help_all                      every option of TRL and transformers, too (imports torch: some seconds)
+
+example:
+  trl-opd train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
+      --dataset_name trl-lib/tldr --use_peft --dtype bfloat16 --learning_rate 2e-4 --output_dir student"""
+
+# Extensions of a single data file and the loader that `datasets` has for each.
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def run(argv: list[str]) -> None:
+    """Parse, train, save; raises `ValueError` or `OSError` for what a user can mend."""
+    parser = make_parser()
+    if "--help_all" in argv:
+        parser.print_help()
+        return
+    script_args, training_args, model_args, dataset_args = parse(parser, argv)
+    train(script_args, training_args, model_args, dataset_args)
+
+
+def make_parser():
+    """Return TRL's parser of its script, dataset and model arguments, with `OPDConfig` for the training arguments."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from ..opd_config import OPDConfig
+
+    parser = TrlParser((ScriptArguments, OPDConfig, ModelConfig, DatasetMixtureConfig), prog="trl-opd train")
+    parser.usage = "trl-opd train [--config FILE.yaml] [options]; `trl-opd train --help` lists them"
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "true"
+    return parser
+
+
+def parse(parser, argv: list[str]):
+    """Return the parsed dataclasses; a broken YAML file is a `ValueError` that names it."""
+    import yaml
+
+    if argv[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
+    try:
+        parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=False, return_remaining_strings=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{argv[argv.index('--config') + 1]} is not YAML: {error}") from error
+    *parsed, unknown = parsed
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
+
+
+def train(script_args, training_args, model_args, dataset_args) -> None:
+    """Distil with `OPDTrainer`, save the student, and say what came of it."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..opd_trainer import OPDTrainer
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("A student is required: set --model_name_or_path.")
+    if training_args.teacher_model_name_or_path is None:
+        raise ValueError("A teacher is required: set --teacher_model_name_or_path.")
+    _set_init_kwargs(training_args, model_args)
+    train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args)
+    trainer = OPDTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if trainer.accelerator.is_main_process:
+        print(summary(trainer))
+    trainer.end()
+
+
+def load_prompts(script_args, dataset_args, training_args):
+    """Return the training and evaluation datasets (the latter `None` without evaluation)."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from trl import get_dataset
+
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError("Prompts are required: set --dataset_name to a dataset or a file of JSON lines.")
+    try:
+        if dataset_args.datasets:
+            dataset = get_dataset(dataset_args)
+        else:
+            path = Path(script_args.dataset_name)
+            source, files = script_args.dataset_name, None
+            if path.suffix in LOADERS:
+                if not path.is_file():
+                    raise FileNotFoundError(f"There is no dataset file {path}.")
+                source, files = LOADERS[path.suffix], str(path)
+            streaming = script_args.dataset_streaming
+            dataset = load_dataset(source, name=script_args.dataset_config, data_files=files, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{script_args.dataset_name} cannot be read: {error.__cause__ or error}") from error
+    splits = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    for split in splits:
+        if split not in dataset:
+            raise ValueError(
+                f"The dataset has no split {split!r} (it has {', '.join(dataset)}): set --dataset_train_split and "
+                "--dataset_test_split."
+            )
+    return dataset[splits[0]], dataset[splits[1]] if len(splits) > 1 else None
+
+
+def summary(trainer) -> str:
+    """Return the lines that end a run: steps, divergence at the first and the last log, and where the student is."""
+    figures = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
+    divergence = f", divergence {figures[0]:.3f} -> {figures[-1]:.3f} nats per token" if figures else ""
+    return f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
+
+
+def _set_init_kwargs(training_args, model_args) -> None:
+    # As in TRL's script: the flags of ModelConfig reach both models, explicit init kwargs win. The student's
+    # quantisation is an argument of the trainer; the teacher's only comes through its own init kwargs.
+    common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    for name, revision in (
+        ("model_init_kwargs", model_args.model_revision),
+        ("teacher_model_init_kwargs", training_args.teacher_model_revision),
+    ):
+        given = getattr(training_args, name) or {}
+        kwargs = {"revision": revision, "trust_remote_code": training_args.trust_remote_code, **common, **given}
+        setattr(training_args, name, kwargs)
