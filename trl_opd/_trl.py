@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from .records import LMHead
@@ -19,7 +20,7 @@ TRL_RANGE = (Version("1.16"), Version("1.17"))
 def require_supported_trl(installed: str) -> None:
     """Raise `ImportError` when TRL `installed` (a version string) is outside the range of this package."""
     low, high = TRL_RANGE
-    if not low <= Version(installed) < high:
+    if not SpecifierSet(f">={low},<{high}").contains(installed, prereleases=True):
         raise ImportError(
             f"trl_opd is built on TRL {low} (its seams are private), but TRL {installed} is installed: "
             f'install the other one with `pip install "trl>={low},<{high}"`.',

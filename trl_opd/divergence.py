@@ -49,19 +49,8 @@ def weighted_divergence(
     rows = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
     student_head, teacher_head = student_head.first(rows), teacher_head.first(rows)
     projected = weights.nonzero().squeeze(-1)
-    row_divergence, row_entropy = ChunkedDivergenceFunction.apply(
-        student_hidden[projected],
-        student_head.weight,
-        student_head.bias,
-        teacher_hidden[projected].detach(),
-        teacher_head.weight.detach(),
-        None if teacher_head.bias is None else teacher_head.bias.detach(),
-        beta,
-        temperature,
-        student_head.logit_scale,
-        student_head.softcap,
-        teacher_head.logit_scale,
-        teacher_head.softcap,
+    row_divergence, row_entropy = _row_divergences(
+        student_hidden[projected], teacher_hidden[projected], student_head, teacher_head, beta, temperature
     )
     total = (row_divergence * weights[projected].float()).sum()
     # An empty sum over an empty denominator is 0, not NaN: the tiny bound changes no denominator that a run can have.
@@ -72,6 +61,30 @@ def weighted_divergence(
     divergence[projected] = row_divergence.detach()
     entropy[projected] = row_entropy.detach()
     return loss, divergence, entropy
+
+
+def _row_divergences(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_head: LMHead,
+    teacher_head: LMHead,
+    beta: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return ChunkedDivergenceFunction.apply(
+        student_hidden,
+        student_head.weight,
+        student_head.bias,
+        teacher_hidden.detach(),
+        teacher_head.weight.detach(),
+        None if teacher_head.bias is None else teacher_head.bias.detach(),
+        beta,
+        temperature,
+        student_head.logit_scale,
+        student_head.softcap,
+        teacher_head.logit_scale,
+        teacher_head.softcap,
+    )
 
 
 def _check(

@@ -103,7 +103,9 @@ class RockSet:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path}: not a rock set: {path.stat().st_size} bytes, at most {MAX_BYTES} are read.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=schema.refuse_constant)
+            content = json.loads(
+                path.read_text(encoding="utf-8"), parse_constant=schema.refuse_constant, parse_float=schema.finite
+            )
             return _parse(content)
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -166,7 +168,10 @@ class RockSet:
 def _only_tokens_added(texts: dict[int, str | None], size: int | None, tokenizer: PreTrainedTokenizerBase) -> bool:
     if size is None or size > len(tokenizer):
         return False
-    return all(text in (tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id)) for id, text in texts.items())
+    return all(
+        text is not None and text in (tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id))
+        for id, text in texts.items()
+    )
 
 
 def _find(path_or_repo: str | os.PathLike) -> Path:
@@ -176,7 +181,13 @@ def _find(path_or_repo: str | os.PathLike) -> Path:
     if path.is_file():
         return path
     parts = str(path_or_repo).split("/")
-    if len(parts) != 2 or not all(parts) or parts[-1].endswith(".json") or parts[0] in (".", ".."):
+    if (
+        path.name == FILE_NAME
+        or len(parts) != 2
+        or not all(parts)
+        or parts[-1].endswith(".json")
+        or parts[0] in (".", "..")
+    ):
         raise FileNotFoundError(f"No rock set at {path}: no such file, and not the name of a Hub repository.")
     from huggingface_hub import hf_hub_download
 
@@ -187,8 +198,10 @@ def _parse(content: Any) -> RockSet:
     """Return the rock set that parsed JSON describes, or raise `ValueError` with the reason alone."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f'its "format" is not "{FORMAT}"; `trl-opd detect` makes one')
-    if content.get("version") != VERSION:
-        raise ValueError(f"version {content.get('version')!r}, this trl_opd reads version {VERSION}: upgrade it")
+    if content.get("version") is True or content.get("version") != VERSION:
+        raise ValueError(
+            f"version {schema.short(content.get('version'))}, this trl_opd reads version {VERSION}: upgrade it"
+        )
     tokenizer = schema.section(
         content, "tokenizer", {"name": schema.text, "vocab_size": schema.whole, "fingerprint": schema.text}, null=True
     )
@@ -225,7 +238,9 @@ def _rock(entry: Any, place: int) -> Rock:
     schema.require(entry, optional | {"role": schema.text, "role_uncorrected": schema.text}, where, null=True)
     for name in ("role", "role_uncorrected"):
         if entry.get(name) not in ROLES:
-            raise ValueError(f"{where}.{name} is {entry[name]!r}, known are {', '.join(ROLES[1:])} and null")
+            raise ValueError(
+                f"{where}.{name} is {schema.short(entry[name])}, known are {', '.join(ROLES[1:])} and null"
+            )
     return Rock(**({"text": None} | {f.name: entry[f.name] for f in fields(Rock) if f.name in entry}))
 
 
@@ -255,7 +270,8 @@ def _check_ids(rocks: Sequence[int], controls: Sequence[int], vocab_size: int | 
             twice = Counter(ids).most_common(1)[0][0]
             raise ValueError(f"token id {twice} stands twice in {where}")
         # Without a vocabulary size the bound is what an id can be at all: int32 in every file of this project.
-        if outside := [id for id in ids if id >= (vocab_size or 2**31)]:
-            raise ValueError(f"token id {outside[0]} in {where} is outside the vocabulary of {vocab_size or 2**31}")
+        limit = 2**31 if vocab_size is None else vocab_size
+        if outside := [id for id in ids if id >= limit]:
+            raise ValueError(f"token id {outside[0]} in {where} is outside the vocabulary of {limit}")
     if both := set(rocks) & set(controls):
         raise ValueError(f"token id {min(both)} is a rock and a control")

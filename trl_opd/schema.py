@@ -66,6 +66,14 @@ def refuse_constant(name: str) -> float:
     raise ValueError(f"it holds {name}; every number must be finite")
 
 
+def finite(literal: str) -> float:
+    """Return the number of a JSON literal; refuse one that no float holds (`json.loads(parse_float=...)`)."""
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {short(literal)}; every number must be finite")
+    return value
+
+
 def short(value: Any, limit: int = 60) -> str:
     """Return the value as a message shows it, cut at `limit` characters."""
     shown = repr(value) if not isinstance(value, int) or abs(value) < 10**limit else "a number of too many digits"
