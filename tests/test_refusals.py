@@ -1,0 +1,119 @@
+"""Settings that contradict each other are refused with one sentence, before the work that they would spoil."""
+
+import pytest
+import torch
+from transformers import CLIPImageProcessor, LlavaProcessor
+from trl import DistillationConfig, DistillationTrainer
+
+from trl_opd import Controls, OPDTrainer, RockSet
+from trl_opd.vocabulary import fingerprint
+
+from .test_laws import rock_file
+from .tiny import config_kwargs, make_config, make_dataset, make_model
+
+
+def build(path, tokenizer, student=None, teacher=None, **changes):
+    return OPDTrainer(
+        model=make_model(seed=0) if student is None else student,
+        teacher_model=make_model(seed=1) if teacher is None else teacher,
+        args=make_config(path, **changes),
+        train_dataset=make_dataset(),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"token_weighting": "rocks"}, "token_weighting must be one of 'uniform', 'rock', 'control', 'random'"),
+        ({"weight_normalization": "sum"}, "weight_normalization must be one of 'tokens', 'weights'"),
+        ({"micro_batching": "loose"}, "micro_batching must be one of"),
+        ({"token_weighting": "rock"}, "token_weighting='rock' needs a rock set"),
+        ({"rock_weight": 1.5}, r"rock_weight must be in \[0, 1\]"),
+        ({"rock_weight": -0.1}, r"rock_weight must be in \[0, 1\]"),
+        ({"rock_weight": float("nan")}, r"rock_weight must be in \[0, 1\]"),
+        ({"rock_window": -1}, "rock_window counts positions"),
+        ({"num_generations": 0}, "num_generations counts rollouts"),
+        ({"num_generations": 3}, r"4 rollouts of an optimizer step .* do not divide into groups of num_generations=3"),
+        ({"temperature": 0.7, "generation_kwargs": {"do_sample": False}}, "Greedy rollouts"),
+        ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "no effect on a teacher that is already instantiated"),
+        ({"teacher_tokenizer_name_or_path": "./nowhere"}, "'./nowhere' holds no tokenizer"),
+    ],
+)
+def test_a_contradiction_is_a_sentence(tokenizer, tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(tmp_path, tokenizer, **changes)
+
+
+def test_a_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
+    with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
+        build(tmp_path, tokenizer, rock_set="nowhere/rocks.json")
+
+
+def test_there_must_be_a_teacher(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="There is no teacher"):
+        OPDTrainer(make_model(), args=make_config(tmp_path), train_dataset=make_dataset(), processing_class=tokenizer)
+
+
+def test_student_and_teacher_must_be_two_objects(tokenizer, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="same object"):
+        build(tmp_path, tokenizer, student=model, teacher=model)
+
+
+def test_the_config_of_trl_is_not_enough(tokenizer, tmp_path):
+    config = DistillationConfig(**config_kwargs(tmp_path))
+    with pytest.raises(TypeError, match="takes an OPDConfig, got a DistillationConfig"):
+        OPDTrainer(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "controls", [None, Controls(ids=[200], mass_ratio=0.4, matched=False)], ids=["none", "not matched"]
+)
+def test_control_weighting_needs_matched_controls(tokenizer, tmp_path, controls):
+    rocks = rock_file(tmp_path / "rocks.json", [60], controls=controls)
+    with pytest.raises(ValueError, match="token_weighting='random'"):
+        build(tmp_path, tokenizer, token_weighting="control", rock_set=rocks)
+
+
+def test_a_rock_set_of_another_tokenizer_is_refused_with_both_names(tokenizer, tmp_path):
+    foreign = {"name": "some/other-model", "vocab_size": 9, "fingerprint": "sha256:" + "0" * 64}
+    with pytest.raises(ValueError, match=r"some/other-model.*TokenizersBackend"):
+        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
+
+
+def test_a_rock_set_of_this_tokenizer_is_taken(tokenizer, tmp_path):
+    own = {"name": "own", "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer)}
+    trainer = build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5, 9], tokenizer=own))
+    assert isinstance(trainer.rock_set, RockSet)
+    assert trainer.rock_set.ids.tolist() == [5, 9]
+    assert build(tmp_path, tokenizer).rock_set is None
+
+
+def test_a_rock_outside_the_shared_range_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="token id 300, but student and teacher share only 300 ids"):
+        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
+
+
+def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14, image_token="<|start|>")
+    student = make_model()
+    student.config.image_token_id = 1
+    with pytest.raises(ValueError, match="distils text models only"):
+        build(tmp_path, processor, student=student)
+
+
+def test_trl_runs_its_backbones_in_float32_under_bf16(tokenizer, tmp_path):
+    """No autocast is active inside TRL's `_compute_loss`: what later corrections of ours stand on."""
+    dtypes = []
+
+    class Spy(DistillationTrainer):
+        def _get_last_hidden_state(self, *args, **kwargs):
+            hidden = super()._get_last_hidden_state(*args, **kwargs)
+            dtypes.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
+            return hidden
+
+    config = DistillationConfig(**config_kwargs(tmp_path, bf16=True))
+    trainer = Spy(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
+    trainer.train()
+    assert set(dtypes) == {(torch.float32, False)}

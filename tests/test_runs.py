@@ -1,0 +1,344 @@
+"""Whole short runs: groups of rollouts, cut rollouts, what is projected, and every figure of the log by hand."""
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from trl_opd import Controls, OPDTrainer
+from trl_opd.weighting import random_weights
+
+from . import reference
+from .test_laws import rock_file
+from .tiny import make_config, make_dataset, make_model
+
+GREEDY = {"do_sample": False}
+ROCKS = list(range(60, 180))
+
+
+class Recorder(OPDTrainer):
+    """Keeps the prompts and the generation batches of every step."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        place = (self.model.training, self.state.global_step)
+        self.batches = [*getattr(self, "batches", []), (*place, [row["prompt"] for row in inputs], batch)]
+        return batch
+
+
+def record(tokenizer, path, dataset=None, eval_dataset=None, student=None, **changes) -> Recorder:
+    trainer = Recorder(
+        model=student or make_model(seed=0),
+        teacher_model=make_model(seed=1),
+        args=make_config(path, **changes),
+        train_dataset=make_dataset(chat=False) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+def measured(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and divergences of the loss mask of a batch under the trainer's models as they are, by reference."""
+    student, teacher = (make_model(seed=seed).double().eval() for seed in (0, 1))
+    student.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():
+        rows = reference.token_divergences(student, teacher, batch, beta=1.0, temperature=1.0, vocab=300)
+    mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+    return batch["completion_ids"][mask], torch.stack([value for row in rows for value in row])
+
+
+# Several rollouts per prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_generations", [1, 2, 4])
+def test_every_prompt_has_its_rollouts_in_one_generation_batch(tokenizer, tmp_path, num_generations, stream):
+    dataset = make_dataset(chat=False)
+    prompts = dataset["prompt"][:]
+    if stream:
+        dataset = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts))
+    trainer = record(tokenizer, tmp_path, dataset, num_generations=num_generations, shuffle_dataset=False)
+    for step, (_, _, seen, batch) in enumerate(trainer.batches):
+        different = 4 // num_generations
+        expected = prompts[step * different : (step + 1) * different]
+        assert seen == [prompt for prompt in expected for _ in range(num_generations)]
+        assert len(batch["completion_ids"]) == 4
+    assert len(trainer.batches) == 2
+    assert len({tuple(row) for row in trainer.batches[0][3]["completion_ids"].tolist()}) > 1
+
+
+def test_a_shuffled_stream_keeps_its_groups_and_sees_every_prompt(tokenizer, tmp_path):
+    prompts = make_dataset(8, chat=False)["prompt"][:]
+    stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts))
+    trainer = record(tokenizer, tmp_path, stream, num_generations=2, max_steps=4)
+    seen = [prompt for *_, row, _ in trainer.batches for prompt in row]
+    assert seen[::2] == seen[1::2]
+    assert sorted(seen[::2]) == sorted(prompts)
+    assert seen[::2] != prompts
+
+
+def test_evaluation_has_one_rollout_per_prompt(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, eval_dataset=make_dataset(3, chat=False), num_generations=4)
+    trainer.evaluate()
+    seen = [prompt for training, _, row, _ in trainer.batches if not training for prompt in row]
+    assert sorted(seen) == sorted(make_dataset(3, chat=False)["prompt"])
+
+
+# Rollouts that were cut
+
+
+def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_path):
+    changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
+    student = make_model(seed=0)
+    with torch.no_grad():  # an end is likely wherever its logit is positive
+        student.lm_head.weight[2] *= 4
+    trainer = record(tokenizer, tmp_path, student=student, mask_truncated_completions=True, **changes)
+    batch = trainer.batches[0][3]
+    mask = batch["completion_mask"].bool()
+    last = [row[m][-1].item() for row, m in zip(batch["completion_ids"], mask, strict=True)]
+    kept = torch.tensor([id in (0, 2) for id in last])
+    assert 0 < kept.sum() < len(kept)
+    assert torch.equal(batch["tool_mask"].bool(), mask & kept[:, None])
+    assert batch["num_items_in_batch"] == (mask & kept[:, None]).sum()
+    ids, divergences = measured(trainer, batch)
+    assert len(ids) == batch["num_items_in_batch"]
+    line = trainer.state.log_history[0]
+    assert line["loss"] == pytest.approx(divergences.mean().item(), rel=1e-5)
+    assert line["kl/mean"] == pytest.approx(divergences.mean().item(), rel=1e-5)
+
+
+def test_a_step_of_cut_rollouts_only_changes_nothing_and_says_so(tokenizer, tmp_path):
+    before = make_model(seed=0).state_dict()
+    with pytest.warns(UserWarning, match="every rollout was cut at max_completion_length=1"):
+        trainer = record(tokenizer, tmp_path, max_completion_length=1, mask_truncated_completions=True, max_steps=1)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    line = trainer.state.log_history[0]
+    assert line["loss"] == 0.0
+    assert not {"kl/mean", "weight/zero_share", "entropy"} & line.keys()
+
+
+# Figures
+
+
+def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
+    controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
+    changes = {"token_weighting": "rock", "rock_weight": 0.5, "rock_set": rocks, "max_steps": 1, "learning_rate": 0.0}
+    trainer = record(tokenizer, tmp_path, **changes)
+    batch, line = trainer.batches[0][3], trainer.state.log_history[0]
+    ids, divergences = measured(trainer, batch)
+    rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(controls.ids))
+    forward_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    expected = {
+        "kl/mean": divergences.mean(),
+        "rock/mean_kl": divergences[rock].mean(),
+        "control/mean_kl": divergences[control].mean(),
+        "other/mean_kl": divergences[~rock & ~control].mean(),
+        "rock/kl_share": divergences[rock].sum() / divergences.sum(),
+        "rock/token_share": rock.double().mean(),
+        "control/token_share": control.double().mean(),
+        "weight/zero_share": torch.tensor(0.0),
+        "batch/padding_share": 1 - forward_mask.double().mean(),
+        "loss": (divergences * torch.where(rock, 0.5, 1.0)).mean(),
+    }
+    assert {name: line[name] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-5
+    )
+
+
+def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
+    trainers = [record(tokenizer, tmp_path, **changes) for changes in ({}, {"rock_set": rocks})]
+    plain, shown = (trainer.state.log_history[0] for trainer in trainers)
+    assert shown["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert shown["kl/mean"] == pytest.approx(plain["kl/mean"], rel=1e-5)
+    assert {"rock/token_share", "rock/mean_kl", "rock/kl_share", "other/mean_kl"} <= shown.keys() - plain.keys()
+    assert not any(name.startswith("control/") for name in shown)
+
+
+def test_figures_without_positions_are_absent(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, rock_set=rock_file(tmp_path / "rocks.json", [1]))
+    line = trainer.state.log_history[0]
+    assert line["rock/token_share"] == 0.0
+    assert "rock/mean_kl" not in line
+
+
+def test_evaluation_is_never_weighted(tokenizer, tmp_path):
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
+    found = []
+    for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.0, "rock_window": 2}):
+        trainer = OPDTrainer(
+            model=make_model(seed=0),
+            teacher_model=make_model(seed=1),
+            args=make_config(tmp_path, rock_set=rocks, generation_kwargs=GREEDY, **weighting),
+            train_dataset=make_dataset(),
+            eval_dataset=make_dataset(4),
+            processing_class=tokenizer,
+        )
+        trainer.evaluate()
+        found.append(trainer.state.log_history[-1])
+    names = ("eval_loss", "eval_kl/mean", "eval_rock/mean_kl", "eval_rock/token_share", "eval_weight/zero_share")
+    assert [found[0][name] for name in names] == [found[1][name] for name in names]
+    assert found[0]["eval_weight/zero_share"] == 0.0
+
+
+# What is projected
+
+
+@pytest.fixture
+def projections(monkeypatch) -> list[int]:
+    """Rows of every projection of hidden states through an LM head, as they happen."""
+    from trl.kernels import chunked_divergence
+
+    rows, original = [], chunked_divergence._project
+
+    def project(tile, hidden_chunk, *rest):
+        rows.append(len(hidden_chunk))
+        return original(tile, hidden_chunk, *rest)
+
+    monkeypatch.setattr(chunked_divergence, "_project", project)
+    return rows
+
+
+def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp_path, projections):
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
+    changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 3}
+    trainer = record(tokenizer, tmp_path, make_dataset(24), token_weighting="rock", rock_set=rocks, **changes)
+    assert len(trainer.batches) == 6
+    for _, step, _, batch in trainer.batches:
+        mask = batch["completion_mask"].bool()
+        frozen = torch.isin(batch["completion_ids"], torch.tensor(ROCKS)) & mask
+        trained, rest = int(mask.sum() - frozen.sum()), int(frozen.sum())
+        assert rest > 0
+        # Two heads forward and two in the backward; in a step that logs, two more for the frozen rows.
+        expected = [trained] * 2 + ([rest] * 2 if step + 1 in (3, 6) else []) + [trained] * 2
+        assert projections[: len(expected)] == expected
+        del projections[: len(expected)]
+    assert projections == []
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for line, place in zip(lines, (2, 5), strict=True):
+        batch = trainer.batches[place][3]
+        mask = batch["completion_mask"].bool()
+        share = torch.isin(batch["completion_ids"][mask], torch.tensor(ROCKS)).double().mean().item()
+        assert line["rock/token_share"] == pytest.approx(share)  # of the step that was measured
+        window = [trainer.batches[i][3] for i in range(place - 2, place + 1)]
+        ids = torch.cat([b["completion_ids"][b["completion_mask"].bool()] for b in window])
+        everywhere = torch.isin(ids, torch.tensor(ROCKS)).double().mean().item()
+        assert line["weight/zero_share"] == pytest.approx(everywhere)  # of every step
+        assert line["rock/mean_kl"] > 0
+
+
+def test_the_first_step_is_measured_when_it_logs(tokenizer, tmp_path):
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
+    changes = {"token_weighting": "rock", "rock_set": rocks, "logging_steps": 5, "max_steps": 2}
+    first = record(tokenizer, tmp_path, logging_first_step=True, **changes).state.log_history[0]
+    assert first["step"] == 1
+    assert first["rock/mean_kl"] > 0
+
+
+# Arms
+
+
+def test_control_weights_the_controls(tokenizer, tmp_path):
+    controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
+    trainer = record(tokenizer, tmp_path, token_weighting="control", rock_weight=0.25, rock_set=rocks)
+    for *_, batch in trainer.batches:
+        mask = batch["completion_mask"].bool()
+        chosen = torch.isin(batch["completion_ids"], torch.tensor(controls.ids))
+        assert torch.equal(batch["weights"], torch.where(chosen, 0.25, 1.0) * mask)
+
+
+def test_random_chooses_as_many_positions_as_rocks_have_and_the_same_ones_again(tokenizer, tmp_path):
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
+    trainers = [
+        record(tokenizer, tmp_path, token_weighting="random", rock_set=rocks, generation_kwargs=GREEDY, **split)
+        for split in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
+    ]
+    for first, second in zip(trainers[0].batches, trainers[1].batches, strict=True):
+        assert torch.equal(first[3]["weights"], second[3]["weights"])
+        mask = first[3]["completion_mask"].bool()
+        expected = random_weights(mask, share=0.4, rock_weight=0.0, seed=7, step=first[1])
+        assert torch.equal(first[3]["weights"], expected)
+
+
+def test_random_weights_are_uniform_independent_and_do_not_touch_the_random_stream():
+    mask = torch.ones(200, 300, dtype=torch.bool)
+    state = torch.get_rng_state()
+    draws = [
+        random_weights(mask, share=0.3, rock_weight=0.0, seed=seed, step=step) == 0
+        for seed, step in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    for draw in draws:
+        assert draw.double().mean().item() == pytest.approx(0.3, abs=0.01)
+        assert draw.double().mean(0).std() < 0.05  # each place: 0.3 +- sqrt(0.3 x 0.7 / 200) = 0.032
+        assert draw.double().mean(1).std() < 0.05
+    for other in draws[1:]:
+        assert (draws[0] & other).double().mean().item() == pytest.approx(0.09, abs=0.01)
+    shifted = random_weights(mask[5:], share=0.3, rock_weight=0.0, seed=0, step=0, first_rollout=5) == 0
+    assert torch.equal(shifted, draws[0][5:])
+    assert not random_weights(~mask, share=1.0, rock_weight=0.5, seed=0, step=0).any()
+
+
+# Numbers that are not finite
+
+
+def broken(model, where):
+    with torch.no_grad():
+        if where == "everywhere":
+            for p in model.parameters():
+                p.fill_(float("nan"))
+        else:
+            model.lm_head.weight[50] = {"nan": float("nan"), "inf": float("inf")}[where]
+    return model
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+@pytest.mark.parametrize("where", ["nan", "inf", "everywhere"])
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, where, own_path):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    broken(models[culprit], where)
+    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", ROCKS)} if own_path else {}
+    trainer = OPDTrainer(
+        model=models["student"],
+        teacher_model=models["teacher"],
+        args=make_config(tmp_path, **rocks),
+        train_dataset=make_dataset(),
+        eval_dataset=make_dataset(2),
+        processing_class=tokenizer,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
+        trainer.train()
+    same = [torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in trainer.model.named_parameters()]
+    assert all(same)
+    with pytest.raises(ValueError, match=f"the {culprit}'s logits are not finite"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+def test_greedy_rollouts_do_not_hide_logits_that_are_not_finite(tokenizer, tmp_path, culprit):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    broken(models[culprit], "nan")
+    config = make_config(tmp_path, generation_kwargs=GREEDY)
+    trainer = OPDTrainer(*models.values(), config, make_dataset(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
+        trainer.train()
+
+
+def test_a_first_step_of_unrelated_models_is_a_warning(tokenizer, tmp_path):
+    teacher = make_model(seed=1)
+    with torch.no_grad():
+        teacher.lm_head.weight *= 60
+    trainer = OPDTrainer(make_model(), teacher, make_config(tmp_path), make_dataset(), processing_class=tokenizer)
+    with pytest.warns(UserWarning, match=r"first step is \d+\.\d nats per token"):
+        trainer.train()
+    assert trainer.state.log_history[0]["kl/mean"] > 10
+
+
+def test_a_plain_text_dataset_trains_too(tokenizer, tmp_path):
+    dataset = Dataset.from_dict({"prompt": ["Add 3 and 4."] * 4, "other": [1, 2, 3, 4]})
+    assert record(tokenizer, tmp_path, dataset).state.global_step == 2
