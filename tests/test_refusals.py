@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CLIPImageProcessor, LlavaProcessor
+from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import Controls, OPDTrainer, RockSet
@@ -96,11 +96,19 @@ def test_a_rock_outside_the_shared_range_is_refused(tokenizer, tmp_path):
 
 
 def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
-    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14, image_token="<|start|>")
+    class Processor(ProcessorMixin):
+        """A processor as vision-language models have one, of which only the text half is needed to be recognised."""
+
+        attributes = ("tokenizer",)
+        tokenizer_class = "AutoTokenizer"
+
+        def __init__(self, tokenizer=None):
+            super().__init__(tokenizer)
+
     student = make_model()
     student.config.image_token_id = 1
     with pytest.raises(ValueError, match="distils text models only"):
-        build(tmp_path, processor, student=student)
+        build(tmp_path, Processor(tokenizer), student=student)
 
 
 def test_trl_runs_its_backbones_in_float32_under_bf16(tokenizer, tmp_path):
