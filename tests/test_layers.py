@@ -24,14 +24,15 @@ MODULE_LINES, FUNCTION_LINES = 300, 50
 
 GROUND = {"_trl", "records", "rock_set", "schema", "vocabulary"}
 PURE = {"batching", "divergence", "figures", "weighting"}
-PLUMBING = {"arm", "finite", "opd_config", "opd_trainer", "preflight", "teacher"}
+PLUMBING = {"arm", "finite", "opd_config", "opd_trainer", "preflight", "prompts", "rollouts", "teacher"}
 EDGE = {"__init__", "__main__", "cli"}
 
 # layer: its modules, and the modules of ours that each of them may import
 DIAGRAM = {
     "ground": (GROUND, GROUND),
     "pure": (PURE, GROUND),
-    "configuration": ({"opd_config", "finite"}, set()),
+    "alone": ({"opd_config", "finite", "prompts"}, set()),
+    "rollouts": ({"rollouts"}, GROUND),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),

@@ -14,6 +14,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
@@ -86,6 +88,7 @@ def make_model(family: str = "qwen3", *, seed: int = 0, rows: int = 300, width: 
         "vocab_size": rows,
         "initializer_range": 0.2,
     }
+    opt = {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2, "dropout": 0.0}
     ends = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     kinds = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**common, "head_dim": width // 2, "tie_word_embeddings": False}),
@@ -95,6 +98,7 @@ def make_model(family: str = "qwen3", *, seed: int = 0, rows: int = 300, width: 
         "cohere": (CohereConfig, CohereForCausalLM, {**common, "logit_scale": 0.3}),
         "granite": (GraniteConfig, GraniteForCausalLM, {**common, "logits_scaling": 2.0}),
         "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**common, "head_dim": width // 2, "final_logit_softcapping": 5.0}),
+        "opt": (OPTConfig, OPTForCausalLM, {**common, **opt}),
         "phi": (PhiConfig, PhiForCausalLM, common),
     }
     config, model, fields = kinds[family]

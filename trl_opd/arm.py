@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
-from .batching import loss_mask
+from .batching import is_truncated, loss_mask
 from .figures import token_groups
 from .opd_config import OPDConfig
 from .rock_set import RockSet
@@ -23,14 +26,22 @@ class Arm:
         args (`OPDConfig`): The configuration.
         rock_set (`RockSet`, *optional*): The rock set of `args.rock_set`, checked against the tokenizer.
         vocab_size (`int`): The range of ids that student and teacher share.
+        stop_ids (`Sequence[int]`): Ids that end a rollout which was not cut.
         accelerator (`accelerate.Accelerator`): Sums over processes.
 
     Attributes:
         groups (`torch.Tensor` or `None`): Rock, control or other, int64, shape `(vocab_size,)`; `None` without a set.
     """
 
-    def __init__(self, args: OPDConfig, rock_set: RockSet | None, vocab_size: int, accelerator: Accelerator):
-        self._args, self._accelerator = args, accelerator
+    def __init__(
+        self,
+        args: OPDConfig,
+        rock_set: RockSet | None,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        accelerator: Accelerator,
+    ):
+        self._args, self._stop_ids, self._accelerator = args, stop_ids, accelerator
         self._freezes = args.token_weighting != "uniform" and args.rock_weight == 0.0
         self.groups = None
         if rock_set is not None:
@@ -38,6 +49,12 @@ class Arm:
             self.groups = token_groups(rock_set.ids, controls, vocab_size)
             self._share = rock_set.token_share
             self._ids = torch.tensor(controls) if args.token_weighting == "control" else rock_set.ids
+
+    def prepare(self, batch: dict[str, torch.Tensor], step: int) -> None:
+        """Leave cut rollouts out of a generation batch when asked, then weigh it. A collective."""
+        if self._args.mask_truncated_completions:
+            self._mask_truncated(batch, step)
+        self.weigh(batch, step)
 
     def weigh(self, batch: dict[str, torch.Tensor], step: int) -> None:
         """Add the weights of a generation batch, `(B, C)`, and their denominator where it is not TRL's token count.
@@ -63,6 +80,19 @@ class Arm:
         if self._args.logging_strategy != "steps":
             return step % MEASURE_EVERY == 0
         return step % state.logging_steps == 0 or (step == 1 and self._args.logging_first_step)
+
+    def _mask_truncated(self, batch: dict[str, torch.Tensor], step: int) -> None:
+        cut = is_truncated(batch["completion_ids"], batch["completion_mask"], self._stop_ids)
+        # The tool mask is TRL's one way to keep a position as context and out of the loss.
+        batch["tool_mask"] = loss_mask(batch).long() * (~cut).long()[:, None]
+        batch["num_items_in_batch"] = self._accelerator.gather(batch["tool_mask"].sum()).sum()
+        if batch["num_items_in_batch"] == 0:
+            warnings.warn(
+                f"Step {step + 1}: every rollout was cut at max_completion_length={self._args.max_completion_length}, "
+                "and mask_truncated_completions leaves them out: nothing is trained in this step. Raise "
+                "max_completion_length.",
+                stacklevel=2,
+            )
 
     def _weights(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         mask, ids, args = loss_mask(batch), batch["completion_ids"], self._args

@@ -61,6 +61,12 @@ class FigureSums:
             self._sums[self._PADDING] += (mask == 0).sum()
             self._sums[self._FORWARDED] += mask.numel()
 
+    def mean_divergence(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
+        """Return the mean divergence of all processes so far, nats, or `None` without positions; keeps the sums."""
+        sums = reduce(self._sums.clone()).tolist()
+        positions = sum(sums[self._MEASURED])
+        return sum(sums[self._DIVERGENCE]) / positions if positions else None
+
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Return the figures of all processes by name, in nats and shares, and start anew.
 

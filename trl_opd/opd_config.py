@@ -97,7 +97,15 @@ class OPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "support bf16" not in str(error):
+                raise
+            raise ValueError(
+                "bf16=True is TRL's default and this machine cannot do it: pass `fp16=True, bf16=False` on a GPU "
+                "without bfloat16 (`--fp16 --bf16 false`), or `use_cpu=True` without a GPU (`--use_cpu`)."
+            ) from error
         _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
         _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
         _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
@@ -120,6 +128,17 @@ class OPDConfig(DistillationConfig):
                 "Greedy rollouts (`generation_kwargs={'do_sample': False}`) know no temperature, and the divergence is "
                 f"taken at temperature 1: leave temperature at 1.0, got {self.temperature}."
             )
+
+    def to_dict(self):
+        # transformers spells out a quantisation config in `model_init_kwargs` only; TensorBoard's callback and the
+        # saved arguments need the teacher's, too.
+        content = super().to_dict()
+        kwargs = content.get("teacher_model_init_kwargs")
+        if isinstance(kwargs, dict) and hasattr(kwargs.get("quantization_config"), "to_dict"):
+            kwargs = {**kwargs, "quantization_config": kwargs["quantization_config"].to_dict()}
+            self._dict_dtype_to_str(kwargs)
+            content["teacher_model_init_kwargs"] = kwargs
+        return content
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,7 +7,6 @@ forward), and the loss is divided by the token count of the whole generation bat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -21,36 +20,33 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
-from ._trl import RepeatSampler, lm_head, output_rows, repeat_iterable_dataset
+from ._trl import lm_heads, output_rows
 from .arm import Arm
-from .batching import is_truncated, loss_mask
+from .batching import loss_mask
 from .divergence import weighted_divergence
 from .figures import FigureSums
 from .finite import FiniteGuard, not_finite
 from .opd_config import OPDConfig
-from .preflight import load_rock_set, require_groups, warn_of_first_step, warn_of_float32
-from .records import LMHead, TokenSignals
+from .preflight import (
+    context_length,
+    load_rock_set,
+    no_step,
+    require_groups,
+    require_text,
+    warn_of_first_step,
+    warn_of_float32,
+    warn_of_one_process,
+)
+from .prompts import require_fit, require_prompt, require_prompts
+from .records import TokenSignals
+from .rollouts import EpochRepeatSampler, grouped_stream, own_random_stream, positions_from_mask, sampling_mode
 from .teacher import check_teacher_vocabulary, keep_4bit_layout, load_teacher, place_teacher
 
 
 class OPDTrainer(DistillationTrainer):
     """Trainer for on-policy distillation that can weight, and shows, the tokens that it spends itself on.
 
-    Takes what [`~trl.DistillationTrainer`] takes, with an [`OPDConfig`]. With nothing new set it trains as that class.
-
-    Example:
-
-    ```python
-    >>> from datasets import load_dataset
-    >>> from trl_opd import OPDTrainer
-
-    >>> trainer = OPDTrainer(
-    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
-    ...     teacher_model="Qwen/Qwen2.5-7B-Instruct",
-    ...     train_dataset=load_dataset("trl-lib/tldr", split="train"),
-    ... )
-    >>> trainer.train()
-    ```
+    Takes what [`~trl.DistillationTrainer`] takes, with an [`OPDConfig`], and trains as it does with nothing new set.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student.
@@ -58,8 +54,7 @@ class OPDTrainer(DistillationTrainer):
             The teacher; `args.teacher_model_name_or_path` when omitted. Its vocabulary may be padded to another size.
         args ([`OPDConfig`], *optional*): Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows with a `prompt`.
-        eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
-            As in [`~trl.DistillationTrainer`].
+        others: As in [`~trl.DistillationTrainer`].
 
     Attributes:
         rock_set ([`RockSet`] or `None`): The rock set of `args.rock_set`.
@@ -91,6 +86,9 @@ class OPDTrainer(DistillationTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = OPDConfig(f"{name.split('/')[-1]}-OPD")
         require_groups(args)
+        require_prompts(train_dataset, "training dataset")
+        require_prompts(eval_dataset, "evaluation dataset")
+        warn_of_one_process(args)
         self.rock_set = load_rock_set(args)
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
@@ -108,32 +106,31 @@ class OPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        if self._is_vlm:
-            raise ValueError(
-                f"{type(self).__name__} distils text models only for now; use trl.DistillationTrainer for the "
-                "vision-language student."
-            )
+        require_text(self._is_vlm)
         keep_4bit_layout(self.model)
         self._attach_teacher(teacher_model)
         if self.rock_set is not None:
             self.rock_set.check(self._tokenizer, self._vocab_size)
-        self._arm = Arm(args, self.rock_set, self._vocab_size, self.accelerator)
+        stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
         self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
         self._finite = FiniteGuard(self.accelerator)
         self._first_step_loss = torch.zeros((), device=self.accelerator.device)
-
-    # Set-up
+        self._new_completions = False
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         rows = output_rows(self.model), output_rows(teacher)
         check_teacher_vocabulary(teacher, self._tokenizer, rows, self.args)
         self._vocab_size = min(rows)
+        self._context = context_length(self.model)
+        if self.max_completion_length is None:
+            self.max_completion_length = self._context  # what TRL's tool loop compares with
         if rows[0] > self._vocab_size:
             self._suppress(range(self._vocab_size, rows[0]))
         warn_of_float32(self.accelerator.device, self.model, teacher)
-        self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.teacher_model = place_teacher(teacher, self.accelerator, sharded=self._sharded)
-        # Then TRL's own loss computes the same, to the bit: nothing is weighted, told apart or cut to a shared range.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.teacher_model = place_teacher(teacher, self.accelerator, sharded=sharded)
+        # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
         self._as_trl = self.args.micro_batching == "trl" and self.rock_set is None and rows[0] == rows[1]
 
     def _suppress(self, ids: range) -> None:
@@ -145,36 +142,53 @@ class OPDTrainer(DistillationTrainer):
         suppressed = sorted({*(self.generation_kwargs.get("suppress_tokens") or ()), *ids})
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
 
-    # Rollouts
-
     def get_train_dataloader(self):
-        stream, shuffle = self.train_dataset, self.shuffle_dataset
-        if self.args.num_generations == 1 or not isinstance(stream, IterableDataset):
+        if self.args.num_generations == 1 or not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        # TRL repeats a stream once per accumulation step, but each prompt once: repeat the records first, in the order
-        # that the sampler below has for indexed datasets. The shuffle has to come before that.
-        prompts = self._rollouts_per_step() // self.args.num_generations
-        shuffled = stream.shuffle(seed=self.args.seed) if shuffle else stream
-        self.train_dataset = repeat_iterable_dataset(shuffled, self.args.num_generations, batch_size=prompts)
-        self.shuffle_dataset = False
-        try:
+        with grouped_stream(self, prompts=self._prompts_per_step(), rollouts=self.args.num_generations):
             return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.shuffle_dataset = stream, shuffle
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        return RepeatSampler(
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
+        return EpochRepeatSampler(
+            # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+            epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
-            batch_size=self._rollouts_per_step() // self.args.num_generations,
+            batch_size=self._prompts_per_step(),
             repeat_count=self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
 
-    def _rollouts_per_step(self) -> int:
+    def _prompts_per_step(self) -> int:
         args = self.args
-        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        rollouts = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return rollouts // args.num_generations
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise no_step(self.train_dataset, self._prompts_per_step())
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        with own_random_stream(self.args.seed):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        mean = self._figures["eval"].mean_divergence(self._sum_over_processes)
+        if mean is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL's is a mean of batch means
+        return output
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, *rest = super()._tokenize_prompts(prompts)
+        budget = 1 if self.args.max_completion_length is None else self.max_completion_length
+        require_fit(prompts, prompt_ids, budget, self._context, self.train_dataset)
+        return prompt_ids, *rest
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         largest = max((max(ids, default=0) for ids in prompt_ids), default=0)
@@ -183,8 +197,12 @@ class OPDTrainer(DistillationTrainer):
                 f"A prompt holds token id {largest} ({self._tokenizer.convert_ids_to_tokens(largest)!r}), which is "
                 f"outside the {self._vocab_size} ids that student and teacher share: the other model cannot embed it."
             )
+        if self.args.max_completion_length is None:
+            room = self._context - max(map(len, prompt_ids))
+            self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = room
         try:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            with sampling_mode(self.model), positions_from_mask(self.model):
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         except RuntimeError as error:
             # How torch.multinomial says NaN, on the CPU and on CUDA.
             if any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
@@ -192,29 +210,13 @@ class OPDTrainer(DistillationTrainer):
             raise
 
     def _generate_and_score_completions(self, inputs):
+        for row in inputs:
+            require_prompt(row.get("prompt"), "a row of the dataset")
         batch = super()._generate_and_score_completions(inputs)
-        if not self.model.training:
-            return batch  # evaluation is never weighted, and counts every position
-        if self.args.mask_truncated_completions:
-            self._mask_truncated(batch)
-        self._arm.weigh(batch, self.state.global_step)
+        self._new_completions = True
+        if self.model.training:  # evaluation is never weighted, and counts every position
+            self._arm.prepare(batch, self.state.global_step)
         return batch
-
-    def _mask_truncated(self, batch: dict) -> None:
-        stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        cut = is_truncated(batch["completion_ids"], batch["completion_mask"], stop_ids)
-        # The tool mask is TRL's one way to keep a position as context and out of the loss.
-        batch["tool_mask"] = loss_mask(batch).long() * (~cut).long()[:, None]
-        batch["num_items_in_batch"] = self.accelerator.gather(batch["tool_mask"].sum()).sum()
-        if batch["num_items_in_batch"] == 0:
-            warnings.warn(
-                f"Step {self.state.global_step + 1}: every rollout was cut at max_completion_length="
-                f"{self.max_completion_length}, and mask_truncated_completions leaves them out: nothing is trained in "
-                "this step. Raise max_completion_length.",
-                stacklevel=2,
-            )
-
-    # The loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         figures = self._figures["train" if self.model.training else "eval"]
@@ -227,7 +229,8 @@ class OPDTrainer(DistillationTrainer):
             return loss, entropy_sum, positions
 
         mask = loss_mask(inputs)
-        compared = (*self._hidden_states(unwrapped_student, inputs, mask), *self._heads(unwrapped_student))
+        heads = lm_heads(unwrapped_student, self.accelerator.unwrap_model(self.teacher_model))
+        compared = (*self._hidden_states(unwrapped_student, inputs, mask), *heads)
         weights = inputs["weights"][mask] if "weights" in inputs else mask[mask].float()
         denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
         denominator = inputs.get("weight_denominator", denominator)
@@ -244,16 +247,6 @@ class OPDTrainer(DistillationTrainer):
         measured = torch.ones_like(frozen) if complete else ~frozen
         self._finite.note(entropy[measured], divergence[measured])
         return loss, entropy[measured].sum(), measured.sum()
-
-    def _heads(self, unwrapped_student) -> tuple[LMHead, LMHead]:
-        heads = lm_head(unwrapped_student), lm_head(self.accelerator.unwrap_model(self.teacher_model))
-        devices = [head.weight.device for head in heads]
-        if devices[0] != devices[1]:
-            raise ValueError(
-                f"The student's LM head is on {devices[0]}, the teacher's on {devices[1]}: give both models a "
-                "`device_map` that puts their heads on one device."
-            )
-        return heads
 
     def _hidden_states(self, unwrapped_student, inputs, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last hidden states of student and teacher that predict the tokens of `mask`, `(N, H)` each."""
@@ -273,6 +266,11 @@ class OPDTrainer(DistillationTrainer):
         mask = mask.to(device)
         return student_hidden.to(device)[mask], teacher_hidden.to(device)[mask]
 
+    def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
+        # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
+        with self.accelerator.autocast(), positions_from_mask(unwrapped_model):
+            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step == 0:
@@ -288,7 +286,12 @@ class OPDTrainer(DistillationTrainer):
         if mode == "eval":
             self._finite.stop_if_raised(self.state.global_step)
         prefix = "" if mode == "train" else "eval_"
-        figures = self._figures[mode].take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
+        figures = self._figures[mode].take(self._sum_over_processes)
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
         logs.update({prefix + name: value for name, value in figures.items()})
+        show, self.log_completions = self.log_completions, self.log_completions and self._new_completions
         super().log(logs, start_time)
+        self.log_completions, self._new_completions = show, False
+
+    def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")

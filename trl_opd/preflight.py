@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .opd_config import OPDConfig
@@ -25,6 +27,43 @@ def require_groups(args: OPDConfig) -> None:
             f"The {rollouts} rollouts of an optimizer step (per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x {args.world_size} processes x gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}) do not divide into groups of num_generations={args.num_generations}."
+        )
+
+
+def require_text(vision: bool) -> None:
+    """Raise `ValueError` for a student whose processor is that of a vision-language model."""
+    if vision:
+        raise ValueError(
+            "OPDTrainer distils text models only for now; use trl.DistillationTrainer for the vision-language student."
+        )
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Return the number of positions that a model has; a configuration that names none (Mamba, ALiBi) has no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+
+
+def no_step(dataset, prompts: int) -> ValueError:
+    """Return the error of a run that ended before its first step, for want of `prompts` prompts."""
+    rows = f"{len(dataset)} rows" if isinstance(dataset, Dataset) else "fewer rows"
+    return ValueError(
+        f"Nothing was trained: an optimizer step needs {prompts} prompts (per_device_train_batch_size x processes x "
+        f"gradient_accumulation_steps / num_generations) and the dataset has {rows}. Lower them, or add prompts."
+    )
+
+
+def warn_of_one_process(args: OPDConfig) -> None:
+    """Warn when a launcher prepared several processes on the CPU and this is the only one.
+
+    `accelerate launch --cpu --num_processes 2` does so in accelerate 1.15: it names a meeting place and starts one.
+    """
+    prepared = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if prepared and "WORLD_SIZE" not in os.environ and args.world_size == 1:
+        warnings.warn(
+            "The launcher was asked for several processes on the CPU and has started one. Start them with "
+            "`python -m torch.distributed.run --nproc_per_node N SCRIPT` instead of `accelerate launch --cpu`.",
+            stacklevel=2,
         )
 
 

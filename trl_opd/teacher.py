@@ -6,7 +6,11 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from peft import PromptLearningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from ._trl import create_model_from_path, prepare_deepspeed
 from .opd_config import OPDConfig
@@ -44,6 +48,8 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
                 "Student and teacher are the same object: the divergence would be zero at every position. Load the "
                 "teacher separately, or pass its name."
             )
+    require_readable_head(teacher, "teacher")
+    _dequantize_head(teacher)
     keep_4bit_layout(teacher)
     return teacher.eval().requires_grad_(False)
 
@@ -89,6 +95,40 @@ def check_teacher_vocabulary(
     )
 
 
+def require_readable_head(model: PreTrainedModel, name: str) -> None:
+    """Raise `ValueError` when a PEFT adapter lies where the divergence does not look: outside the backbone."""
+    if not is_peft_model(model):
+        return
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"The {name} has a PEFT adapter on its LM head, whose weight the divergence reads directly, without the "
+            "adapter: merge it first (`model = model.merge_and_unload()`), or leave `lm_head` out of target_modules."
+        )
+    if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+        raise ValueError(
+            f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone does not see: use a "
+            "weight-based adapter such as LoRA."
+        )
+
+
+def _dequantize_head(model: PreTrainedModel) -> None:
+    """Put an LM head in full precision in the place of one that bitsandbytes has quantised, once."""
+    head = model.get_output_embeddings()
+    if head.weight.is_floating_point():
+        return
+    weight = dequantize_bnb_weight(head.weight, getattr(head, "state", None))
+    if not weight.is_floating_point():
+        raise ValueError(
+            "The teacher's LM head is quantised in a way that cannot be undone here: load it with `lm_head` among the "
+            "modules that its quantisation skips (`llm_int8_skip_modules`)."
+        )
+    full = torch.nn.Linear(*weight.shape[::-1], bias=head.bias is not None, device="meta")
+    full.weight = torch.nn.Parameter(weight.to(model.dtype), requires_grad=False)
+    if head.bias is not None:
+        full.bias = head.bias
+    model.set_output_embeddings(full)
+
+
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """Keep the 4-bit layers of a model in the layout that has gradients, on every CPU.
 
@@ -128,7 +168,11 @@ def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedT
         return None
     revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        # For a folder without tokenizer files transformers 5 makes one up that knows its special tokens only.
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():
+            raise ValueError("its vocabulary is empty")
+        return found
     except (OSError, ValueError, KeyError) as error:
         if args.teacher_tokenizer_name_or_path:
             raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error

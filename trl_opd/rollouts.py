@@ -1,0 +1,118 @@
+"""Corrections of how TRL draws prompts and rollouts: epochs after a resume, random streams, absolute positions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+from ._trl import RepeatSampler, repeat_iterable_dataset
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler, which draws the permutation of the epoch that it is in.
+
+    TRL's own draws permutation after permutation from one generator, so a run that is resumed in epoch 3 sees the
+    prompts of epoch 1 again. Uninterrupted, the two are the same.
+
+    Args:
+        epoch (`Callable[[], int]`): Returns the number of epochs that are complete.
+        **kwargs: As [`trl.trainer.utils.RepeatSampler`] has them.
+    """
+
+    def __init__(self, *, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+@contextmanager
+def own_random_stream(seed: int):
+    """Draw from a stream of its own, the same each time, and leave every random state as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        set_seed(seed, device_specific=True)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def sampling_mode(model: torch.nn.Module):
+    """Hold the model in eval mode: dropout in a rollout would sample from another model than the one that is scored."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def positions_from_mask(model: torch.nn.Module):
+    """Give a model with learned absolute positions those of the attention mask, in every forward inside.
+
+    With left padding such a model (GPT-2, OPT) otherwise counts the padding and sees another prompt. Rotary and other
+    relative positions do not care, and are left alone.
+    """
+    backbone = model.base_model.model.base_model if hasattr(model, "peft_config") else model.base_model
+    if not has_absolute_positions(backbone):
+        yield
+        return
+    handle = backbone.register_forward_pre_hook(_add_positions, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def has_absolute_positions(backbone: torch.nn.Module) -> bool:
+    """Return whether a backbone embeds positions by a table and takes `position_ids`."""
+    config = backbone.config.get_text_config()
+    relative = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "alibi"))
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    return not relative and any(name.rsplit(".", 1)[-1] in tables for name, _ in backbone.named_modules())
+
+
+def _add_positions(module, args, kwargs):
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and mask is not None and mask.ndim == 2:
+        ids = kwargs.get("input_ids") if not args else args[0]
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs["position_ids"] = places[:, -ids.shape[1] :]
+    return args, kwargs
+
+
+@contextmanager
+def grouped_stream(trainer, *, prompts: int, rollouts: int):
+    """Let TRL's `get_train_dataloader` read a streaming dataset in which each prompt stands `rollouts` times.
+
+    TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the
+    order that the sampler has for indexed datasets; the shuffle has to come before that.
+
+    Args:
+        trainer (`trl.DistillationTrainer`): The trainer, changed inside and restored after.
+        prompts (`int`): Different prompts of a generation batch.
+        rollouts (`int`): Rollouts of each.
+    """
+    stream, shuffle = trainer.train_dataset, trainer.shuffle_dataset
+    shuffled = stream.shuffle(seed=trainer.args.seed) if shuffle else stream
+    trainer.train_dataset = repeat_iterable_dataset(shuffled, rollouts, batch_size=prompts)
+    trainer.shuffle_dataset = False
+    try:
+        yield
+    finally:
+        trainer.train_dataset, trainer.shuffle_dataset = stream, shuffle
