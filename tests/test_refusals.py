@@ -1,11 +1,15 @@
 """Settings that contradict each other are refused with one sentence, before the work that they would spoil."""
 
+import warnings
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
-from trl_opd import Controls, OPDTrainer, RockSet
+from trl_opd import Controls, OPDConfig, OPDTrainer, RockSet
+from trl_opd.preflight import warn_of_float32
 from trl_opd.vocabulary import fingerprint
 
 from .test_laws import rock_file
@@ -93,6 +97,32 @@ def test_a_rock_set_of_this_tokenizer_is_taken(tokenizer, tmp_path):
 def test_a_rock_outside_the_shared_range_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="token id 300, but student and teacher share only 300 ids"):
         build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
+
+
+def test_frozen_float32_weights_on_a_gpu_are_a_warning():
+    gpu, student, teacher = torch.device("cuda"), make_model(), make_model(seed=1).requires_grad_(False)
+    with pytest.warns(UserWarning, match="frozen weights of the teacher are in float32"):
+        warn_of_float32(gpu, student, teacher)
+    lora = get_peft_model(make_model(), LoraConfig(r=4))
+    with pytest.warns(UserWarning, match="frozen weights of the student are in float32"):
+        warn_of_float32(gpu, lora, teacher.bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_float32(gpu, student, teacher)  # a student that is trained in full keeps float32 for its updates
+        warn_of_float32(torch.device("cpu"), lora, make_model())
+
+
+def test_a_machine_without_bfloat16_is_told_the_flags(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=r"`fp16=True, bf16=False` on a GPU.*`use_cpu=True`"):
+        OPDConfig(output_dir=str(tmp_path))
+
+
+def test_a_teacher_folder_without_a_tokenizer_is_not_compared(tokenizer, tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path / "teacher")
+    with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
+        build(tmp_path, tokenizer, teacher=str(tmp_path / "teacher"))
 
 
 def test_a_vision_language_student_is_refused(tokenizer, tmp_path):

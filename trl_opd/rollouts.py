@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import is_peft_model, set_seed
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 
@@ -68,7 +68,7 @@ def positions_from_mask(model: torch.nn.Module):
     With left padding such a model (GPT-2, OPT) otherwise counts the padding and sees another prompt. Rotary and other
     relative positions do not care, and are left alone.
     """
-    backbone = model.base_model.model.base_model if hasattr(model, "peft_config") else model.base_model
+    backbone = model.base_model.model.base_model if is_peft_model(model) else model.base_model
     if not has_absolute_positions(backbone):
         yield
         return

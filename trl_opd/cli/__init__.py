@@ -58,4 +58,5 @@ def _fail(name: str, error: Exception) -> int:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
