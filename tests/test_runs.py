@@ -157,6 +157,13 @@ def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
     assert not any(name.startswith("control/") for name in shown)
 
 
+def test_a_prediction_leaves_nothing_in_the_next_evaluation(tokenizer, tmp_path):
+    trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
+    predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
+    losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert losses[0] == losses[1] != predicted
+
+
 def test_figures_without_positions_are_absent(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, rock_set=rock_file(tmp_path / "rocks.json", [1]))
     line = trainer.state.log_history[0]

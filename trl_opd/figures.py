@@ -61,6 +61,10 @@ class FigureSums:
             self._sums[self._PADDING] += (mask == 0).sum()
             self._sums[self._FORWARDED] += mask.numel()
 
+    def clear(self) -> None:
+        """Forget every sum."""
+        self._sums.zero_()
+
     def mean_divergence(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
         """Return the mean divergence of all processes so far, nats, or `None` without positions; keeps the sums."""
         sums = reduce(self._sums.clone()).tolist()
@@ -76,7 +80,7 @@ class FigureSums:
             reduce (`Callable`): Sums the vector over processes; every process calls it.
         """
         sums = reduce(self._sums).tolist()
-        self._sums.zero_()
+        self.clear()
         divergence, measured = sums[self._DIVERGENCE], sums[self._MEASURED]
         total, positions = sum(divergence), sum(measured)
         figures = {

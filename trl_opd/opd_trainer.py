@@ -178,6 +178,7 @@ class OPDTrainer(DistillationTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         mean = self._figures["eval"].mean_divergence(self._sum_over_processes)
         if mean is not None:
