@@ -122,7 +122,7 @@ class OPDTrainer(DistillationTrainer):
         rows = output_rows(self.model), output_rows(teacher)
         check_teacher_vocabulary(teacher, self._tokenizer, rows, self.args)
         self._vocab_size = min(rows)
-        self._context = context_length(self.model)
+        self._context = min(context_length(self.model), context_length(teacher))
         if self.max_completion_length is None:
             self.max_completion_length = self._context  # what TRL's tool loop compares with
         if rows[0] > self._vocab_size:

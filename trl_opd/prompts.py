@@ -51,7 +51,7 @@ def require_fit(
         prompts (`Sequence`): Prompts of a batch as the dataset has them.
         prompt_ids (`Sequence[Sequence[int]]`): Their tokens.
         budget (`int`): Tokens of a completion at most (at least 1).
-        context (`int`): Positions that the model has.
+        context (`int`): Positions that both models have.
         dataset (`Iterable`, *optional*): Where to look for the row, when that is possible.
     """
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
@@ -60,7 +60,7 @@ def require_fit(
         if len(ids) + budget > context:
             raise ValueError(
                 f"The prompt in {_row(prompt, dataset)} has {len(ids)} tokens and the completion up to {budget}, more "
-                f"than the {context} positions of the model: shorten or drop it, or lower max_completion_length."
+                f"than the {context} positions of the models: shorten or drop it, or lower max_completion_length."
             )
 
 
