@@ -333,7 +333,7 @@ def test_four_by_one_equals_two_by_two_equals_one_by_four(tokenizer, tmp_path, n
 def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     script = Path(__file__).parent / "train_on_processes.py"
     environment_of_one = [sys.executable, str(script)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     commands = {1: environment_of_one, 2: [*launch, str(script)]}
     found = {}
     for count, command in commands.items():

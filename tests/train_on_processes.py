@@ -32,14 +32,17 @@ config = make_config(
     rock_weight=0.5,
     weight_normalization="weights",
     mask_truncated_completions=True,
-    max_completion_length=40,
+    max_completion_length=6,
     max_steps=1,
     optim="sgd",
     learning_rate=1.0,
     max_grad_norm=0.0,
 )
+student = make_model(seed=0)
+with torch.no_grad():  # rollouts that end, on every process, and some that are cut
+    student.lm_head.weight[2] *= 4
 trainer = OPDTrainer(
-    model=make_model(seed=0),
+    model=student,
     teacher_model=make_model(seed=1),
     args=config,
     train_dataset=make_dataset(),
