@@ -1,0 +1,57 @@
+"""What the documents say about the repository is true: commands, trees, tables, links and names of tests."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trl_opd.cli.options import OPD_OPTIONS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
+    assert 'pip install -q -c constraints.txt -e ".[test]" && pytest' in ci
+    for part in ("examples/tiny_models.py", "examples/recipes/two_minutes.yaml"):
+        assert part in readme
+        assert part in ci
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("## The tree") :]
+    shown = set(re.findall(r"[├└]── (\w+)(?:\.py|/)", tree))
+    exist = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"} | {"cli"}
+    assert shown == exist
+
+
+def test_the_diagram_of_the_design_names_every_module():
+    design = (ROOT / "docs" / "design.md").read_text()
+    diagram = design[design.index("## Who may import whom") : design.index("Imports go down")]
+    modules = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"}
+    assert [name for name in sorted(modules) if not re.search(rf"\b{name}\b", diagram)] == []
+
+
+def test_every_option_stands_in_the_table_with_its_default():
+    page = (ROOT / "docs" / "training.md").read_text()
+    for name, (default, _) in OPD_OPTIONS.items():
+        assert re.search(rf"^\| `{name}` \| `?{re.escape(default.removesuffix('.0'))}", page, re.MULTILINE), name
+
+
+def test_every_test_that_a_page_names_exists():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) >= 18
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
