@@ -24,7 +24,7 @@ class FigureSums:
 
     # Places in the vector: three divergence sums and three counts by group, then the rest.
     _DIVERGENCE, _MEASURED = slice(0, 3), slice(3, 6)
-    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _ENTROPY, _PROJECTED, _SIZE = 6, 7, 8, 9, 10, 11, 12
+    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _ENTROPY, _PROJECTED_KL, _PROJECTED, _SIZE = range(6, 14)
 
     def __init__(self, groups: torch.Tensor | None, device: torch.device):
         # MPS has no float64.
@@ -39,6 +39,7 @@ class FigureSums:
         self._sums[self._WEIGHTED] += signals.weights.numel()
         projected = ~signals.entropy.isnan()
         self._sums[self._ENTROPY] += signals.entropy.where(projected, 0.0).sum()
+        self._sums[self._PROJECTED_KL] += signals.divergence.where(projected, 0.0).sum()
         self._sums[self._PROJECTED] += projected.sum()
         if not complete:
             return
@@ -50,6 +51,7 @@ class FigureSums:
     def add_totals(self, divergence_sum: torch.Tensor, entropy_sum: torch.Tensor, positions: torch.Tensor) -> None:
         """Add sums over positions of weight 1 that are not told apart (scalars)."""
         self._sums[self._ENTROPY] += entropy_sum
+        self._sums[self._PROJECTED_KL] += divergence_sum
         self._sums[self._PROJECTED] += positions
         self._sums[OTHER] += divergence_sum
         self._sums[3 + OTHER] += positions
@@ -66,10 +68,12 @@ class FigureSums:
         self._sums.zero_()
 
     def mean_divergence(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
-        """Return the mean divergence of all processes so far, nats, or `None` without positions; keeps the sums."""
+        """Return the mean divergence over the projected positions of all processes so far, and keep the sums.
+
+        In nats; `None` without positions. In a step that does not measure frozen positions it is that of the others.
+        """
         sums = reduce(self._sums.clone()).tolist()
-        positions = sum(sums[self._MEASURED])
-        return sum(sums[self._DIVERGENCE]) / positions if positions else None
+        return sums[self._PROJECTED_KL] / sums[self._PROJECTED] if sums[self._PROJECTED] else None
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Return the figures of all processes by name, in nats and shares, and start anew.

@@ -30,6 +30,7 @@ class FiniteGuard:
     def stop_if_raised(self, step: int) -> None:
         """Raise `ValueError` on every process when one has seen a value that is not finite in optimizer step `step`."""
         flags = self._accelerator.reduce(self._flags, reduction="sum").tolist()
+        self._flags.zero_()
         for model, flag in zip(_ADVICE, flags, strict=True):
             if flag:
                 raise not_finite(model, step)

@@ -35,12 +35,13 @@ from .preflight import (
     require_text,
     warn_of_first_step,
     warn_of_float32,
+    warn_of_no_end,
     warn_of_one_process,
 )
 from .prompts import require_fit, require_prompt, require_prompts
 from .records import TokenSignals
 from .rollouts import EpochRepeatSampler, grouped_stream, own_random_stream, positions_from_mask, sampling_mode
-from .teacher import check_teacher_vocabulary, keep_4bit_layout, load_teacher, place_teacher
+from .teacher import check_teacher_vocabulary, dequantize_head, keep_4bit_layout, load_teacher, place_teacher
 
 
 class OPDTrainer(DistillationTrainer):
@@ -108,6 +109,7 @@ class OPDTrainer(DistillationTrainer):
         )
         require_text(self._is_vlm)
         keep_4bit_layout(self.model)
+        dequantize_head(self.model)
         self._attach_teacher(teacher_model)
         if self.rock_set is not None:
             self.rock_set.check(self._tokenizer, self._vocab_size)
@@ -115,7 +117,6 @@ class OPDTrainer(DistillationTrainer):
         self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
         self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
         self._finite = FiniteGuard(self.accelerator)
-        self._first_step_loss = torch.zeros((), device=self.accelerator.device)
         self._new_completions = False
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
@@ -139,7 +140,9 @@ class OPDTrainer(DistillationTrainer):
                 f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
                 "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
             )
-        suppressed = sorted({*(self.generation_kwargs.get("suppress_tokens") or ()), *ids})
+        warn_of_no_end(self.eos_token_ids, ids)
+        own = self.generation_kwargs.get("suppress_tokens", self.model.generation_config.suppress_tokens)
+        suppressed = sorted({*(own or ()), *ids})
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
 
     def get_train_dataloader(self):
@@ -166,6 +169,7 @@ class OPDTrainer(DistillationTrainer):
         return rollouts // args.num_generations
 
     def train(self, *args, **kwargs):
+        self._figures["train"].clear()  # of a run that broke off
         output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise no_step(self.train_dataset, self._prompts_per_step())
@@ -180,6 +184,7 @@ class OPDTrainer(DistillationTrainer):
     ):
         self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._finite.stop_if_raised(self.state.global_step)
         mean = self._figures["eval"].mean_divergence(self._sum_over_processes)
         if mean is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL's is a mean of batch means
@@ -252,6 +257,7 @@ class OPDTrainer(DistillationTrainer):
     def _hidden_states(self, unwrapped_student, inputs, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last hidden states of student and teacher that predict the tokens of `mask`, `(N, H)` each."""
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        input_ids = input_ids.clamp(max=self._vocab_size - 1)  # the padding id may be one that the teacher lacks
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         forward = (input_ids, attention_mask, inputs["completion_ids"].size(1))
         student_hidden = self._get_last_hidden_state(unwrapped_student, *forward)
@@ -274,18 +280,14 @@ class OPDTrainer(DistillationTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.state.global_step == 0:
-            self._first_step_loss += loss.detach()
         if self.accelerator.sync_gradients:
             self._finite.stop_if_raised(self.state.global_step + 1)
             if self.state.global_step == 0:
-                warn_of_first_step(self.accelerator.reduce(self._first_step_loss, reduction="mean").item())
+                warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if mode == "eval":
-            self._finite.stop_if_raised(self.state.global_step)
         prefix = "" if mode == "train" else "eval_"
         figures = self._figures[mode].take(self._sum_over_processes)
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens

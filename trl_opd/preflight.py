@@ -53,6 +53,16 @@ def no_step(dataset, prompts: int) -> ValueError:
     )
 
 
+def warn_of_no_end(eos_token_ids: list[int], suppressed: range) -> None:
+    """Warn when every token that ends a rollout is one that the teacher cannot embed, and so is never sampled."""
+    if set(eos_token_ids) <= set(suppressed):
+        warnings.warn(
+            f"Every end of a rollout (eos_token ids {eos_token_ids}) is a token that the teacher cannot embed: they "
+            "never end before max_completion_length. Use the teacher's eos_token.",
+            stacklevel=2,
+        )
+
+
 def warn_of_one_process(args: OPDConfig) -> None:
     """Warn when a launcher prepared several processes on the CPU and this is the only one.
 
@@ -77,6 +87,11 @@ def load_rock_set(args: OPDConfig) -> RockSet | None:
             f"token_weighting='control' needs controls that match the rocks' token mass, and {args.rock_set} has none: "
             "use token_weighting='random', which takes as many positions drawn at random."
         )
+    if args.token_weighting == "random" and rock_set.token_share > 1.0:
+        raise ValueError(
+            f"{args.rock_set} counts more rocks than its corpus has tokens ({rock_set.token_share:.1f} times as many): "
+            "token_weighting='random' cannot draw that share of the positions."
+        )
     return rock_set
 
 
@@ -94,9 +109,9 @@ def warn_of_float32(device: torch.device, student: PreTrainedModel, teacher: Pre
             )
 
 
-def warn_of_first_step(mean_divergence: float) -> None:
+def warn_of_first_step(mean_divergence: float | None) -> None:
     """Warn when the first step's mean divergence (nats per token) is that of unrelated models."""
-    if mean_divergence > FIRST_STEP_LIMIT:
+    if mean_divergence is not None and mean_divergence > FIRST_STEP_LIMIT:
         warnings.warn(
             f"The divergence of the first step is {mean_divergence:.1f} nats per token, as between unrelated models: "
             "is it the right teacher, and does it have the student's tokenizer and chat template?",

@@ -43,13 +43,15 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
                 "`teacher_model_init_kwargs` has no effect on a teacher that is already instantiated: remove it, or "
                 "pass the teacher's name."
             )
-        if teacher is student:
+        # Also an adapter around the other model's own object: it puts its layers into that object.
+        mine = set() if isinstance(student, str) else {id(parameter) for parameter in student.parameters()}
+        if any(id(parameter) in mine for parameter in teacher.parameters()):
             raise ValueError(
-                "Student and teacher are the same object: the divergence would be zero at every position. Load the "
-                "teacher separately, or pass its name."
+                "Student and teacher are the same object, or share weights: training one would change the other. Load "
+                "the teacher separately, or pass its name."
             )
     require_readable_head(teacher, "teacher")
-    _dequantize_head(teacher)
+    dequantize_head(teacher)
     keep_4bit_layout(teacher)
     return teacher.eval().requires_grad_(False)
 
@@ -111,16 +113,20 @@ def require_readable_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _dequantize_head(model: PreTrainedModel) -> None:
-    """Put an LM head in full precision in the place of one that bitsandbytes has quantised, once."""
+def dequantize_head(model: PreTrainedModel) -> None:
+    """Put an LM head in full precision in the place of one that bitsandbytes has quantised, once.
+
+    The divergence reads the head's weight directly, and a packed one has neither the shape nor the numbers.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
     if head.weight.is_floating_point():
         return
     weight = dequantize_bnb_weight(head.weight, getattr(head, "state", None))
     if not weight.is_floating_point():
         raise ValueError(
-            "The teacher's LM head is quantised in a way that cannot be undone here: load it with `lm_head` among the "
-            "modules that its quantisation skips (`llm_int8_skip_modules`)."
+            "The LM head of student or teacher is quantised in a way that cannot be undone here: load it with "
+            "`lm_head` among the modules that its quantisation skips (`llm_int8_skip_modules`)."
         )
     full = torch.nn.Linear(*weight.shape[::-1], bias=head.bias is not None, device="meta")
     full.weight = torch.nn.Parameter(weight.to(model.dtype), requires_grad=False)

@@ -1,0 +1,217 @@
+"""OPDTrainer at the edges of test_models: both paths of the loss on mixed models, and ids outside the shared range."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from trl_opd import OPDTrainer
+
+from . import reference
+from .test_laws import loss_and_gradient, make_inputs, rock_file
+from .test_models import FOUR_BIT, Rollouts, save, swapped_tokenizer
+from .tiny import make_config, make_dataset, make_model, make_tokenizer
+
+ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": LoraConfig(**ADAPTER)}
+
+
+def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, **changes):
+    given = {key: changes.pop(key) for key in ("quantization_config", "peft_config", "eval_dataset") if key in changes}
+    return cls(
+        model=make_model(seed=0) if student is None else student,
+        teacher_model=make_model(seed=1) if teacher is None else teacher,
+        args=make_config(path, **changes),
+        train_dataset=make_dataset(),
+        processing_class=tokenizer or make_tokenizer(),
+        **given,
+    )
+
+
+def four_bit(path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(**FOUR_BIT))
+
+
+def reference_of(trainer, inputs):
+    rows = [[1.0] * int(mask.sum()) for mask in inputs["completion_mask"]]
+    count = int(inputs["completion_mask"].sum())
+    return reference.loss_and_gradient(trainer.model, trainer.teacher_model, inputs, rows, count)
+
+
+# Both paths of the loss, TRL's own (nothing new set) and ours (a rock set given), on models of unlike weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+        {"teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}},
+        {"model_init_kwargs": {"dtype": "bfloat16"}},
+        QUANTISED,
+        {"gradient_checkpointing": True, "peft_config": LoraConfig(**ADAPTER)},
+    ],
+    ids=["bfloat16 teacher", "4-bit teacher", "bfloat16 student", "QLoRA student", "LoRA with checkpointing"],
+)
+def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
+    paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
+    found = []
+    for rocks in ({}, {"rock_set": rock_file(tmp_path / "rocks.json", range(60, 180))}):
+        torch.manual_seed(0)
+        trainer = build(tmp_path, *paths, **changes, **rocks)
+        assert trainer._as_trl != bool(rocks)
+        if trainer.args.gradient_checkpointing:  # as Trainer does it, inside `train`
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        found.append(loss_and_gradient(trainer, make_inputs()))
+    assert found[0][0] > 0.5
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert reference.relative_error(found[1][1], found[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize("given", ["path", "object"])
+def test_every_adapter_of_a_quantised_student_has_a_gradient_after_an_evaluation(tmp_path, given):
+    path = save(tmp_path / "student", seed=0)
+    student, changes = (
+        (path, QUANTISED) if given == "path" else (four_bit(path), {"peft_config": LoraConfig(**ADAPTER)})
+    )
+    trainer = build(tmp_path, student, save(tmp_path / "teacher", seed=1), max_completion_length=2, **changes)
+    before, first = loss_and_gradient(trainer, make_inputs())
+    trainer.evaluate(make_dataset(2))
+    after, second = loss_and_gradient(trainer, make_inputs())
+    assert after == pytest.approx(before, rel=1e-5)
+    assert second
+    assert all("lora" in name for name in second)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in second.values())
+    assert reference.relative_error(second, first) < 1e-5
+
+
+def test_a_four_bit_teacher_may_be_an_object(tmp_path):
+    path = save(tmp_path / "teacher", seed=1)
+    losses = [
+        loss_and_gradient(build(tmp_path, make_model(seed=0, width=64), teacher, **changes), make_inputs())[0]
+        for teacher, changes in (
+            (four_bit(path), {}),
+            (path, {"teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}}),
+        )
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+def test_the_teacher_scores_without_its_dropout(tmp_path, own_path):
+    teacher = make_model("gpt2", seed=1)
+    assert teacher.config.resid_pdrop > 0
+    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
+    trainer, inputs = build(tmp_path, teacher=teacher, **rocks), make_inputs()
+    assert not teacher.training
+    teacher.train()  # as a callback of the user may leave it
+    assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(reference_of(trainer, inputs)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+def test_a_head_that_peft_trains_whole_is_the_one_that_is_read(tmp_path, own_path):
+    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    trainer, inputs = build(tmp_path, peft_config=config, **rocks), make_inputs()
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(1.5)  # the copy that trains; the original stays below it
+    expected = reference_of(trainer, inputs)
+    found = loss_and_gradient(trainer, inputs)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert reference.relative_error(found[1], expected[1]) < 1e-5
+    assert any("lm_head" in name and gradient is not None for name, gradient in found[1].items())
+
+
+@pytest.mark.parametrize("inner", ["teacher", "student"])
+def test_an_adapter_around_the_other_models_own_object_is_refused(tmp_path, inner):
+    base = make_model(seed=0)
+    outer = get_peft_model(base, LoraConfig(**ADAPTER))
+    models = {"student": outer, "teacher": base} if inner == "teacher" else {"student": base, "teacher": outer}
+    with pytest.raises(ValueError, match=r"same|share"):
+        build(tmp_path, **models).train()
+
+
+def test_a_student_whose_head_is_quantised_is_refused_or_trains(tmp_path):
+    skip = BitsAndBytesConfig(**FOUR_BIT, llm_int8_skip_modules=["none_of_them"])
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    path = save(tmp_path / "student", seed=0)
+    try:
+        trainer = build(tmp_path, path, make_model(seed=1), quantization_config=skip, peft_config=config)
+    except ValueError as refused:
+        assert "head" in str(refused)  # noqa: PT017
+    else:
+        assert loss_and_gradient(trainer, make_inputs())[0] > 0
+
+
+# Vocabularies
+
+
+def test_rollouts_of_an_evaluation_stay_in_the_shared_range(tmp_path):
+    student = make_model(seed=0, rows=320)
+    with torch.no_grad():
+        student.lm_head.weight[300:] = student.lm_head.weight[:20] * 50
+    own = save(tmp_path / "teacher", seed=1, width=32)
+    trainer = build(tmp_path, student, own, cls=Rollouts)
+    with torch.no_grad():  # unhindered, it leaves the range
+        free = copy.deepcopy(student).generate(torch.tensor([[5, 6, 7]] * 4), max_new_tokens=12, do_sample=True)
+    assert free.max() >= 300
+    trainer.evaluate(make_dataset(4))
+    assert trainer.seen[0]["completion_ids"].max() < 300
+
+
+def test_unequal_sizes_are_refused_for_a_teacher_folder_without_a_tokenizer(tmp_path):
+    make_model(seed=1, rows=320).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"300 vocabulary entries, the teacher 320.*names no tokenizer"):
+        build(tmp_path, teacher=str(tmp_path / "teacher"))
+
+
+def test_the_named_tokenizer_of_the_teacher_counts_before_its_own(tmp_path):
+    swapped_tokenizer().save_pretrained(tmp_path / "swapped")
+    teacher = save(tmp_path / "teacher", seed=1)
+    build(tmp_path, teacher=teacher)
+    with pytest.raises(ValueError, match="number their tokens differently"):
+        build(tmp_path, teacher=teacher, teacher_tokenizer_name_or_path=str(tmp_path / "swapped"))
+
+
+@pytest.fixture
+def wider(tmp_path):
+    """A tokenizer with one more token, id 300, than the teacher embeds, and what compares it with the teacher's."""
+    make_tokenizer().save_pretrained(tmp_path / "narrow")
+    return make_tokenizer(extra=("<|new|>",)), {"teacher_tokenizer_name_or_path": str(tmp_path / "narrow")}
+
+
+def test_a_padding_token_that_the_teacher_lacks_does_not_matter(tmp_path, wider):
+    tokenizer, changes = wider
+    tokenizer.pad_token = "<|new|>"
+    inputs = make_inputs()
+    trainer = build(tmp_path, make_model(seed=0, rows=301), tokenizer=tokenizer, **changes)
+    expected = loss_and_gradient(trainer, inputs)[0]
+    padded = copy.deepcopy(inputs)
+    for name in ("prompt", "completion"):
+        padded[f"{name}_ids"][padded[f"{name}_mask"] == 0] = tokenizer.pad_token_id
+    assert loss_and_gradient(trainer, padded)[0] == pytest.approx(expected, rel=1e-6)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_an_end_that_the_teacher_lacks_is_refused_or_warned_of(tmp_path, wider):
+    tokenizer, changes = wider
+    tokenizer.eos_token = "<|new|>"
+    student = make_model(seed=0, rows=301, eos_token_id=300)
+    with pytest.warns(UserWarning, match=r"never end|eos_token"):
+        build(tmp_path, student, tokenizer=tokenizer, **changes)
+
+
+def test_ids_that_the_students_generation_config_suppresses_stay_so(tmp_path, wider):
+    _, changes = wider
+    drawn = {}
+    for rows in (300, 320):
+        student = make_model(seed=0, rows=rows)
+        student.generation_config.suppress_tokens = [40]
+        with torch.no_grad():
+            student.lm_head.weight[40] *= 50
+        completions = build(tmp_path, student, **changes)._generate_single_turn([[5, 6, 7]] * 4, None, {})
+        drawn[rows] = sum(ids.count(40) for ids in completions)
+    assert drawn[300] == 0  # TRL lets the student's own setting hold
+    assert drawn[320] == 0

@@ -1,0 +1,342 @@
+"""Weights, figures and projections over whole runs: what test_runs shows for one step, for windows, arms and cuts."""
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from trl_opd import Controls, OPDTrainer
+
+from . import reference
+from .test_laws import make_inputs, rock_file
+from .test_runs import GREEDY, ROCKS, Recorder, broken, measured, projections, record  # noqa: F401
+from .tiny import make_config, make_dataset, make_model
+
+CONTROLS = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
+CHOSEN = {"rock": ROCKS, "control": CONTROLS.ids, "uniform": []}
+
+
+def build(tokenizer, path, student=None, teacher=None, cls=OPDTrainer, **changes):
+    return cls(
+        model=student or make_model(seed=0),
+        teacher_model=teacher or make_model(seed=1),
+        args=make_config(path, **changes),
+        train_dataset=make_dataset(),
+        eval_dataset=make_dataset(3),
+        processing_class=tokenizer,
+    )
+
+
+def ending_student():
+    """Return a student some of whose rollouts end early: an end is likely wherever its logit is positive."""
+    student = make_model(seed=0)
+    with torch.no_grad():
+        student.lm_head.weight[2] *= 4
+    return student
+
+
+def far_teacher(factor: float = 60.0):
+    teacher = make_model(seed=1)
+    with torch.no_grad():
+        teacher.lm_head.weight *= factor
+    return teacher
+
+
+def rocks_with_controls(path) -> str:
+    corpus = {"rollouts": 4, "tokens": 4000, "kl_sum": 30.0}  # 120 rocks of count 10: a share of 0.3
+    return rock_file(path / "rocks.json", ROCKS, controls=CONTROLS, corpus=corpus)
+
+
+def loss_positions(batch) -> torch.Tensor:
+    return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+
+
+def padding(batches) -> float:
+    masks = [torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1) for batch in batches]
+    return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+# Figures
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(tokenizer, tmp_path, own_path):
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, **rocks}
+    trainer = record(tokenizer, tmp_path, student=ending_student(), **changes)
+    batches = [batch for *_, batch in trainer.batches]
+    assert len({loss_positions(batch).sum().item() for batch in batches}) == 2  # a mean of means would be another one
+    ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    expected = {"kl/mean": divergences.mean().item(), "weight/zero_share": 0.0}
+    expected["batch/padding_share"] = padding(batches)
+    if own_path:
+        rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
+        expected |= {
+            "rock/mean_kl": divergences[rock].mean().item(),
+            "rock/token_share": rock.double().mean().item(),
+            "rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
+            "control/mean_kl": divergences[control].mean().item(),
+            "control/token_share": control.double().mean().item(),
+            "other/mean_kl": divergences[~rock & ~control].mean().item(),
+        }
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert any(name.startswith(("rock/", "control/", "other/")) for name in line) == own_path
+
+
+def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_path):
+    weighting = {"token_weighting": "rock", "rock_window": 1, "mask_truncated_completions": True}
+    trainer = build(
+        tokenizer,
+        tmp_path,
+        cls=Recorder,
+        rock_set=rocks_with_controls(tmp_path),
+        per_device_eval_batch_size=2,
+        **weighting,
+    )
+    trainer.evaluate()
+    line, batches = trainer.state.log_history[-1], [batch for *_, batch in trainer.batches]
+    assert [len(batch["completion_ids"]) for batch in batches] == [2, 1]
+    ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
+    assert len(ids) == sum(batch["completion_mask"].sum() for batch in batches)  # cut rollouts included
+    rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
+    expected = {
+        "eval_loss": divergences.mean().item(),
+        "eval_kl/mean": divergences.mean().item(),
+        "eval_rock/mean_kl": divergences[rock].mean().item(),
+        "eval_rock/token_share": rock.double().mean().item(),
+        "eval_rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
+        "eval_control/mean_kl": divergences[control].mean().item(),
+        "eval_other/mean_kl": divergences[~rock & ~control].mean().item(),
+        "eval_weight/zero_share": 0.0,
+        "eval_batch/padding_share": padding(batches),
+    }
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "weights"])
+def test_a_weighted_run_leaves_cut_rollouts_out_of_everything(tokenizer, tmp_path, normalization):
+    changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
+    weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": normalization}
+    trainer = record(
+        tokenizer,
+        tmp_path,
+        student=ending_student(),
+        mask_truncated_completions=True,
+        rock_set=rocks_with_controls(tmp_path),
+        **changes,
+        **weighting,
+    )
+    batch, line = trainer.batches[0][3], trainer.state.log_history[0]
+    assert 0 < loss_positions(batch).sum() < batch["completion_mask"].sum()
+    assert torch.all(batch["weights"][~loss_positions(batch)] == 0)
+    ids, divergences = measured(trainer, batch)
+    weights = torch.where(torch.isin(ids, torch.tensor(ROCKS)), 0.25, 1.0)
+    denominator = {"tokens": len(ids), "weights": weights.sum().item()}[normalization]
+    assert line["loss"] == pytest.approx((divergences * weights).sum().item() / denominator, rel=1e-5)
+    assert line["kl/mean"] == pytest.approx(divergences.mean().item(), rel=1e-5)
+    assert line["weight/zero_share"] == 0.0
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "weights"])
+def test_a_weighted_step_of_cut_rollouts_only_changes_nothing(tokenizer, tmp_path, normalization):
+    before = make_model(seed=0).state_dict()
+    changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
+    weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path)}
+    with pytest.warns(UserWarning, match=r"Step 1: every rollout was cut .* nothing is trained"):
+        trainer = record(tokenizer, tmp_path, weight_normalization=normalization, **changes, **weighting)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    line = trainer.state.log_history[0]
+    assert line["loss"] == 0.0
+    assert not [name for name in line if name.startswith(("kl/", "rock/", "control/", "other/", "weight/"))]
+
+
+def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tokenizer, tmp_path):
+    weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": "weights"}
+    step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "generation_kwargs": GREEDY}
+    before, runs = make_model(seed=0).state_dict(), []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        rocks = rock_file(tmp_path / "rocks.json", ROCKS)
+        trainer = record(tokenizer, tmp_path, rock_set=rocks, **split, **weighting, **step)
+        moved = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+        runs.append((trainer.state.log_history[0]["loss"], moved))
+    whole = trainer.batches[0][3]["weights"]
+    assert len({row.sum().item() for row in whole}) > 1  # each micro-batch's own sum would be another denominator
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    assert reference.relative_error(runs[1][1], runs[0][1]) < 1e-5
+
+
+# Measured steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"logging_steps": 3}, [3, 6, 9, 12]),
+        ({"logging_steps": 5, "logging_first_step": True}, [1, 5, 10]),
+        ({"logging_steps": 0.25, "max_steps": 20}, [5, 10]),
+        ({"logging_strategy": "epoch"}, [10]),
+        ({"logging_strategy": "no", "logging_first_step": True}, [10]),
+    ],
+)
+def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_otherwise(
+    tokenizer, tmp_path, changes, expected
+):
+    trainer = build(tokenizer, tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
+    state = TrainerState()
+    state.compute_steps(trainer.args, trainer.args.max_steps)  # turns a share of the run into steps, as `train` does
+    found = []
+    for state.global_step in range(12):
+        if trainer._arm.measures_all(state):
+            found.append(state.global_step + 1)
+    assert found == expected
+
+
+def test_nothing_frozen_means_that_every_step_is_measured(tokenizer, tmp_path):
+    rocks, state = rocks_with_controls(tmp_path), TrainerState(global_step=3, logging_steps=100)
+    for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.01}):
+        assert build(tokenizer, tmp_path, rock_set=rocks, **weighting)._arm.measures_all(state)
+    assert not build(tokenizer, tmp_path, rock_set=rocks, token_weighting="control")._arm.measures_all(state)
+
+
+def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(tokenizer, tmp_path):
+    changes = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_strategy": "epoch"}
+    line = record(tokenizer, tmp_path, **changes).state.log_history[0]
+    assert 0 < line["weight/zero_share"] < 1
+    assert not [name for name in line if name.startswith(("kl/", "rock/", "control/", "other/"))]
+
+
+@pytest.mark.parametrize("arm", ["uniform", "rock", "control", "random"])
+def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer, tmp_path, projections, arm):  # noqa: F811
+    changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 2}
+    cut = {"max_completion_length": 24, "mask_truncated_completions": True}
+    weighting = {"token_weighting": arm, "rock_set": rocks_with_controls(tmp_path)}
+    trainer = record(tokenizer, tmp_path, student=ending_student(), **changes, **cut, **weighting)
+    for _, step, _, batch in trainer.batches:
+        mask = loss_positions(batch)
+        assert 0 < mask.sum() < batch["completion_mask"].sum() < mask.numel()
+        trained = int((batch["weights"][mask] != 0).sum()) if "weights" in batch else int(mask.sum())
+        frozen = int(mask.sum()) - trained
+        assert (frozen > 0) == (arm != "uniform")
+        if arm in CHOSEN:
+            assert frozen == torch.isin(batch["completion_ids"][mask], torch.tensor(CHOSEN[arm])).sum()
+        # Two heads forward and two in the backward; in the step that logs, two more for the frozen rows.
+        expected = [trained] * 2 + ([frozen] * 2 if frozen and step == 1 else []) + [trained] * 2
+        assert projections[: len(expected)] == expected
+        del projections[: len(expected)]
+    assert projections == []
+    trainer.evaluate(make_dataset(3))
+    batch = trainer.batches[-1][3]
+    assert projections == [int(batch["completion_mask"].sum())] * 2  # every row once, whatever the arm
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+@pytest.mark.parametrize("where", ["nan", "inf"])
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_path, culprit, where, own_path):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    broken(models[culprit], where)
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    trainer = build(tokenizer, tmp_path, **models, generation_kwargs=GREEDY, **rocks)
+    with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+@pytest.mark.parametrize("where", ["nan", "inf"])
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path, beta, culprit, where, own_path):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    broken(models[culprit], where)
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    trainer = build(tokenizer, tmp_path, **models, beta=beta, **rocks)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, make_inputs())
+    with pytest.raises(ValueError, match=f"Step 5: the {culprit}'s logits are not finite"):
+        trainer._finite.stop_if_raised(5)
+
+
+@pytest.mark.parametrize("own_path", [False, True])
+def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_path):
+    class BreaksInStep3(OPDTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                broken(self.teacher_model, "nan")
+            return super().training_step(*args, **kwargs)
+
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    trainer = build(tokenizer, tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
+    with pytest.raises(ValueError, match="Step 3: the teacher's logits"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_model_that_was_mended_after_the_error_trains(tokenizer, tmp_path):
+    teacher = make_model(seed=1)
+    trainer = build(tokenizer, tmp_path, teacher=broken(teacher, "nan"))
+    try:
+        trainer.evaluate()
+    except ValueError:
+        teacher.load_state_dict(make_model(seed=1).state_dict())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_prediction_finds_logits_that_are_not_finite(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, teacher=broken(make_model(seed=1), "nan"))
+    with pytest.raises(ValueError, match="the teacher's logits are not finite"):
+        trainer.predict(make_dataset(2))
+
+
+# The divergence of the first step
+
+
+@contextmanager
+def first_step_warnings():
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(w.message) for w in caught if "divergence of the first step" in str(w.message)]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
+def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), **split)
+    with first_step_warnings() as found:
+        trainer.train()
+    (message,) = found
+    assert f"is {trainer.state.log_history[0]['kl/mean']:.1f} nats per token" in message
+
+
+def test_a_near_teacher_is_no_reason_to_warn(tokenizer, tmp_path):
+    with first_step_warnings() as found:
+        build(tokenizer, tmp_path, max_steps=1).train()
+    assert found == []
+
+
+def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
+    with first_step_warnings() as found:
+        for _ in range(2):
+            trainer.train()
+    assert 5 < trainer.state.log_history[0]["kl/mean"] < 10
+    assert found == []
+
+
+def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_path):
+    weighting = {"token_weighting": "rock", "rock_weight": 0.01, "max_steps": 1}
+    rocks = rock_file(tmp_path / "rocks.json", range(3, 300))
+    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
+    with first_step_warnings() as found:
+        trainer.train()
+    assert trainer.state.log_history[0]["kl/mean"] > 10
+    assert len(found) == 1
