@@ -1,0 +1,40 @@
+"""The helper in examples/ that makes tiny models: its problems are right, and it reads GSM8K as it is."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "tiny_models.py"
+
+
+@pytest.fixture(scope="module")
+def tiny_models():
+    spec = importlib.util.spec_from_file_location("tiny_models", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_step_of_a_word_problem_is_right(tiny_models):
+    problems = tiny_models.word_problems(300, seed=1)
+    assert problems == tiny_models.word_problems(300, seed=1)
+    for problem in problems:
+        steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)", problem["answer"])
+        assert len(steps) == 2
+        for step, result in steps:
+            assert eval(step) == int(result), problem
+        assert problem["answer"].endswith(f"\n#### {steps[-1][1]}")
+
+
+def test_gsm8k_becomes_chats_of_a_tokenizer_that_gives_its_text_back(tiny_models, shared_data):
+    problems = tiny_models.read_problems(shared_data / "gsm8k" / "test.jsonl")
+    assert len(problems) == 1319
+    assert not any("<<" in problem["answer"] for problem in problems)
+    tokenizer = tiny_models.make_tokenizer([problem["question"] for problem in problems], size=2048)
+    chat = [{"role": "user", "content": problems[0]["question"]}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert problems[0]["question"] in tokenizer.decode(ids)
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    assert max(ids) < len(tokenizer) <= 2048
