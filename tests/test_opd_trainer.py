@@ -1,6 +1,7 @@
 """OPDTrainer at the edges of test_models: both paths of the loss on mixed models, and ids outside the shared range."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDTrainer
+from trl_opd.teacher import keep_4bit_layout
 
 from . import reference
 from .test_laws import loss_and_gradient, make_inputs, rock_file
@@ -132,16 +134,19 @@ def test_an_adapter_around_the_other_models_own_object_is_refused(tmp_path, inne
         build(tmp_path, **models).train()
 
 
-def test_a_student_whose_head_is_quantised_is_refused_or_trains(tmp_path):
-    skip = BitsAndBytesConfig(**FOUR_BIT, llm_int8_skip_modules=["none_of_them"])
-    config = LoraConfig(r=4, target_modules=["q_proj"])
-    path = save(tmp_path / "student", seed=0)
-    try:
-        trainer = build(tmp_path, path, make_model(seed=1), quantization_config=skip, peft_config=config)
-    except ValueError as refused:
-        assert "head" in str(refused)  # noqa: PT017
-    else:
-        assert loss_and_gradient(trainer, make_inputs())[0] > 0
+def test_a_student_whose_head_is_quantised_is_compared_by_the_logits_that_it_has(tmp_path):
+    quantised = BitsAndBytesConfig(**FOUR_BIT, llm_int8_skip_modules=["none_of_them"])
+    path, inputs = save(tmp_path / "student", seed=0), make_inputs()
+    student = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantised).eval()
+    assert not student.lm_head.weight.is_floating_point()
+    keep_4bit_layout(student)
+    rows = reference.token_divergences(student, make_model(seed=1), inputs, beta=1.0, temperature=1.0, vocab=300)
+    expected = torch.stack([value for row in rows for value in row]).mean().item()
+    config = LoraConfig(r=4, target_modules=["q_proj"])  # starts as the model itself
+    trainer = build(tmp_path, path, make_model(seed=1), quantization_config=quantised, peft_config=config)
+    loss, gradients = loss_and_gradient(trainer, inputs)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert all(gradients[name].abs().sum() > 0 for name in gradients if "lora_B" in name)
 
 
 # Vocabularies
@@ -195,12 +200,17 @@ def test_a_padding_token_that_the_teacher_lacks_does_not_matter(tmp_path, wider)
     assert trainer.state.global_step == 2
 
 
-def test_an_end_that_the_teacher_lacks_is_refused_or_warned_of(tmp_path, wider):
+def test_an_end_that_the_teacher_lacks_is_a_warning(tmp_path, wider):
     tokenizer, changes = wider
     tokenizer.eos_token = "<|new|>"
     student = make_model(seed=0, rows=301, eos_token_id=300)
-    with pytest.warns(UserWarning, match=r"never end|eos_token"):
+    with pytest.warns(UserWarning, match=r"Every end of a rollout \(eos_token ids \[300\]\)"):
         build(tmp_path, student, tokenizer=tokenizer, **changes)
+    student.generation_config.eos_token_id = [2, 300]  # the other end remains
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(tmp_path, student, tokenizer=tokenizer, **changes)
+    assert not any("end of a rollout" in str(warning.message) for warning in caught)
 
 
 def test_ids_that_the_students_generation_config_suppresses_stay_so(tmp_path, wider):

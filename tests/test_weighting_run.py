@@ -64,12 +64,17 @@ def padding(batches) -> float:
 @pytest.mark.parametrize("own_path", [False, True])
 def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(tokenizer, tmp_path, own_path):
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
-    changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, **rocks}
+    changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, "max_steps": 4, **rocks}
     trainer = record(tokenizer, tmp_path, student=ending_student(), **changes)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
     batches = [batch for *_, batch in trainer.batches]
+    for line, window in zip(lines, (batches[:2], batches[2:]), strict=True):
+        require_figures_of(trainer, line, window, own_path)
+
+
+def require_figures_of(trainer, line, batches, own_path):
     assert len({loss_positions(batch).sum().item() for batch in batches}) == 2  # a mean of means would be another one
     ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
-    (line,) = [line for line in trainer.state.log_history if "loss" in line]
     expected = {"kl/mean": divergences.mean().item(), "weight/zero_share": 0.0}
     expected["batch/padding_share"] = padding(batches)
     if own_path:
@@ -266,8 +271,10 @@ def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path,
 @pytest.mark.parametrize("own_path", [False, True])
 def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_path):
     class BreaksInStep3(OPDTrainer):
+        breaks = True
+
         def training_step(self, *args, **kwargs):
-            if self.state.global_step == 2:
+            if self.state.global_step == 2 and self.breaks:
                 broken(self.teacher_model, "nan")
             return super().training_step(*args, **kwargs)
 
@@ -276,15 +283,30 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
     with pytest.raises(ValueError, match="Step 3: the teacher's logits"):
         trainer.train()
     assert trainer.state.global_step == 2
+    trainer.breaks = False
+    trainer.teacher_model.load_state_dict(make_model(seed=1).state_dict())
+    trainer.train()  # and the next run shows nothing of the broken one
+    assert trainer.state.log_history[0]["step"] == 5
+    assert 0.1 < trainer.state.log_history[0]["kl/mean"] < 5
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+def test_a_logit_of_minus_infinity_is_not_finite_though_no_probability_is_nan(tokenizer, tmp_path, culprit, beta):
+    models = {"student": make_model("phi", seed=0), "teacher": make_model("phi", seed=1)}
+    with torch.no_grad():
+        models[culprit].lm_head.bias[50] = float("-inf")
+    trainer = build(tokenizer, tmp_path, **models, beta=beta)
+    with pytest.raises(ValueError, match=f"the {culprit}'s logits are not finite"):
+        trainer.evaluate()
 
 
 def test_a_model_that_was_mended_after_the_error_trains(tokenizer, tmp_path):
     teacher = make_model(seed=1)
     trainer = build(tokenizer, tmp_path, teacher=broken(teacher, "nan"))
-    try:
+    with pytest.raises(ValueError, match="not finite"):
         trainer.evaluate()
-    except ValueError:
-        teacher.load_state_dict(make_model(seed=1).state_dict())
+    teacher.load_state_dict(make_model(seed=1).state_dict())
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -340,3 +362,19 @@ def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_pat
         trainer.train()
     assert trainer.state.log_history[0]["kl/mean"] > 10
     assert len(found) == 1
+
+
+def test_a_first_step_that_does_not_measure_frozen_positions_is_judged_by_the_others(tokenizer, tmp_path):
+    weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_steps": 2}
+    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
+    with first_step_warnings() as found:
+        trainer.train()
+    teacher = far_teacher().double()
+    batch = trainer.batches[0][3]
+    rows = reference.token_divergences(
+        make_model(seed=0).double(), teacher, batch, beta=1.0, temperature=1.0, vocab=300
+    )
+    ids = batch["completion_ids"][loss_positions(batch)]
+    trained = torch.stack([value for row in rows for value in row])[~torch.isin(ids, torch.tensor(ROCKS))]
+    (message,) = found
+    assert f"is {trained.mean().item():.1f} nats per token" in message
