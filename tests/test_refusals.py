@@ -37,6 +37,9 @@ def build(path, tokenizer, student=None, teacher=None, **changes):
         ({"rock_weight": -0.1}, r"rock_weight must be in \[0, 1\]"),
         ({"rock_weight": float("nan")}, r"rock_weight must be in \[0, 1\]"),
         ({"rock_window": -1}, "rock_window counts positions"),
+        ({"num_generations": 2.0}, "num_generations must be a whole number, got 2.0"),
+        ({"rock_window": 1.5}, "rock_window must be a whole number"),
+        ({"rock_weight": "0.5"}, "rock_weight must be a number, got '0.5'"),
         ({"num_generations": 0}, "num_generations counts rollouts"),
         ({"num_generations": 3}, r"4 rollouts of an optimizer step .* do not divide into groups of num_generations=3"),
         ({"temperature": 0.7, "generation_kwargs": {"do_sample": False}}, "Greedy rollouts"),
@@ -52,6 +55,11 @@ def test_a_contradiction_is_a_sentence(tokenizer, tmp_path, changes, sentence):
 def test_a_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
         build(tmp_path, tokenizer, rock_set="nowhere/rocks.json")
+
+
+def test_a_teacher_folder_that_does_not_exist_is_named(tokenizer, tmp_path):
+    with pytest.raises(OSError, match=r"There is no teacher in \./nowhere"):
+        build(tmp_path, tokenizer, teacher="./nowhere")
 
 
 def test_there_must_be_a_teacher(tokenizer, tmp_path):

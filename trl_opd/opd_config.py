@@ -109,6 +109,11 @@ class OPDConfig(DistillationConfig):
         _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
         _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
         _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
+        for name in ("num_generations", "rock_window"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
+        if not isinstance(self.rock_weight, (int, float)):
+            raise ValueError(f"rock_weight must be a number, got {self.rock_weight!r}.")
         if not 0.0 <= self.rock_weight <= 1.0:
             raise ValueError(
                 f"rock_weight must be in [0, 1] (0 freezes rocks, 1 changes nothing), got {self.rock_weight}."

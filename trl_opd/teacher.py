@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
         args (`OPDConfig`): The configuration.
 
     Raises:
+        `OSError`: if the path or name leads to no model.
         `ValueError`: if there is no teacher, it is the student's own object, or the settings contradict each other.
     """
     if teacher is None:
@@ -36,6 +38,8 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
             "There is no teacher: pass `teacher_model` to the trainer or set `teacher_model_name_or_path`."
         )
     if isinstance(teacher, str):
+        if teacher.startswith((".", "/", "~")) and not Path(teacher).is_dir():
+            raise FileNotFoundError(f"There is no teacher in {teacher}: no such folder.")
         teacher = create_model_from_path(teacher, **_init_kwargs(args))
     else:
         if args.teacher_model_init_kwargs is not None:
