@@ -123,6 +123,7 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
         ({"dataset_name": None}, "Prompts are required"),
         ({"dataset_name": "nowhere.jsonl"}, "no dataset file nowhere.jsonl"),
         ({"dataset_name": "BROKEN"}, "cannot be read"),
+        ({"dataset_name": "EMPTY"}, "empty.jsonl is empty"),
         ({"dataset_train_split": "learn"}, "no split 'learn' (it has train)"),
         ({"eval_strategy": "steps"}, "no split 'test'"),
         ({"token_weighting": "rocks"}, "token_weighting must be one of"),
@@ -136,6 +137,9 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
         ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
         ({"resume_from_checkpoint": True}, "No valid checkpoint found in output directory"),
         ({"model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"teacher_model_init_kwargs": '{"foo": 1}'}, "cannot be loaded with `teacher_model_init_kwargs`"),
+        ({"attn_implementation": "flash_attention_2"}, "lash"),
+        ({"use_vllm": True}, "vLLM is not available"),
         ({"teacher_tokenizer_name_or_path": "./nowhere"}, "holds no tokenizer"),
     ],
 )
@@ -143,6 +147,9 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_one(world, tmp_path, capsys
     if changes.get("dataset_name") == "BROKEN":
         changes = {"dataset_name": tmp_path / "broken.jsonl"}
         changes["dataset_name"].write_text('{"prompt": "a"}\n{"prompt": ')
+    if changes.get("dataset_name") == "EMPTY":
+        changes = {"dataset_name": tmp_path / "empty.jsonl"}
+        changes["dataset_name"].touch()
     assert main(["train", *flags(world, tmp_path / "out", **changes)]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("trl-opd train: error: ")
@@ -156,6 +163,11 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, content, sentence
         path.write_text(content)
     assert main(["train", "--config", str(path)]) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):
+    assert main(["train", f"--config={tmp_path / 'nowhere.yaml'}"]) == 1
+    assert "nowhere.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["distil"], ["train", "--config"], ["train", "--no_such_option", "1"]])

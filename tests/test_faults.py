@@ -286,6 +286,7 @@ def test_11_a_dataset_smaller_than_one_step_says_what_is_missing(tmp_path, strea
         ({"prompt": [1, 2, 3, 4]}, "row 0 of the training dataset is neither a text nor a list of messages"),
         ({"prompt": ["a", None, "b", "c"]}, "row 1 of the training dataset is neither"),
         ({"prompt": [[{"role": "user", "content": "a"}], []] * 4}, "row 1 of the training dataset is empty"),
+        ({"prompt": [[{"role": "user", "content": None}]] * 4}, "row 0 of the training dataset has a message of role"),
         ({"prompt": ["a", "b", "c", "so " * 300] * 2}, "row 3 of the dataset has 300 tokens|row 3 .* tokens and the"),
     ],
 )

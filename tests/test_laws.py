@@ -207,6 +207,23 @@ def test_weight_zero_removes_a_position_and_leaves_the_gradient_of_the_others(be
     torch.testing.assert_close(gradients[1][weights == 1], gradients[0][weights == 1], rtol=1e-5, atol=1e-8)
 
 
+def test_weights_without_a_denominator_are_nothing_to_train():
+    hidden, heads, _ = random_case(n=5)
+    student = hidden[0].clone().requires_grad_()
+    loss, *_ = weighted_divergence(student, hidden[1], *heads, torch.ones(5), 0.0, beta=1.0, temperature=1.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_hidden_states_and_head_of_unequal_width_are_a_sentence(which):
+    hidden, heads, _ = random_case(n=5)
+    hidden[which] = hidden[which][:, 1:]
+    with pytest.raises(ValueError, match=f"The {('student', 'teacher')[which]}'s hidden states have width"):
+        weighted_divergence(*hidden, *heads, torch.ones(5), 5, beta=1.0, temperature=1.0)
+
+
 def test_an_untrainable_batch_has_loss_zero_and_a_backward():
     hidden, heads, _ = random_case(n=5)
     for weights, denominator in ((torch.zeros(5), 0.0), (torch.zeros(5), torch.tensor(0.0)), (torch.zeros(5), 5)):
@@ -425,6 +442,16 @@ def test_lm_head_gives_the_logits_of_the_model(family):
     found = torch.stack([reference.head_logits(row, head) for row in hidden])
     torch.testing.assert_close(found.float(), logits, rtol=1e-4, atol=1e-5)
     assert head.logit_scale == logit_scale(model.config)
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 50])
+@pytest.mark.parametrize("rock_weight", [0.0, 0.4])
+def test_token_weights_are_float32_whatever_the_default_dtype(window, rock_weight):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert token_weights(torch.tensor([[1, 2]]), [2], rock_weight=rock_weight, window=window).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 50])

@@ -32,7 +32,7 @@ DIAGRAM = {
     "ground": (GROUND, GROUND),
     "pure": (PURE, GROUND),
     "alone": ({"opd_config", "finite", "prompts"}, set()),
-    "rollouts": ({"rollouts"}, GROUND),
+    "rollouts": ({"rollouts"}, GROUND | PURE),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),

@@ -1,6 +1,8 @@
 """Settings that contradict each other are refused with one sentence, before the work that they would spoil."""
 
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from trl_opd.preflight import warn_of_float32
 from trl_opd.vocabulary import fingerprint
 
 from .test_laws import rock_file
-from .tiny import config_kwargs, make_config, make_dataset, make_model
+from .tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
 
 
 def build(path, tokenizer, student=None, teacher=None, **changes):
@@ -55,6 +57,24 @@ def test_a_contradiction_is_a_sentence(tokenizer, tmp_path, changes, sentence):
 def test_a_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
         build(tmp_path, tokenizer, rock_set="nowhere/rocks.json")
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="tokenizer has no eos_token"):
+        build(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "random"])
+def test_a_window_without_effect_is_a_warning(tmp_path, weighting):
+    with pytest.warns(UserWarning, match="rock_window=3 has no effect"):
+        make_config(tmp_path, rock_window=3, token_weighting=weighting, rock_set="rocks.json")
+
+
+def test_a_rock_set_may_be_given_as_a_path_object(tokenizer, tmp_path):
+    trainer = build(tmp_path, tokenizer, rock_set=Path(rock_file(tmp_path / "rocks.json", [60])))
+    assert json.loads(trainer.args.to_json_string())["rock_set"] == str(tmp_path / "rocks.json")
 
 
 def test_a_teacher_folder_that_does_not_exist_is_named(tokenizer, tmp_path):

@@ -1,8 +1,11 @@
 """Whole short runs: groups of rollouts, cut rollouts, what is projected, and every figure of the log by hand."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
 
 from trl_opd import Controls, OPDTrainer
 from trl_opd.weighting import random_weights
@@ -157,6 +160,53 @@ def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
     assert not any(name.startswith("control/") for name in shown)
 
 
+def test_each_of_several_evaluation_sets_has_its_own_figures(tokenizer, tmp_path):
+    sets = {"a": make_dataset(2, chat=False), "b": make_dataset(5, chat=False)}
+    trainer = record(tokenizer, tmp_path, eval_dataset=sets, max_steps=1)
+    both = trainer.evaluate() | {k: v for line in trainer.state.log_history for k, v in line.items()}
+    for name in sets:
+        assert both[f"eval_{name}_kl/mean"] == pytest.approx(both[f"eval_{name}_loss"], rel=1e-6)
+    assert both["eval_a_kl/mean"] != both["eval_b_kl/mean"]
+    alone = record(tokenizer, tmp_path, eval_dataset=sets["a"], max_steps=1).evaluate()
+    assert alone["eval_kl/mean"] == both["eval_a_kl/mean"]
+
+
+def test_a_prediction_is_the_same_twice_and_draws_nothing_from_training(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=1)
+    state = torch.get_rng_state()
+    first, second = (trainer.predict(make_dataset(3)).metrics["test_loss"] for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cut_rollouts_are_not_projected(tokenizer, tmp_path, projections):
+    changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
+    with pytest.warns(UserWarning, match="every rollout was cut"):
+        record(tokenizer, tmp_path, **changes)
+    assert sum(projections) == 0
+
+
+def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
+    class Overflows(TrainerCallback):
+        def __init__(self, until):
+            self.until = until
+
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            optimizer._is_overflow = state.global_step < self.until  # what Accelerate notes of fp16's scaler
+
+    def train(until):
+        config = make_config(tmp_path, max_steps=14)
+        models = make_model(seed=0), make_model(seed=1)
+        callbacks = [Overflows(until)]
+        trainer = OPDTrainer(*models, config, make_dataset(), None, tokenizer, callbacks)
+        trainer.train()
+        return trainer.state.global_step
+
+    assert train(until=9) == 14
+    with pytest.raises(ValueError, match=r"Step 10: the gradients of the last 10 steps overflowed in float16"):
+        train(until=14)
+
+
 def test_a_prediction_leaves_nothing_in_the_next_evaluation(tokenizer, tmp_path):
     trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
     predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
@@ -282,8 +332,8 @@ def test_random_weights_are_uniform_independent_and_do_not_touch_the_random_stre
         assert draw.double().mean().item() == pytest.approx(0.3, abs=0.01)
         assert draw.double().mean(0).std() < 0.05  # each place: 0.3 +- sqrt(0.3 x 0.7 / 200) = 0.032
         assert draw.double().mean(1).std() < 0.05
-    for other in draws[1:]:
-        assert (draws[0] & other).double().mean().item() == pytest.approx(0.09, abs=0.01)
+    for one, other in itertools.combinations(draws, 2):
+        assert (one & other).double().mean().item() == pytest.approx(0.09, abs=0.01)
     shifted = random_weights(mask[5:], share=0.3, rock_weight=0.0, seed=0, step=0, first_rollout=5) == 0
     assert torch.equal(shifted, draws[0][5:])
     assert not random_weights(~mask, share=1.0, rock_weight=0.5, seed=0, step=0).any()

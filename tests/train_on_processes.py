@@ -34,6 +34,7 @@ config = make_config(
     mask_truncated_completions=True,
     max_completion_length=6,
     max_steps=1,
+    per_device_eval_batch_size=2,
     optim="sgd",
     learning_rate=1.0,
     max_grad_norm=0.0,
@@ -46,14 +47,28 @@ trainer = OPDTrainer(
     teacher_model=make_model(seed=1),
     args=config,
     train_dataset=make_dataset(),
+    eval_dataset=make_dataset(3),  # which two processes do not divide
     processing_class=make_tokenizer(),
 )
+evaluated = trainer.evaluate()
 before = [p.detach().clone() for p in trainer.model.parameters()]
 trainer.train()
 if rank == 0:
     moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(trainer.model.parameters(), before, strict=True)])
-    line = trainer.state.log_history[0]
-    keys = ("loss", "kl/mean", "rock/token_share", "rock/kl_share", "rock/mean_kl", "other/mean_kl", "entropy")
+    line = next(line for line in trainer.state.log_history if "loss" in line) | evaluated
+    keys = (
+        "loss",
+        "eval_loss",
+        "eval_kl/mean",
+        "eval_entropy",
+        "eval_rock/token_share",
+        "kl/mean",
+        "rock/token_share",
+        "rock/kl_share",
+        "rock/mean_kl",
+        "other/mean_kl",
+        "entropy",
+    )
     content = {
         "processes": trainer.accelerator.num_processes,
         "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")},

@@ -45,7 +45,7 @@ def weighted_divergence(
     Raises:
         `ValueError`: if the shapes do not belong together, or `beta` or `temperature` is out of range.
     """
-    _check(student_hidden, teacher_hidden, weights, beta, temperature)
+    _check(student_hidden, teacher_hidden, student_head, teacher_head, weights, beta, temperature)
     rows = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
     student_head, teacher_head = student_head.first(rows), teacher_head.first(rows)
     projected = weights.nonzero().squeeze(-1)
@@ -53,9 +53,9 @@ def weighted_divergence(
         student_hidden[projected], teacher_hidden[projected], student_head, teacher_head, beta, temperature
     )
     total = (row_divergence * weights[projected].float()).sum()
-    # An empty sum over an empty denominator is 0, not NaN: the tiny bound changes no denominator that a run can have.
     denominator = torch.as_tensor(denominator, dtype=torch.float32, device=total.device)
-    loss = total / denominator.clamp(min=torch.finfo(torch.float32).tiny)
+    # Nothing to train is a loss of 0, not NaN, and the backward of 0 / 0 must not be formed either.
+    loss = total / denominator.where(denominator > 0, 1.0) * (denominator > 0)
     divergence = torch.full_like(weights, float("nan"), dtype=torch.float32)
     entropy = divergence.clone()
     divergence[projected] = row_divergence.detach()
@@ -88,7 +88,13 @@ def _row_divergences(
 
 
 def _check(
-    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, weights: torch.Tensor, beta: float, temperature: float
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_head: LMHead,
+    teacher_head: LMHead,
+    weights: torch.Tensor,
+    beta: float,
+    temperature: float,
 ) -> None:
     positions = weights.shape[0] if weights.ndim == 1 else None
     if student_hidden.ndim != 2 or teacher_hidden.ndim != 2 or positions is None:
@@ -101,6 +107,11 @@ def _check(
             "Student, teacher and weights must describe the same N positions; got "
             f"{student_hidden.shape[0]}, {teacher_hidden.shape[0]} and {positions}."
         )
+    for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        if hidden.shape[1] != head.weight.shape[1]:
+            raise ValueError(
+                f"The {name}'s hidden states have width {hidden.shape[1]}, its LM head {head.weight.shape[1]}."
+            )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be in [0, 1] (0 = forward KL, 1 = reverse KL), got {beta}.")
     if not temperature > 0.0:

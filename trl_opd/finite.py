@@ -3,6 +3,8 @@
 import torch
 from accelerate import Accelerator
 
+# A scaler that starts at 2^16 and halves needs about this many steps to find a scale that fits.
+SKIPPED_LIMIT = 10
 _ADVICE = {
     "student": "lower learning_rate or max_grad_norm, use bf16 instead of fp16, and check the checkpoint",
     "teacher": "load it in bfloat16 or float32 instead of float16, and check its weights and its quantisation",
@@ -19,6 +21,7 @@ class FiniteGuard:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._flags = torch.zeros(len(_ADVICE), device=accelerator.device)
+        self._skipped = 0
 
     def note(self, entropy: torch.Tensor, divergence: torch.Tensor) -> None:
         """Look at values of projected positions, of any shape, without a synchronisation."""
@@ -34,6 +37,20 @@ class FiniteGuard:
         for model, flag in zip(_ADVICE, flags, strict=True):
             if flag:
                 raise not_finite(model, step)
+
+    def end_step(self, step: int) -> None:
+        """Raise `ValueError` when something was not finite in optimizer step `step`, or fp16 has skipped ten in a row.
+
+        A single gradient that overflows in float16 is left to the scaler, which skips the step and lowers its scale.
+        Called once in every optimizer step, before the gradients are clipped.
+        """
+        self.stop_if_raised(step)
+        self._skipped = self._skipped + 1 if self._accelerator.optimizer_step_was_skipped else 0
+        if self._skipped >= SKIPPED_LIMIT:
+            raise ValueError(
+                f"Step {step}: the gradients of the last {self._skipped} steps overflowed in float16 and nothing was "
+                "trained: use bf16 instead of fp16, or lower learning_rate."
+            )
 
 
 def not_finite(model: str, step: int) -> ValueError:

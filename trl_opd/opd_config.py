@@ -1,5 +1,7 @@
 """OPDConfig: TRL's DistillationConfig and what is new."""
 
+import os
+import warnings
 from dataclasses import dataclass, field
 
 from trl import DistillationConfig
@@ -109,6 +111,8 @@ class OPDConfig(DistillationConfig):
         _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
         _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
         _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
+        if self.rock_set is not None:
+            self.rock_set = os.fspath(self.rock_set)  # a path object is not JSON
         for name in ("num_generations", "rock_window"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
@@ -126,6 +130,12 @@ class OPDConfig(DistillationConfig):
             raise ValueError(
                 f"token_weighting={self.token_weighting!r} needs a rock set: pass rock_set (a file of `trl-opd detect` "
                 "or a Hub repository), or leave token_weighting='uniform'."
+            )
+        if self.rock_window and self.token_weighting in ("uniform", "random"):
+            warnings.warn(
+                f"rock_window={self.rock_window} has no effect with token_weighting={self.token_weighting!r}: windows "
+                "lie around rocks and controls.",
+                stacklevel=3,
             )
         greedy = (self.generation_kwargs or {}).get("do_sample") is False
         if greedy and self.temperature != 1.0:

@@ -32,15 +32,22 @@ from .preflight import (
     load_rock_set,
     no_step,
     require_groups,
+    require_suppressible,
     require_text,
     warn_of_first_step,
     warn_of_float32,
-    warn_of_no_end,
     warn_of_one_process,
 )
-from .prompts import require_fit, require_prompt, require_prompts
+from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
 from .records import TokenSignals
-from .rollouts import EpochRepeatSampler, grouped_stream, own_random_stream, positions_from_mask, sampling_mode
+from .rollouts import (
+    EpochRepeatSampler,
+    grouped_stream,
+    mask_repeated,
+    own_random_stream,
+    positions_from_mask,
+    sampling_mode,
+)
 from .teacher import check_teacher_vocabulary, dequantize_head, keep_4bit_layout, load_teacher, place_teacher
 
 
@@ -107,7 +114,7 @@ class OPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        require_text(self._is_vlm)
+        require_text(self._is_vlm, self._tokenizer)
         keep_4bit_layout(self.model)
         dequantize_head(self.model)
         self._attach_teacher(teacher_model)
@@ -117,7 +124,7 @@ class OPDTrainer(DistillationTrainer):
         self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
         self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
         self._finite = FiniteGuard(self.accelerator)
-        self._new_completions = False
+        self._new_completions, self._eval_prefix = False, "eval_"
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         rows = output_rows(self.model), output_rows(teacher)
@@ -132,15 +139,11 @@ class OPDTrainer(DistillationTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, sharded=sharded)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
-        self._as_trl = self.args.micro_batching == "trl" and self.rock_set is None and rows[0] == rows[1]
+        new = self.rock_set is not None or self.args.mask_truncated_completions or self.args.num_generations > 1
+        self._as_trl = self.args.micro_batching == "trl" and not new and rows[0] == rows[1]
 
     def _suppress(self, ids: range) -> None:
-        if self.use_vllm:
-            raise ValueError(
-                f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
-                "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
-            )
-        warn_of_no_end(self.eos_token_ids, ids)
+        require_suppressible(ids, self.eos_token_ids, use_vllm=self.use_vllm)
         own = self.generation_kwargs.get("suppress_tokens", self.model.generation_config.suppress_tokens)
         suppressed = sorted({*(own or ()), *ids})
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
@@ -175,19 +178,19 @@ class OPDTrainer(DistillationTrainer):
             raise no_step(self.train_dataset, self._prompts_per_step())
         return output
 
-    def evaluate(self, *args, **kwargs):
-        with own_random_stream(self.args.seed):
-            return super().evaluate(*args, **kwargs)
-
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._eval_prefix = f"{metric_key_prefix}_"
+        with own_random_stream(self.args.seed):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         self._finite.stop_if_raised(self.state.global_step)
         mean = self._figures["eval"].mean_divergence(self._sum_over_processes)
         if mean is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL's is a mean of batch means
+            output.metrics[f"{self._eval_prefix}loss"] = mean  # TRL's is a mean of batch means
         return output
 
     def _tokenize_prompts(self, prompts: list):
@@ -197,12 +200,7 @@ class OPDTrainer(DistillationTrainer):
         return prompt_ids, *rest
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        largest = max((max(ids, default=0) for ids in prompt_ids), default=0)
-        if largest >= self._vocab_size:
-            raise ValueError(
-                f"A prompt holds token id {largest} ({self._tokenizer.convert_ids_to_tokens(largest)!r}), which is "
-                f"outside the {self._vocab_size} ids that student and teacher share: the other model cannot embed it."
-            )
+        require_embeddable(prompt_ids, self._vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
             room = self._context - max(map(len, prompt_ids))
             self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = room
@@ -222,6 +220,8 @@ class OPDTrainer(DistillationTrainer):
         self._new_completions = True
         if self.model.training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
+        else:
+            mask_repeated(batch, self.accelerator)
         return batch
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
@@ -281,14 +281,14 @@ class OPDTrainer(DistillationTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._finite.stop_if_raised(self.state.global_step + 1)
+            self._finite.end_step(self.state.global_step + 1)
             if self.state.global_step == 0:
                 warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
+        prefix = "" if mode == "train" else self._eval_prefix
         figures = self._figures[mode].take(self._sum_over_processes)
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
         logs.update({prefix + name: value for name, value in figures.items()})

@@ -8,7 +8,7 @@ import warnings
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .opd_config import OPDConfig
 from .rock_set import RockSet
@@ -30,11 +30,16 @@ def require_groups(args: OPDConfig) -> None:
         )
 
 
-def require_text(vision: bool) -> None:
-    """Raise `ValueError` for a student whose processor is that of a vision-language model."""
+def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for a vision-language student, and for a tokenizer that cannot end a rollout."""
     if vision:
         raise ValueError(
             "OPDTrainer distils text models only for now; use trl.DistillationTrainer for the vision-language student."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no eos_token, so no rollout could end: set `tokenizer.eos_token` to the token that ends "
+            "an answer."
         )
 
 
@@ -53,12 +58,17 @@ def no_step(dataset, prompts: int) -> ValueError:
     )
 
 
-def warn_of_no_end(eos_token_ids: list[int], suppressed: range) -> None:
-    """Warn when every token that ends a rollout is one that the teacher cannot embed, and so is never sampled."""
-    if set(eos_token_ids) <= set(suppressed):
+def require_suppressible(ids: range, eos_token_ids: list[int], *, use_vllm: bool) -> None:
+    """Raise `ValueError` unless the student can be kept from sampling `ids`; warn when no end is left."""
+    if use_vllm:
+        raise ValueError(
+    """Raise `ValueError` unless sampling can avoid `ids`; warn when no end of a rollout is left."""
+            "sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
+        )
+    if set(eos_token_ids) <= set(ids):
         warnings.warn(
-            f"Every end of a rollout (eos_token ids {eos_token_ids}) is a token that the teacher cannot embed: they "
-            "never end before max_completion_length. Use the teacher's eos_token.",
+            f"Every end of a rollout (eos_token ids {eos_token_ids}) is a token that the teacher cannot embed, so "
+            "rollouts run up to max_completion_length: use the teacher's eos_token.",
             stacklevel=2,
         )
 

@@ -24,8 +24,15 @@ def require_prompts(dataset: Dataset | IterableDataset | dict | None, name: str)
             "the prompts with `dataset.rename_column(NAME, 'prompt')`."
         )
     if isinstance(dataset, Dataset):
+        first = None
         for row, prompt in enumerate(dataset["prompt"]):
             require_prompt(prompt, f"row {row} of the {name}")
+            first = prompt if first is None else first
+            if isinstance(prompt, str) != isinstance(first, str):
+                raise ValueError(
+                    f"The {name} mixes texts and lists of messages: row {row} is not of the kind of row 0. Make all "
+                    "prompts of one kind."
+                )
 
 
 def require_prompt(prompt, where: str) -> None:
@@ -40,6 +47,9 @@ def require_prompt(prompt, where: str) -> None:
         )
     if not prompt:
         raise ValueError(f"The prompt in {where} is empty: it has no message.")
+    for message in prompt:
+        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
+            raise ValueError(f"The prompt in {where} has a message of role {message['role']!r} without content.")
 
 
 def require_fit(
@@ -62,6 +72,16 @@ def require_fit(
                 f"The prompt in {_row(prompt, dataset)} has {len(ids)} tokens and the completion up to {budget}, more "
                 f"than the {context} positions of the models: shorten or drop it, or lower max_completion_length."
             )
+
+
+def require_embeddable(prompt_ids: Sequence[Sequence[int]], vocab_size: int, tokenizer) -> None:
+    """Raise `ValueError` when a prompt holds an id outside the range that student and teacher share."""
+    largest = max((max(ids, default=0) for ids in prompt_ids), default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"A prompt holds token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), which is outside the "
+            f"{vocab_size} ids that student and teacher share: the other model cannot embed it."
+        )
 
 
 def _row(prompt, dataset: Iterable | None) -> str:

@@ -116,7 +116,8 @@ class RockSet:
         path = Path(path)
         content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
         content["rocks"] = [asdict(rock) for rock in self.rocks]
-        content["controls"] = None if self.controls is None else asdict(self.controls)
+        if self.controls is not None:  # seed and texts are left out where they are not known
+            content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
         _parse(content)
         text = json.dumps(content, indent=1, allow_nan=False)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
+from .batching import loss_mask
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -34,6 +36,19 @@ class EpochRepeatSampler(RepeatSampler):
             for _ in range(self._epoch()):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
+
+
+def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
+    """Leave out of the loss mask the rows that Accelerate repeats to fill the last evaluation batch of every process.
+
+    So an evaluation set that the number of processes does not divide counts every prompt once. Accelerate's `remainder`
+    is the number of real rows of that batch over all processes, in order of rank.
+    """
+    state, rows = accelerator.gradient_state, len(batch["completion_mask"])
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return
+    place = accelerator.process_index * rows + torch.arange(rows, device=batch["completion_mask"].device)
+    batch["tool_mask"] = loss_mask(batch).long() * (place < state.remainder)[:, None]
 
 
 @contextmanager

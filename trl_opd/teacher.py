@@ -40,7 +40,10 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
     if isinstance(teacher, str):
         if teacher.startswith((".", "/", "~")) and not Path(teacher).is_dir():
             raise FileNotFoundError(f"There is no teacher in {teacher}: no such folder.")
-        teacher = create_model_from_path(teacher, **_init_kwargs(args))
+        try:
+            teacher = create_model_from_path(teacher, **_init_kwargs(args))
+        except TypeError as error:
+            raise ValueError(f"The teacher cannot be loaded with `teacher_model_init_kwargs`: {error}") from error
     else:
         if args.teacher_model_init_kwargs is not None:
             raise ValueError(
@@ -69,6 +72,10 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, sharded
     # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
         teacher.to(accelerator.device)
+    # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the student
+    # for evaluation, the training takes it for prepared, and every process trains on gradients of its own that nobody
+    # averages (transformers 5.23, `Trainer.evaluation_loop`).
+    accelerator._models.append(teacher)
     return teacher
 
 

@@ -77,7 +77,7 @@ def random_weights(
     """
     batch, places = mask.shape
     rollout = torch.arange(first_rollout, first_rollout + batch, device=mask.device)[:, None]
-    key = torch.full_like(rollout, seed)
+    key = _mix(torch.full_like(rollout, seed))  # mixed alone: seed 0 in step 1 is not seed 1 in step 0
     for counter in (torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None]):
         key = _mix(key + counter)
     uniform = (key & 0xFFFFFF).float() / 2**24
@@ -85,7 +85,7 @@ def random_weights(
 
 
 def _weights(chosen: torch.Tensor, rock_weight: float, mask: torch.Tensor | None) -> torch.Tensor:
-    weights = torch.where(chosen, float(rock_weight), 1.0)
+    weights = torch.ones(chosen.shape, dtype=torch.float32, device=chosen.device).masked_fill(chosen, rock_weight)
     return weights if mask is None else weights.masked_fill(~mask.bool(), 0.0)
 
 

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # Hub errors are OSErrors
         return _fail(name, error)
     except ImportError as error:
-        if error.name != "trl":
+        # TRL and transformers raise it without a name for an optional package that a flag asks for (vLLM, flash_attn).
+        if error.name not in (None, "trl"):
             raise
         return _fail(name, error)
     return 0

@@ -61,6 +61,8 @@ def parse(parser, argv: list[str]):
     """Return the parsed dataclasses; a broken YAML file is a `ValueError` that names it."""
     import yaml
 
+    # TRL's parser knows the two words only.
+    argv = [word for part in argv for word in (part.split("=", 1) if part.startswith("--config=") else [part])]
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
     try:
@@ -95,7 +97,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         peft_config=get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -121,6 +123,8 @@ def load_prompts(script_args, dataset_args, training_args):
             if path.suffix in LOADERS:
                 if not path.is_file():
                     raise FileNotFoundError(f"There is no dataset file {path}.")
+                if path.stat().st_size == 0:
+                    raise ValueError(f"The dataset file {path} is empty.")
                 source, files = LOADERS[path.suffix], str(path)
             streaming = script_args.dataset_streaming
             dataset = load_dataset(source, name=script_args.dataset_config, data_files=files, streaming=streaming)
