@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import Controls, OPDConfig, OPDTrainer, RockSet
-from trl_opd.preflight import warn_of_float32
+from trl_opd.preflight import require_suppressible, warn_of_float32
 from trl_opd.vocabulary import fingerprint
 
 from .test_laws import rock_file
@@ -183,3 +183,15 @@ def test_trl_runs_its_backbones_in_float32_under_bf16(tokenizer, tmp_path):
     trainer = Spy(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
     trainer.train()
     assert set(dtypes) == {(torch.float32, False)}
+
+
+def test_vllm_is_refused_for_a_student_with_ids_that_the_teacher_cannot_embed():
+    with pytest.raises(
+        ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLLM"
+    ):
+        require_suppressible(range(64, 72), [2], use_vllm=True)
+
+
+def test_a_student_whose_every_end_is_suppressed_is_warned_of():
+    with pytest.warns(UserWarning, match="Every end of a rollout"):
+        require_suppressible(range(64, 72), [70], use_vllm=False)

@@ -59,10 +59,10 @@ def no_step(dataset, prompts: int) -> ValueError:
 
 
 def require_suppressible(ids: range, eos_token_ids: list[int], *, use_vllm: bool) -> None:
-    """Raise `ValueError` unless the student can be kept from sampling `ids`; warn when no end is left."""
+    """Raise `ValueError` unless sampling can avoid `ids`; warn when no end of a rollout is left."""
     if use_vllm:
         raise ValueError(
-    """Raise `ValueError` unless sampling can avoid `ids`; warn when no end of a rollout is left."""
+            f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept from "
             "sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
         )
     if set(eos_token_ids) <= set(ids):
