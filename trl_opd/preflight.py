@@ -62,8 +62,8 @@ def require_suppressible(ids: range, eos_token_ids: list[int], *, use_vllm: bool
     """Raise `ValueError` unless sampling can avoid `ids`; warn when no end of a rollout is left."""
     if use_vllm:
         raise ValueError(
-            f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept from "
-            "sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
+            f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
+            "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
         )
     if set(eos_token_ids) <= set(ids):
         warnings.warn(
