@@ -102,11 +102,12 @@ def loss_and_gradient(trainer, inputs):
 def test_a_whole_run_is_bitwise_that_of_trl(tokenizer, tmp_path, lora):
     runs = []
     for cls in (DistillationTrainer, OPDTrainer):
-        config = (OPDConfig if cls is OPDTrainer else DistillationConfig)(**config_kwargs(tmp_path / cls.__name__))
+        settings = config_kwargs(tmp_path / cls.__name__)
+        ours = cls is OPDTrainer
         trainer = cls(
             model=make_model(seed=0),
             teacher_model=make_model(seed=1),
-            args=config,
+            args=OPDConfig(**settings, token_statistics=False) if ours else DistillationConfig(**settings),
             train_dataset=make_dataset(),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
@@ -363,6 +364,10 @@ def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     assert found[2]["processes"] == 2
     for key, value in found[1]["log"].items():
         assert found[2]["log"][key] == pytest.approx(value, rel=1e-5), key
+    assert sum(found[1]["stats"]["seen"]) > 0
+    for name, values in found[1]["stats"].items():
+        exact = {} if name in ("seen", "count") else {"rel": 1e-5, "abs": 1e-9}
+        assert found[2]["stats"][name] == (pytest.approx(values, **exact) if exact else values), name
     one, two = (torch.tensor(found[count]["moved"], dtype=torch.float64) for count in (1, 2))
     assert torch.linalg.norm(two - one) / torch.linalg.norm(one) < 1e-5
 

@@ -22,21 +22,33 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "records", "rock_set", "schema", "vocabulary"}
-PURE = {"batching", "divergence", "figures", "weighting"}
-PLUMBING = {"arm", "finite", "opd_config", "opd_trainer", "preflight", "prompts", "rollouts", "teacher"}
+GROUND = {"_trl", "records", "rock_set", "schema", "token_stats", "vocabulary"}
+PURE = {"batching", "detection", "divergence", "figures", "statistics", "weighting"}
+PLUMBING = {
+    "arm",
+    "finite",
+    "opd_config",
+    "opd_trainer",
+    "preflight",
+    "prompts",
+    "report",
+    "rollouts",
+    "run_stats",
+    "teacher",
+}
 EDGE = {"__init__", "__main__", "cli"}
 
 # layer: its modules, and the modules of ours that each of them may import
 DIAGRAM = {
     "ground": (GROUND, GROUND),
     "pure": (PURE, GROUND),
-    "alone": ({"opd_config", "finite", "prompts"}, set()),
+    "alone": ({"opd_config", "finite", "prompts", "report"}, set()),
     "rollouts": ({"rollouts"}, GROUND | PURE),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
-    "one arm": ({"arm", "preflight"}, GROUND | PURE | {"opd_config"}),
+    "one arm": ({"arm", "preflight", "run_stats"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),
-    "edge": (EDGE, GROUND | PURE | PLUMBING | EDGE),
+    "demo": ({"demo"}, GROUND | PURE | PLUMBING),
+    "edge": (EDGE, GROUND | PURE | PLUMBING | EDGE | {"demo"}),
 }
 MAY_IMPORT = {module: allowed for modules, allowed in DIAGRAM.values() for module in modules}
 # Pure modules take tensors and plain values, and know no configuration, trainer or device policy.

@@ -16,7 +16,9 @@ import torch
 
 from tests.test_laws import rock_file
 from tests.tiny import make_config, make_dataset, make_model, make_tokenizer
-from trl_opd import OPDTrainer
+from trl_opd import OPDTrainer, TokenStats
+
+NAMES = ("seen", "count", "kl_sum", "kl_sq_sum", "entropy_sum")
 
 out = Path(sys.argv[1])
 processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -34,6 +36,9 @@ config = make_config(
     mask_truncated_completions=True,
     max_completion_length=6,
     max_steps=1,
+    save_strategy="steps",
+    save_steps=1,
+    save_only_model=True,
     per_device_eval_batch_size=2,
     optim="sgd",
     learning_rate=1.0,
@@ -53,7 +58,11 @@ trainer = OPDTrainer(
 evaluated = trainer.evaluate()
 before = [p.detach().clone() for p in trainer.model.parameters()]
 trainer.train()
+stats, local = trainer.reduced_token_stats(), trainer.token_stats
 if rank == 0:
+    written = TokenStats.load(out.parent / f"run-{processes}" / "checkpoint-1")
+    assert all(torch.equal(getattr(written, name), getattr(stats, name)) for name in NAMES)
+    assert (local.seen.sum() < stats.seen.sum()) == (processes > 1)
     moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(trainer.model.parameters(), before, strict=True)])
     line = next(line for line in trainer.state.log_history if "loss" in line) | evaluated
     keys = (
@@ -72,6 +81,7 @@ if rank == 0:
     content = {
         "processes": trainer.accelerator.num_processes,
         "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")},
+        "stats": {name: getattr(stats, name).tolist() for name in NAMES},
         "moved": moved[torch.linspace(0, len(moved) - 1, 5000).long()].tolist(),
     }
     out.write_text(json.dumps(content))

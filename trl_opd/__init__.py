@@ -16,6 +16,9 @@ _HOME = {
     "Rock": "rock_set",
     "RockSet": "rock_set",
     "TokenSignals": "records",
+    "TokenStats": "token_stats",
+    "detect_rocks": "detection",
+    "mass_matched_controls": "detection",
     "token_weights": "weighting",
     "weighted_divergence": "divergence",
 }
@@ -27,16 +30,21 @@ __all__ = [
     "Rock",
     "RockSet",
     "TokenSignals",
+    "TokenStats",
+    "detect_rocks",
+    "mass_matched_controls",
     "token_weights",
     "weighted_divergence",
 ]
 
 if TYPE_CHECKING:
+    from .detection import detect_rocks, mass_matched_controls
     from .divergence import weighted_divergence
     from .opd_config import OPDConfig
     from .opd_trainer import OPDTrainer
     from .records import LMHead, TokenSignals
     from .rock_set import Controls, Rock, RockSet
+    from .token_stats import TokenStats
     from .weighting import token_weights
 
 

@@ -63,6 +63,28 @@ def weighted_divergence(
     return loss, divergence, entropy
 
 
+def measure_frozen(
+    divergence: torch.Tensor,
+    entropy: torch.Tensor,
+    *compared: torch.Tensor | LMHead,
+    beta: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return divergence and entropy with the rows of weight 0 filled in, without gradient, `(N,)` each.
+
+    Args:
+        divergence (`torch.Tensor`): Of [`weighted_divergence`], NaN in the rows of weight 0, shape `(N,)`.
+        entropy (`torch.Tensor`): Likewise.
+        compared: Hidden states, heads and weights, as [`weighted_divergence`] takes them.
+        beta, temperature: As there.
+    """
+    *models, weights = compared
+    frozen = weights == 0
+    with torch.no_grad():
+        _, *of_frozen = weighted_divergence(*models, frozen.float(), 1.0, beta=beta, temperature=temperature)
+    return torch.where(frozen, of_frozen[0], divergence), torch.where(frozen, of_frozen[1], entropy)
+
+
 def _row_divergences(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,

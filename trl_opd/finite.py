@@ -1,5 +1,7 @@
 """Logits that are not finite stop a run, with the step and the model that they came from."""
 
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 
@@ -56,3 +58,15 @@ class FiniteGuard:
 def not_finite(model: str, step: int) -> ValueError:
     """Return the error that says which model's logits are not finite, in which optimizer step, and what to check."""
     return ValueError(f"Step {step}: the {model}'s logits are not finite (NaN or infinite): {_ADVICE[model]}.")
+
+
+@contextmanager
+def name_the_sampling_student(step: int):
+    """Raise `ValueError` where sampling fails because the student's logits are not finite."""
+    try:
+        yield
+    except RuntimeError as error:
+        # How torch.multinomial says NaN, on the CPU and on CUDA.
+        if any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
+            raise not_finite("student", step) from error
+        raise

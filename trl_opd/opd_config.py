@@ -47,6 +47,12 @@ class OPDConfig(DistillationConfig):
         micro_batching (`str`, *optional*, defaults to `"trl"`):
             How a generation batch is split: `"trl"` is TRL's padding and split.
 
+        > Parameters that control what is kept
+
+        token_statistics (`bool`, *optional*, defaults to `True`):
+            Whether to keep the divergence per token type, and write it into every checkpoint. With `False` and nothing
+            else new set the loss is TRL's own, to the bit.
+
         > Parameters that control the teacher
 
         teacher_tokenizer_name_or_path (`str`, *optional*):
@@ -92,6 +98,10 @@ class OPDConfig(DistillationConfig):
         metadata={
             "help": "How a generation batch is split into micro-batches: 'trl' is TRL's padding and split.",
         },
+    )
+    token_statistics: bool = field(
+        default=True,
+        metadata={"help": "Keep the divergence per token type, and write it into every checkpoint."},
     )
     teacher_tokenizer_name_or_path: str | None = field(
         default=None,
@@ -143,6 +153,11 @@ class OPDConfig(DistillationConfig):
                 "Greedy rollouts (`generation_kwargs={'do_sample': False}`) know no temperature, and the divergence is "
                 f"taken at temperature 1: leave temperature at 1.0, got {self.temperature}."
             )
+
+    def trains_as_trl(self) -> bool:
+        """Return whether TRL's own loss serves, to the bit: nothing is weighted, told apart, counted or regrouped."""
+        new = self.rock_set or self.mask_truncated_completions or self.token_statistics or self.num_generations > 1
+        return self.micro_batching == "trl" and not new
 
     def to_dict(self):
         # transformers spells out a quantisation config in `model_init_kwargs` only; TensorBoard's callback and the

@@ -20,24 +20,14 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
+from . import preflight
 from ._trl import lm_heads, output_rows
 from .arm import Arm
-from .batching import loss_mask
-from .divergence import weighted_divergence
+from .batching import forward_inputs, loss_mask
+from .divergence import measure_frozen, weighted_divergence
 from .figures import FigureSums
-from .finite import FiniteGuard, not_finite
+from .finite import FiniteGuard, name_the_sampling_student
 from .opd_config import OPDConfig
-from .preflight import (
-    context_length,
-    load_rock_set,
-    no_step,
-    require_groups,
-    require_suppressible,
-    require_text,
-    warn_of_first_step,
-    warn_of_float32,
-    warn_of_one_process,
-)
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
 from .records import TokenSignals
 from .rollouts import (
@@ -47,8 +37,11 @@ from .rollouts import (
     own_random_stream,
     positions_from_mask,
     sampling_mode,
+    with_suppressed,
 )
+from .run_stats import RunStats, describe_measure
 from .teacher import check_teacher_vocabulary, dequantize_head, keep_4bit_layout, load_teacher, place_teacher
+from .token_stats import TokenStats
 
 
 class OPDTrainer(DistillationTrainer):
@@ -93,11 +86,11 @@ class OPDTrainer(DistillationTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = OPDConfig(f"{name.split('/')[-1]}-OPD")
-        require_groups(args)
+        preflight.require_groups(args)
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
-        warn_of_one_process(args)
-        self.rock_set = load_rock_set(args)
+        preflight.warn_of_one_process(args)
+        self.rock_set = preflight.load_rock_set(args)
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
         teacher_model = load_teacher(teacher_model, model, args)
@@ -114,7 +107,7 @@ class OPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        require_text(self._is_vlm, self._tokenizer)
+        preflight.require_text(self._is_vlm, self._tokenizer)
         keep_4bit_layout(self.model)
         dequantize_head(self.model)
         self._attach_teacher(teacher_model)
@@ -130,23 +123,22 @@ class OPDTrainer(DistillationTrainer):
         rows = output_rows(self.model), output_rows(teacher)
         check_teacher_vocabulary(teacher, self._tokenizer, rows, self.args)
         self._vocab_size = min(rows)
-        self._context = min(context_length(self.model), context_length(teacher))
+        self._context = min(preflight.context_length(self.model), preflight.context_length(teacher))
         if self.max_completion_length is None:
             self.max_completion_length = self._context  # what TRL's tool loop compares with
         if rows[0] > self._vocab_size:
-            self._suppress(range(self._vocab_size, rows[0]))
-        warn_of_float32(self.accelerator.device, self.model, teacher)
+            ids = range(self._vocab_size, rows[0])
+            preflight.require_suppressible(ids, self.eos_token_ids, use_vllm=self.use_vllm)
+            suppressed = with_suppressed(ids, self.generation_kwargs, self.model)
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+        preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, sharded=sharded)
+        measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
+        device, enabled = self.accelerator.device, self.args.token_statistics
+        self._stats = RunStats(self._vocab_size, measure, device, enabled=enabled)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
-        new = self.rock_set is not None or self.args.mask_truncated_completions or self.args.num_generations > 1
-        self._as_trl = self.args.micro_batching == "trl" and not new and rows[0] == rows[1]
-
-    def _suppress(self, ids: range) -> None:
-        require_suppressible(ids, self.eos_token_ids, use_vllm=self.use_vllm)
-        own = self.generation_kwargs.get("suppress_tokens", self.model.generation_config.suppress_tokens)
-        suppressed = sorted({*(own or ()), *ids})
-        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+        self._as_trl = rows[0] == rows[1] and self.args.trains_as_trl()
 
     def get_train_dataloader(self):
         if self.args.num_generations == 1 or not isinstance(self.train_dataset, IterableDataset):
@@ -171,11 +163,21 @@ class OPDTrainer(DistillationTrainer):
         rollouts = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         return rollouts // args.num_generations
 
-    def train(self, *args, **kwargs):
+    @property
+    def token_stats(self) -> TokenStats | None:
+        """Statistics of all training steps of this process since start or resume; `None` when they are off."""
+        return self._stats.total()
+
+    def reduced_token_stats(self) -> TokenStats | None:
+        """Return `token_stats` summed over all processes. A collective: every process calls it."""
+        return self._stats.total(self._sum_over_processes)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._figures["train"].clear()  # of a run that broke off
-        output = super().train(*args, **kwargs)
+        self._stats.start(resumed=bool(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
-            raise no_step(self.train_dataset, self._prompts_per_step())
+            raise preflight.no_step(self.train_dataset, self._prompts_per_step())
         return output
 
     def evaluation_loop(
@@ -204,14 +206,9 @@ class OPDTrainer(DistillationTrainer):
         if self.args.max_completion_length is None:
             room = self._context - max(map(len, prompt_ids))
             self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = room
-        try:
-            with sampling_mode(self.model), positions_from_mask(self.model):
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
-        except RuntimeError as error:
-            # How torch.multinomial says NaN, on the CPU and on CUDA.
-            if any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
-                raise not_finite("student", self.state.global_step + 1) from error
-            raise
+        stop = name_the_sampling_student(self.state.global_step + 1)
+        with stop, sampling_mode(self.model), positions_from_mask(self.model):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
 
     def _generate_and_score_completions(self, inputs):
         for row in inputs:
@@ -242,24 +239,20 @@ class OPDTrainer(DistillationTrainer):
         denominator = inputs.get("weight_denominator", denominator)
         settings = {"beta": self.beta, "temperature": self.temperature}
         loss, divergence, entropy = weighted_divergence(*compared, weights, denominator, **settings)
-        frozen = weights == 0
         complete = "weights" not in inputs or self._arm.measures_all(self.state)
         if complete and "weights" in inputs:
-            with torch.no_grad():
-                _, *of_frozen = weighted_divergence(*compared, frozen.float(), 1.0, **settings)
-            divergence = torch.where(frozen, of_frozen[0], divergence)
-            entropy = torch.where(frozen, of_frozen[1], entropy)
-        figures.add_signals(TokenSignals(inputs["completion_ids"][mask], divergence, entropy, weights), complete)
-        measured = torch.ones_like(frozen) if complete else ~frozen
+            divergence, entropy = measure_frozen(divergence, entropy, *compared, weights, **settings)
+        signals = TokenSignals(inputs["completion_ids"][mask], divergence, entropy, weights)
+        figures.add_signals(signals, complete)
+        if self.model.training:
+            self._stats.update(signals)
+        measured = complete | (weights != 0)
         self._finite.note(entropy[measured], divergence[measured])
         return loss, entropy[measured].sum(), measured.sum()
 
     def _hidden_states(self, unwrapped_student, inputs, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last hidden states of student and teacher that predict the tokens of `mask`, `(N, H)` each."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        input_ids = input_ids.clamp(max=self._vocab_size - 1)  # the padding id may be one that the teacher lacks
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        forward = (input_ids, attention_mask, inputs["completion_ids"].size(1))
+        forward = forward_inputs(inputs, self._vocab_size)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *forward)
         self.teacher_model.eval()
         unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -283,7 +276,7 @@ class OPDTrainer(DistillationTrainer):
         if self.accelerator.sync_gradients:
             self._finite.end_step(self.state.global_step + 1)
             if self.state.global_step == 0:
-                warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
+                preflight.warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -295,6 +288,12 @@ class OPDTrainer(DistillationTrainer):
         show, self.log_completions = self.log_completions, self.log_completions and self._new_completions
         super().log(logs, start_time)
         self.log_completions, self._new_completions = show, False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Here, and not in a callback, the file is in the checkpoint before the Trainer pushes it.
+        if _internal_call:
+            self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
+from transformers import PreTrainedModel
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
@@ -131,3 +132,9 @@ def grouped_stream(trainer, *, prompts: int, rollouts: int):
         yield
     finally:
         trainer.train_dataset, trainer.shuffle_dataset = stream, shuffle
+
+
+def with_suppressed(ids: range, generation_kwargs: dict, model: PreTrainedModel) -> list[int]:
+    """Return the ids that sampling must leave out: `ids`, and those that the user or the model leaves out already."""
+    own = generation_kwargs.get("suppress_tokens", model.generation_config.suppress_tokens)
+    return sorted({*(own or ()), *ids})

@@ -8,7 +8,10 @@ import warnings
 from importlib import import_module
 
 # Command -> its module here and what it does, in the order of `trl-opd --help`.
-COMMANDS = {"train": ("train", "distil a teacher into a student, on the student's own rollouts")}
+COMMANDS = {
+    "demo": ("demo", "distil tiny models on this machine, find their rock tokens, and freeze them"),
+    "train": ("train", "distil a teacher into a student, on the student's own rollouts"),
+}
 
 USAGE = """usage: trl-opd COMMAND [options]
 
@@ -40,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.showwarning = _show_warning
             module.run(argv[1:])
+    except KeyboardInterrupt:
+        print(f"\ntrl-opd {name}: interrupted{getattr(module, 'INTERRUPTED', '')}.", file=sys.stderr)
+        return 130  # as shells have it
     except (ValueError, OSError) as error:  # Hub errors are OSErrors
         return _fail(name, error)
     except ImportError as error:

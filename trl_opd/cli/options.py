@@ -10,6 +10,7 @@ OPD_OPTIONS = {
     "num_generations": ("1", "rollouts per prompt; divides the number of rollouts of an optimizer step"),
     "mask_truncated_completions": ("false", "leave rollouts that were cut at the length limit out of the loss"),
     "micro_batching": ("trl", "how a generation batch is split: trl is TRL's padding and split"),
+    "token_statistics": ("true", "keep the divergence per token type, and write it into every checkpoint"),
     "teacher_tokenizer_name_or_path": ("none", "tokenizer of the teacher, when its model does not name one"),
 }
 

@@ -1,0 +1,186 @@
+"""One arm of the demo: distil from the shipped start, evaluate, and leave the result on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
+
+from ..opd_config import OPDConfig
+from ..opd_trainer import OPDTrainer
+from ..token_stats import TokenStats
+from .arithmetic import Problem, draw_problems, is_right
+
+MODELS = Path(__file__).parent / "models"
+ROLLOUTS = 64  # of an optimizer step
+MAX_COMPLETION = 56  # tokens; a right answer has about 40
+EVAL_PROBLEMS, CURVE_PROBLEMS, EVAL_SEED = 500, 100, 20260523
+WINDOWS = 8  # of token statistics, and points of the curves
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm left: `settings` that made it, which problems it solved, its curve, seconds and frozen share."""
+
+    settings: dict
+    correct: list[bool]
+    curve: list[tuple[int, float]]
+    seconds: float
+    frozen_token_share: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the held-out problems that were solved, greedily."""
+        return sum(self.correct) / len(self.correct)
+
+
+def load(name: str) -> tuple[PreTrainedModel, AutoTokenizer]:
+    """Return the shipped "teacher" or "student", in float32 on the CPU, and its tokenizer."""
+    folder = MODELS / name
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def eval_problems() -> list[Problem]:
+    """Return the held-out problems; their operands are in no training."""
+    return draw_problems(EVAL_PROBLEMS, EVAL_SEED, held_out=True)
+
+
+@torch.no_grad()
+def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bool]:
+    """Return which problems the model solves, greedily."""
+    was_training = model.training
+    model.eval()
+    inputs = tokenizer([problem.question for problem in problems], padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    output = model.generate(**inputs.to(model.device), max_new_tokens=MAX_COMPLETION, do_sample=False)
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return [is_right(problem, text) for problem, text in zip(problems, texts, strict=True)]
+
+
+def windows(folder: Path) -> list[tuple[int, TokenStats]]:
+    """Return the statistics that an arm's checkpoints hold, with the last step of each, in order."""
+    checkpoints = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
+    return [(step, TokenStats.load(path)) for step, path in checkpoints]
+
+
+def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> ArmResult:
+    """Distil one arm, or return the result of a finished one with the same settings.
+
+    Args:
+        arm (`str`): "uniform", "rock", "control" or "random": the trainer's `token_weighting`.
+        folder (`Path`): Where checkpoints, student and result go.
+        seed (`int`): Seed of prompts and rollouts.
+        steps (`int`): Optimizer steps.
+        rock_set (`Path`, *optional*): File of the rock set; not for the uniform arm.
+        label (`str`): Of the progress bar.
+    """
+    rocks = None if rock_set is None else json.loads(rock_set.read_text(encoding="utf-8"))
+    settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks}
+    finished = read_result(folder)
+    if finished is not None and finished.settings == settings:
+        return finished
+    for left in folder.glob("checkpoint-*"):
+        shutil.rmtree(left)
+    (folder / RESULT).unlink(missing_ok=True)
+    started = time.perf_counter()
+    trainer, curve = _distil(arm, folder, seed=seed, steps=steps, rock_set=rock_set, label=label)
+    trainer.save_model()
+    correct = solve(trainer.model, trainer.processing_class, eval_problems())
+    shares = [line["weight/zero_share"] for line in trainer.state.log_history if "weight/zero_share" in line]
+    result = ArmResult(settings, correct, curve, time.perf_counter() - started, sum(shares) / len(shares))
+    write_json(folder / RESULT, asdict(result))
+    return result
+
+
+def read_result(folder: Path) -> ArmResult | None:
+    """Return the result of a finished arm; `None` where there is none, or none that can be read."""
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return ArmResult(**{**content, "curve": [(step, value) for step, value in content["curve"]]})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that appears under its name only when it is complete."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str):
+    student, tokenizer = load("student")
+    teacher, _ = load("teacher")
+    every = max(1, steps // WINDOWS)
+    problems = draw_problems(steps * ROLLOUTS, seed, held_out=False)
+    config = OPDConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=ROLLOUTS,
+        max_completion_length=MAX_COMPLETION,
+        max_steps=steps,
+        learning_rate=2e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=min(10, steps // 2),
+        logging_steps=max(1, every // 3),
+        save_steps=every,
+        save_only_model=True,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        token_weighting=arm,
+        rock_set=None if rock_set is None else str(rock_set),
+    )
+    watch = _Watch(tokenizer, every, label)
+    trainer = OPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": [problem.question for problem in problems]}),
+        processing_class=tokenizer,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        watch.bar.close()
+    return trainer, watch.curve
+
+
+class _Watch(TrainerCallback):
+    """A progress bar, and the accuracy on some of the held-out problems every few steps."""
+
+    def __init__(self, tokenizer, every: int, label: str):
+        self._tokenizer, self._every, self._label = tokenizer, every, label
+        self._problems = eval_problems()[:CURVE_PROBLEMS]
+        self.curve: list[tuple[int, float]] = []
+        self.bar = tqdm(desc=label, unit="step")
+
+    def _measure(self, step: int, model) -> None:
+        self.curve.append((step, sum(solve(model, self._tokenizer, self._problems)) / len(self._problems)))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.bar.total = state.max_steps
+        self._measure(0, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.bar.update()
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._measure(state.global_step, model)
+            self.bar.set_postfix(accuracy=f"{self.curve[-1][1]:.2f}")

@@ -1,0 +1,132 @@
+"""`trl-opd demo`: distil, find the tokens that never converge, freeze them, and compare with a control."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from ..detection import detect_rocks, mass_matched_controls, with_texts
+from ..report.plots import plot_accuracy, plot_divergence
+from ..rock_set import RockSet
+from ..statistics import accuracy_interval, paired_difference
+from ..token_stats import TokenStats
+from .arithmetic import PLANTED_ROCKS
+from .arms import CURVE_PROBLEMS, EVAL_PROBLEMS, ArmResult, eval_problems, load, run_arm, solve, windows, write_json
+
+ARMS = ("uniform", "rock", "control", "random")
+TASK = "word problems of three-digit addition, answered in worked steps"
+
+
+def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tuple[dict, list[str]]:
+    """Run the demo, or what is missing of it, and write `summary.json` and two plots.
+
+    Args:
+        output_dir (`Path`): Where everything goes; arms that are finished there with the same settings are kept.
+        seed (`int`): Seed of prompts, rollouts and controls.
+        steps (`int`): Optimizer steps of each arm.
+        arms (`list[str]`): The arms to run beside "uniform".
+
+    Returns:
+        `tuple[dict, list[str]]`: the summary, and a sentence for each arm that could not run.
+    """
+    started = time.perf_counter()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shipped = {name: solve(*load(name), eval_problems()) for name in ("student", "teacher")}
+    wanted = [arm for arm in ARMS if arm in {"uniform", *arms}]
+    results, notes, found, path = {}, [], None, output_dir / "rock_set.json"
+    for place, arm in enumerate(wanted):
+        if reason := None if arm == "uniform" else _cannot_run(arm, found):
+            notes.append(reason)
+            continue
+        rock_set = None if arm == "uniform" else path
+        label = f"{arm} ({place + 1} of {len(wanted)})"
+        results[arm] = run_arm(arm, output_dir / arm, seed=seed, steps=steps, rock_set=rock_set, label=label)
+        if arm == "uniform":
+            found = find_rocks(windows(output_dir / "uniform"), seed)
+            found.save(path)
+    summary = {
+        "version": 1,
+        "seconds": time.perf_counter() - started,
+        "task": TASK,
+        "eval_problems": EVAL_PROBLEMS,
+        **{key: {"accuracy": sum(shipped[name]) / EVAL_PROBLEMS} for key, name in _SHIPPED.items()},
+        "arms": {arm: _arm_summary(result, steps) for arm, result in results.items()},
+        "differences": {
+            arm: _difference(result, results["uniform"], seed) for arm, result in results.items() if arm != "uniform"
+        },
+        "rocks": _rock_summary(found),
+    }
+    write_json(output_dir / "summary.json", summary)
+    _plot(output_dir, results, found)
+    return summary, notes
+
+
+_SHIPPED = {"start": "student", "teacher": "teacher"}
+
+
+def find_rocks(stats: list[tuple[int, TokenStats]], seed: int) -> RockSet:
+    """Return the rocks of the uniform arm with mass-matched controls.
+
+    Chosen on the last quarter of the run, `before` is its first window. `top_k` is the number of planted types, so that
+    precision equals recall when the list is full.
+    """
+    last = stats[-1][1].copy()
+    for _, window in stats[:-1][len(stats) - max(1, len(stats) // 4) :]:
+        last.merge(window)
+    before = stats[0][1] if len(stats) > 1 else None
+    rock_set = detect_rocks(last, before, top_k=len(PLANTED_ROCKS))
+    if rock_set.rocks:
+        rock_set = dataclasses.replace(rock_set, controls=mass_matched_controls(last, rock_set, seed))
+    return with_texts(rock_set, load("student")[1])
+
+
+def _cannot_run(arm: str, found: RockSet) -> str | None:
+    if not found.rocks:
+        return f"{arm}: not run, no rocks were found."
+    if arm == "control" and not found.controls.matched:
+        return "control: not run, no types have the token mass of the rocks; `--arms random` freezes as many positions."
+    return None
+
+
+def _arm_summary(result: ArmResult, steps: int) -> dict:
+    return {
+        "accuracy": result.accuracy,
+        "accuracy_ci95": list(accuracy_interval(result.correct)),
+        "seconds": result.seconds,
+        "steps": steps,
+        "frozen_token_share": result.frozen_token_share,
+    }
+
+
+def _difference(result: ArmResult, baseline: ArmResult, seed: int) -> dict:
+    estimate, interval = paired_difference(result.correct, baseline.correct, seed=seed)
+    return {"estimate": estimate, "ci95": list(interval), "over": "problems"}
+
+
+def _rock_summary(found: RockSet) -> dict:
+    texts = [rock.text for rock in found.rocks]
+    if not texts:
+        return {"tokens": [], **dict.fromkeys(("token_share", "kl_share", "planted_precision", "planted_recall"))}
+    planted = len(set(texts) & set(PLANTED_ROCKS))
+    return {
+        "tokens": texts,
+        "token_share": found.token_share,
+        "kl_share": sum(rock.score for rock in found.rocks) / found.corpus["kl_sum"],
+        "planted_precision": planted / len(texts),
+        "planted_recall": planted / len(PLANTED_ROCKS),
+    }
+
+
+def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> None:
+    plot_accuracy({arm: result.curve for arm, result in results.items()}, CURVE_PROBLEMS, output_dir / "accuracy.png")
+    curves = {arm: [_means(*window, found) for window in windows(output_dir / arm)] for arm in results}
+    plot_divergence(curves, "KL(student ‖ teacher)", output_dir / "divergence.png")
+
+
+def _means(step: int, stats: TokenStats, found: RockSet) -> tuple[int, float | None, float | None]:
+    """Return the step and the mean divergence of rocks and of the rest, over measured positions."""
+    rocks, kl, count = found.ids, stats.kl_sum, stats.count
+    of_rocks, counted = float(kl[rocks].sum()), int(count[rocks].sum())
+    others, rest = float(kl.sum()) - of_rocks, int(count.sum()) - counted
+    return step, of_rocks / counted if counted else None, others / rest if rest else None

@@ -1,0 +1,83 @@
+"""Plots, drawn by Matplotlib into PNG files; colours that colour-blind people can tell apart (Okabe and Ito 2008)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ARM_COLOURS = {"uniform": "#0072B2", "rock": "#D55E00", "control": "#009E73", "random": "#CC79A7"}
+ARM_MARKERS = {"uniform": "o", "rock": "s", "control": "^", "random": "D"}
+
+
+def plot_accuracy(curves: Mapping[str, Sequence[tuple[int, float]]], problems: int, path: str | os.PathLike) -> None:
+    """Draw accuracy over optimizer steps, a line for each arm.
+
+    Args:
+        curves (`Mapping[str, Sequence[tuple[int, float]]]`): For each arm, its points (step, accuracy).
+        problems (`int`): Number of problems behind each point.
+        path (`str` or `os.PathLike`): The PNG file.
+    """
+    figure, axes = _figure(
+        "Accuracy by arm while distilling", "optimizer step", f"greedy accuracy on {problems} problems"
+    )
+    for arm, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=4, label=_arm_label(arm))
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_divergence(
+    curves: Mapping[str, Sequence[tuple[int, float | None, float | None]]], divergence: str, path: str | os.PathLike
+) -> None:
+    """Draw the mean divergence of rocks (solid) and of the rest (dashed) over steps, a colour for each arm.
+
+    Args:
+        curves (`Mapping`): For each arm, its points (last step of the window, rocks' mean, others' mean), in nats;
+            `None` where a window has no such position.
+        divergence (`str`): Name of the divergence, for the axis.
+        path (`str` or `os.PathLike`): The PNG file.
+    """
+    figure, axes = _figure(
+        "Rock tokens stay where they are, the rest converges", "optimizer step", f"mean {divergence} per token (nats)"
+    )
+    for arm, points in curves.items():
+        steps = [step for step, _, _ in points]
+        for place, style, what in ((1, "-", "rocks"), (2, "--", "the rest")):
+            values = [float("nan") if point[place] is None else point[place] for point in points]
+            label = f"{what}, {_arm_label(arm)}"
+            axes.plot(steps, values, style, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=4, label=label)
+    axes.set_ylim(bottom=0.0)
+    axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _arm_label(arm: str) -> str:
+    return {"uniform": "uniform (nothing frozen)", "random": "random positions frozen"}.get(arm, f"{arm}s frozen")
+
+
+def _figure(title: str, x: str, y: str):
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(part, format="png", dpi=144)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

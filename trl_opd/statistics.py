@@ -1,0 +1,43 @@
+"""Intervals of accuracies and of their differences, on SciPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval of the share of problems that were solved."""
+    interval = stats.binomtest(int(sum(correct)), len(correct)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_difference(
+    correct: Sequence[bool], baseline: Sequence[bool], *, seed: int, confidence: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """Return the difference of two accuracies on the same problems, and its bootstrap interval over the problems.
+
+    The percentile interval of 10 000 resamples. It covers the choice of problems, not that of the training seed.
+
+    Raises:
+        `ValueError`: if the two are not of the same problems.
+    """
+    if len(correct) != len(baseline):
+        raise ValueError(f"A paired difference needs the same problems, got {len(correct)} and {len(baseline)}.")
+    difference = np.asarray(correct, dtype=float) - np.asarray(baseline, dtype=float)
+    estimate = float(difference.mean())
+    if np.ptp(difference) == 0.0:  # every resample is the same
+        return estimate, (estimate, estimate)
+    result = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return estimate, (float(result.confidence_interval.low), float(result.confidence_interval.high))
