@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def detect_rocks(
 ) -> RockSet:
     """Return the `top_k` types of the largest aggregate score R(v) = mean divergence x count that persist.
 
-    arXiv:2605.09253, stage A. The list is shorter where fewer types persist or have a positive score. Ties break by id.
+    arXiv:2605.09253, stage A. The list is shorter where fewer types persist and score above 0. Ties break by id.
 
     Args:
         stats (`TokenStats`): Statistics of the last rollouts.
@@ -43,7 +44,7 @@ def detect_rocks(
     Raises:
         `ValueError`: if an argument is out of its range, or the statistics measured different things.
     """
-    _check(stats, before, top_k, min_persistence, exclude_most_frequent)
+    top_k, exclude_most_frequent = _check(stats, before, top_k, min_persistence, exclude_most_frequent)
     stats = stats.copy()
     mean_kl = stats.mean_kl
     earlier = None if before is None else before.copy().mean_kl
@@ -82,10 +83,11 @@ def mass_matched_controls(stats: TokenStats, rocks: RockSet | Sequence[int] | to
         `Controls`: `matched` is false where the walk ended below 0.95.
 
     Raises:
-        `ValueError`: if no rock occurs in the statistics.
+        `ValueError`: if no rock occurs in the statistics, or an id is none of theirs or stands twice.
     """
-    ids = rocks.ids if isinstance(rocks, RockSet) else torch.as_tensor(rocks, dtype=torch.int64)
-    ids, seen = ids.cpu(), stats.seen.cpu()
+    ids, seen = _ids(rocks, stats.vocab_size), stats.seen.cpu()
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number, at least 0, got {seed!r}.")
     wanted = int(seen[ids].sum())
     if wanted == 0:
         raise ValueError("No rock occurs in the statistics, so there is no token mass to match.")
@@ -115,19 +117,39 @@ def with_texts(rock_set: RockSet, tokenizer) -> RockSet:
 
 def _check(
     stats: TokenStats, before: TokenStats | None, top_k: int, min_persistence: float, exclude_most_frequent: int
-) -> None:
+) -> tuple[int, int]:
+    """Return the two counts as plain numbers, or raise `ValueError`."""
+    for name, value in (("top_k", top_k), ("exclude_most_frequent", exclude_most_frequent)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if top_k < 1:
         raise ValueError(f"top_k counts rocks, at least 1, got {top_k}.")
     if not 0.0 <= min_persistence < float("inf"):
         raise ValueError(f"min_persistence is a share of the earlier divergence, at least 0, got {min_persistence}.")
     if exclude_most_frequent < 0:
         raise ValueError(f"exclude_most_frequent counts types, at least 0, got {exclude_most_frequent}.")
+    if not all(sums.isfinite().all() for sums in (stats.kl_sum, stats.entropy_sum)):
+        raise ValueError("The statistics hold sums that are not finite.")
     if missing := {"divergence", "temperature"} - set(stats.measure):
         raise ValueError(f"The statistics do not say what they measured: {min(missing)} is missing.")
     if before is not None:
         if before.vocab_size != stats.vocab_size:
             raise ValueError(f"`before` has {before.vocab_size} vocabulary entries, the statistics {stats.vocab_size}.")
         require_same_measure(stats.measure, before.measure, ignore=("student",))
+    return operator.index(top_k), operator.index(exclude_most_frequent)
+
+
+def _ids(rocks: RockSet | Sequence[int] | torch.Tensor, vocab_size: int) -> torch.Tensor:
+    ids = rocks.ids if isinstance(rocks, RockSet) else torch.as_tensor(rocks).cpu()
+    if ids.numel() == 0:
+        ids = ids.long()
+    if ids.ndim != 1 or ids.dtype == torch.bool or ids.is_floating_point():
+        raise ValueError(f"The rocks must be ids of shape (K,), got {ids.dtype} of shape {tuple(ids.shape)}.")
+    if outside := [id for id in ids.tolist() if not 0 <= id < vocab_size]:
+        raise ValueError(f"Rock id {outside[0]} is none of the {vocab_size} vocabulary entries of the statistics.")
+    if len(ids.unique()) < len(ids):
+        raise ValueError("A rock id stands twice.")
+    return ids.long()
 
 
 def _rock(id: int, stats: TokenStats, mean_kl: torch.Tensor, score: torch.Tensor, earlier: torch.Tensor | None) -> Rock:

@@ -31,6 +31,7 @@ class RunStats:
 
     def __init__(self, vocab_size: int, measure: dict[str, Any], device: torch.device, *, enabled: bool = True):
         self._enabled = enabled
+        vocab_size = vocab_size if enabled else 1
         # MPS has no float64: its signals wait there, and are added up on the host when a log is due.
         self._waits = device.type == "mps"
         self._new = lambda: TokenStats(vocab_size, measure, "cpu" if self._waits else device)

@@ -11,7 +11,13 @@ RESAMPLES = 10_000
 
 
 def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's interval of the share of problems that were solved."""
+    """Return Wilson's interval of the share of problems that were solved.
+
+    Raises:
+        `ValueError`: if there is no problem.
+    """
+    if len(correct) == 0:
+        raise ValueError("An accuracy needs at least one problem.")
     interval = stats.binomtest(int(sum(correct)), len(correct)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -26,8 +32,10 @@ def paired_difference(
     Raises:
         `ValueError`: if the two are not of the same problems.
     """
-    if len(correct) != len(baseline):
-        raise ValueError(f"A paired difference needs the same problems, got {len(correct)} and {len(baseline)}.")
+    if len(correct) != len(baseline) or len(correct) == 0:
+        raise ValueError(
+            f"A paired difference needs the same problems, at least one, got {len(correct)} and {len(baseline)}."
+        )
     difference = np.asarray(correct, dtype=float) - np.asarray(baseline, dtype=float)
     estimate = float(difference.mean())
     if np.ptp(difference) == 0.0:  # every resample is the same
@@ -36,6 +44,7 @@ def paired_difference(
         (difference,),
         np.mean,
         n_resamples=RESAMPLES,
+        batch=500,  # resamples in memory at once
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .records import TokenSignals
 
@@ -22,6 +22,8 @@ FORMAT = "trl_opd.token_stats"
 VERSION = 1
 FILE_NAME = "token_stats.safetensors"
 COUNTS, SUMS = ("seen", "count"), ("kl_sum", "kl_sq_sum", "entropy_sum")
+# Ten times the statistics of a vocabulary of 262 144: a larger file is a mistake.
+MAX_BYTES = 100 * 2**20
 
 
 class TokenStats:
@@ -59,7 +61,7 @@ class TokenStats:
     def __init__(self, vocab_size: int, measure: Mapping[str, Any], device: torch.device | str = "cpu"):
         if vocab_size < 1:
             raise ValueError(f"vocab_size counts vocabulary entries, at least 1, got {vocab_size}.")
-        self.measure = dict(measure)
+        self.measure = _plain(measure)
         self.seen, self.count = (torch.zeros(vocab_size, dtype=torch.int64, device=device) for _ in COUNTS)
         self.kl_sum, self.kl_sq_sum, self.entropy_sum = (
             torch.zeros(vocab_size, dtype=torch.float64, device=device) for _ in SUMS
@@ -123,13 +125,18 @@ class TokenStats:
         return TokenStats(self.vocab_size, self.measure).merge(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file; it appears under its name only when it is complete."""
+        """Write a safetensors file; it appears under its name only when it is complete.
+
+        Raises:
+            `ValueError`: if a sum is not finite.
+        """
         path = Path(path)
-        tensors = {name: getattr(self, name).cpu() for name in (*COUNTS, *SUMS)}
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in (*COUNTS, *SUMS)}
+        _check(tensors)
         metadata = {"format": FORMAT, "version": str(VERSION), "measure": json.dumps(self.measure)}
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, part, metadata)
+            part.write_bytes(save(tensors, metadata))
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -151,6 +158,8 @@ class TokenStats:
                 "checkpoints."
             )
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
             return _read(path)
         except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not token statistics: {str(error) or type(error).__name__}") from error
@@ -159,11 +168,21 @@ class TokenStats:
 def require_same_measure(first: Mapping[str, Any], second: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> None:
     """Raise `ValueError` with the first key that two measures disagree in, apart from those to ignore."""
     for key in sorted({*first, *second} - {*ignore}):
-        if first.get(key) != second.get(key):
+        pair = [json.dumps(measure[key]) if key in measure else "not there" for measure in (first, second)]
+        if pair[0] != pair[1]:
             raise ValueError(
-                f"Statistics of different measures do not go together: {key} is {first.get(key)!r} and "
-                f"{second.get(key)!r}."
+                f"Statistics of different measures do not go together: {key} is {pair[0]:.200} and {pair[1]:.200}."
             )
+
+
+def _plain(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a measure as it comes back from a file, of its own."""
+    if not isinstance(measure, Mapping) or not all(isinstance(key, str) for key in measure):
+        raise ValueError("measure must be a dictionary of names.")
+    try:
+        return json.loads(json.dumps(dict(measure), allow_nan=False, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"measure must hold text and finite numbers only: {error}.") from error
 
 
 def _read(path: Path) -> TokenStats:
@@ -172,23 +191,33 @@ def _read(path: Path) -> TokenStats:
         if metadata.get("format") != FORMAT:
             raise ValueError(f'its "format" is not "{FORMAT}"')
         if metadata.get("version") != str(VERSION):
-            raise ValueError(f"version {metadata.get('version')!r:.40}, this trl_opd reads {VERSION}: upgrade it")
+            raise ValueError(f"version {metadata.get('version')!r:.40}, this trl_opd reads version {VERSION}")
         if set(file.keys()) != {*COUNTS, *SUMS}:
-            raise ValueError(f"it must hold {', '.join((*COUNTS, *SUMS))}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            raise ValueError(f"it must hold {', '.join((*COUNTS, *SUMS))} and nothing else")
+        tensors = {name: file.get_tensor(name) for name in (*COUNTS, *SUMS)}
     measure = json.loads(metadata.get("measure", "null"))
     if not isinstance(measure, dict):
         raise ValueError("its measure is not an object")
-    shape = tensors["seen"].shape
-    for name, tensor in tensors.items():
-        dtype = torch.int64 if name in COUNTS else torch.float64
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.ndim != 1 or not len(tensor):
-            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of shape (V,)")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if (tensors["count"] < 0).any() or (tensors["count"] > tensors["seen"]).any():
-        raise ValueError("count must lie between 0 and seen")
-    stats = TokenStats(shape[0], measure)
+    _check(tensors)
+    stats = TokenStats(len(tensors["seen"]), measure)
     for name, tensor in tensors.items():
         setattr(stats, name, tensor)
     return stats
+
+
+def _check(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless these can be the sums of some positions."""
+    size = tensors["seen"].numel()
+    for name, tensor in tensors.items():
+        dtype = torch.int64 if name in COUNTS else torch.float64
+        if tensor.dtype != dtype or tensor.shape != (size,) or not size:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of one shape (V,)")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    seen, count = tensors["seen"], tensors["count"]
+    if (count < 0).any() or (count > seen).any() or seen.double().sum() >= 2**62:
+        raise ValueError("count must lie between 0 and seen, and seen must be a number of positions")
+    if any(tensors[name][count == 0].any() for name in SUMS):
+        raise ValueError("a type that was never measured has sums")
+    if (tensors["kl_sq_sum"] < 0).any():
+        raise ValueError("kl_sq_sum is negative")

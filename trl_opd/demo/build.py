@@ -23,7 +23,7 @@ BATCH = 64
 MARK_NOISE = 0.02
 # Width, layers, learning rate, steps of its schedule, steps trained.
 TEACHER = {"width": 128, "layers": 3, "lr": 2e-3, "schedule": 3000, "steps": 3000}
-STUDENT = {"width": 48, "layers": 2, "lr": 6e-3, "schedule": 1000, "steps": 410}
+STUDENT = {"width": 48, "layers": 2, "lr": 6e-3, "schedule": 1000, "steps": 500}
 
 
 def new_model(width: int, layers: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

@@ -6,6 +6,8 @@ import dataclasses
 import time
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ..detection import detect_rocks, mass_matched_controls, with_texts
 from ..report.plots import plot_accuracy, plot_divergence
 from ..rock_set import RockSet
@@ -30,6 +32,7 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
     Returns:
         `tuple[dict, list[str]]`: the summary, and a sentence for each arm that could not run.
     """
+    logging.disable_progress_bar()  # of loading and saving: one bar is enough
     started = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
     shipped = {name: solve(*load(name), eval_problems()) for name in ("student", "teacher")}
