@@ -44,7 +44,7 @@ def plot_divergence(
         path (`str` or `os.PathLike`): The PNG file.
     """
     figure, axes = _figure(
-        "Rock tokens stay where they are, the rest converges", "optimizer step", f"mean {divergence} per token (nats)"
+        "Divergence of rock tokens and of the rest, by arm", "optimizer step", f"mean {divergence} per token (nats)"
     )
     for arm, points in curves.items():
         steps = [step for step, _, _ in points]
