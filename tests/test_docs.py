@@ -17,16 +17,21 @@ def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     assert 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
     assert 'pip install -q -c constraints.txt -e ".[test]" && pytest' in ci
+    assert "pip install -c constraints.txt . && trl-opd demo\n" in readme
+    training = (ROOT / "docs" / "training.md").read_text()
+    assert "trl-opd demo" in ci
     for part in ("examples/tiny_models.py", "examples/recipes/two_minutes.yaml"):
-        assert part in readme
-        assert part in ci
+        assert part in training
+    assert "examples/tiny_models.py" in ci
+    assert "examples/recipes/two_minutes.yaml" in ci
 
 
 def test_the_tree_of_the_readme_is_the_tree():
     readme = (ROOT / "README.md").read_text()
     tree = readme[readme.index("## The tree") :]
     shown = set(re.findall(r"[├└]── (\w+)(?:\.py|/)", tree))
-    exist = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"} | {"cli"}
+    exist = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"}
+    exist |= {path.parent.name for path in (ROOT / "trl_opd").glob("*/__init__.py")}
     assert shown == exist
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
@@ -43,7 +50,7 @@ class ArmResult:
         return sum(self.correct) / len(self.correct)
 
 
-def load(name: str) -> tuple[PreTrainedModel, AutoTokenizer]:
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the shipped "teacher" or "student", in float32 on the CPU, and its tokenizer."""
     folder = MODELS / name
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
@@ -69,7 +76,7 @@ def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bo
 
 def windows(folder: Path) -> list[tuple[int, TokenStats]]:
     """Return the statistics that an arm's checkpoints hold, with the last step of each, in order."""
-    checkpoints = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
+    checkpoints = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-[0-9]*"))
     return [(step, TokenStats.load(path)) for step, path in checkpoints]
 
 
@@ -87,7 +94,7 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
     rocks = None if rock_set is None else json.loads(rock_set.read_text(encoding="utf-8"))
     settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks}
     finished = read_result(folder)
-    if finished is not None and finished.settings == settings:
+    if finished is not None and finished.settings == settings and windows(folder):
         return finished
     for left in folder.glob("checkpoint-*"):
         shutil.rmtree(left)
