@@ -91,6 +91,17 @@ def test_a_checkpoint_holds_the_window_since_the_last_one(tokenizer, tmp_path):
     assert equal(trainer.reduced_token_stats(), trainer.token_stats)
 
 
+def test_saving_without_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run", max_steps=1)
+    stats = trainer.token_stats
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    trainer.save_model(tmp_path / "copy", _internal_call=True)
+    trainer.save_model()
+    assert not list(tmp_path.rglob("token_stats*"))
+    trainer.save_model(tmp_path / "checkpoint-1", _internal_call=True)
+    assert equal(TokenStats.load(tmp_path / "checkpoint-1"), stats)
+
+
 def test_a_resumed_run_writes_the_windows_of_an_unbroken_one(tokenizer, tmp_path):
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     record(tokenizer, tmp_path / "whole", **changes)
