@@ -1,7 +1,9 @@
 """The demo: its world, the models that ship with it, whole short runs, going on after an interruption, wrong input."""
 
+import dataclasses
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_opd import RockSet, TokenStats
 from trl_opd.cli import main
+from trl_opd.cli.demo import HELP, DemoArguments
 from trl_opd.demo import arms, build, run
 from trl_opd.demo.arithmetic import (
     CARRY,
@@ -285,6 +288,11 @@ def test_arms_that_have_nothing_to_freeze_are_left_out_with_a_reason(arm):
         "tokens": [],
         **dict.fromkeys(("token_share", "kl_share", "planted_precision", "planted_recall")),
     }
+
+
+def test_the_help_lists_every_option_with_its_default():
+    for option in dataclasses.fields(DemoArguments):
+        assert re.search(rf"^  --{option.name} \w+ +{re.escape(str(option.default))} ", HELP, re.MULTILINE), option.name
 
 
 # Wrong input

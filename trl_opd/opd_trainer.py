@@ -291,8 +291,8 @@ class OPDTrainer(DistillationTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # Here, and not in a callback, the file is in the checkpoint before the Trainer pushes it. Without a folder it is
-        # `push_to_hub` that saves, which closes no window.
+        # Here, and not in a callback, the file is in the checkpoint before the Trainer pushes it. Without a folder,
+        # `push_to_hub` saves, which closes no window.
         if _internal_call and output_dir is not None:
             self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
