@@ -315,6 +315,28 @@ def test_a_wrong_flag_is_one_sentence(capsys, flags, sentence):
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("steps: 1.5", "--steps takes a whole number, got 1.5"),
+        ("steps: null", "--steps takes a whole number, got None"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_one_sentence(tmp_path, capsys, line, sentence):
+    (tmp_path / "demo.yaml").write_text(f"{line}\n")
+    assert main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
+    own = tmp_path / "uniform" / "checkpoint-1000" / "model.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert main(["demo", "--output_dir", str(tmp_path), "--steps", "1", "--arms", "uniform"]) == 1
+    assert "holds files that are not the demo's: choose another --output_dir" in capsys.readouterr().err
+    assert own.read_text() == "mine"
+
+
 @pytest.mark.parametrize("flags", [["--step", "x"], ["--colour", "red"], ["surplus"]])
 def test_bad_usage_is_two(capsys, flags):
     with pytest.raises(SystemExit) as error:
@@ -323,7 +345,7 @@ def test_bad_usage_is_two(capsys, flags):
 
 
 def test_settings_may_come_from_a_file(tmp_path):
-    (tmp_path / "demo.yaml").write_text(f"output_dir: {tmp_path / 'out'}\nsteps: 1\narms: uniform\n")
+    (tmp_path / "demo.yaml").write_text(f"output_dir: {tmp_path / 'out'}\nsteps: 1\narms: [uniform]\n")
     assert main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert tuple(summary["arms"]) == ("uniform",)

@@ -436,7 +436,7 @@ def test_what_is_no_rock_id_is_refused(rocks, sentence):
         mass_matched_controls(counted(10, 10, 10), rocks, 0)
 
 
-@pytest.mark.parametrize("seed", [-1, None, 1.5])
+@pytest.mark.parametrize("seed", [-1, None, 1.5, True, 2**70])
 def test_a_seed_that_a_rock_set_could_not_hold_is_refused(seed):
     with pytest.raises(ValueError, match="seed must be a whole number"):
         mass_matched_controls(counted(10, 10, 10), [0], seed)
@@ -459,3 +459,15 @@ def test_sums_that_are_not_finite_are_refused(value):
     stats.kl_sum[1] = value
     with pytest.raises(ValueError, match="sums that are not finite"):
         detect_rocks(stats)
+
+
+def test_padded_rows_of_the_vocabulary_are_neither_rocks_nor_controls(tmp_path):
+    measure = MEASURE | {"tokenizer": {"name": "a", "vocab_size": 3, "fingerprint": None}}
+    stats = measured((10, 1.0), (10, 2.0), (10, 0.5), (10, 9.0), measure=measure)  # type 3 has a row and no token
+    rocks = detect_rocks(stats, top_k=1)
+    assert ids(rocks) == [1]
+    for seed in range(8):
+        controls = mass_matched_controls(stats, rocks, seed)
+        assert controls.matched
+        assert controls.ids != [3]
+    dataclasses.replace(detect_rocks(stats), controls=None).save(tmp_path / "rocks.json")

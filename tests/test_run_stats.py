@@ -102,6 +102,18 @@ def test_saving_without_a_checkpoint_closes_no_window(tokenizer, tmp_path):
     assert equal(TokenStats.load(tmp_path / "checkpoint-1"), stats)
 
 
+def test_a_checkpoint_that_is_saved_again_keeps_its_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
+    folder = tmp_path / "run" / "checkpoint-2"
+    first = TokenStats.load(folder)
+    trainer.save_model(str(folder), _internal_call=True)
+    assert equal(TokenStats.load(folder), first)
+    trainer.train()  # a run of its own: it replaces the window
+    assert int(TokenStats.load(folder).seen.sum()) == sum(
+        int(b["completion_mask"].sum()) for *_, b in trainer.batches[2:]
+    )
+
+
 def test_a_resumed_run_writes_the_windows_of_an_unbroken_one(tokenizer, tmp_path):
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     record(tokenizer, tmp_path / "whole", **changes)
@@ -164,3 +176,12 @@ def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_
     assert stats.seen[180:240].sum() > 0
     assert stats.count[180:240].sum() == 0
     assert torch.equal(stats.count[60:180], stats.seen[60:180])
+
+
+def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=1)
+    before = trainer.token_stats
+    trainer._stats._waits = True  # as on MPS, which has no float64
+    trainer.train()
+    assert trainer._stats._waiting == []
+    assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())

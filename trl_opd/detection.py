@@ -49,7 +49,7 @@ def detect_rocks(
     mean_kl = stats.mean_kl
     earlier = None if before is None else before.copy().mean_kl
     score = torch.where(stats.count > 0, mean_kl * stats.seen, 0.0)
-    candidate = score > 0
+    candidate = (score > 0) & _named(stats)
     if earlier is not None:
         candidate &= ~(mean_kl < min_persistence * earlier)  # NaN, where the type did not occur, is not below
     most_frequent = torch.sort(stats.seen, descending=True, stable=True).indices[:exclude_most_frequent]
@@ -86,12 +86,13 @@ def mass_matched_controls(stats: TokenStats, rocks: RockSet | Sequence[int] | to
         `ValueError`: if no rock occurs in the statistics, or an id is none of theirs or stands twice.
     """
     ids, seen = _ids(rocks, stats.vocab_size), stats.seen.cpu()
-    if not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**63:
         raise ValueError(f"seed must be a whole number, at least 0, got {seed!r}.")
+    seed = operator.index(seed)
     wanted = int(seen[ids].sum())
     if wanted == 0:
         raise ValueError("No rock occurs in the statistics, so there is no token mass to match.")
-    free = seen > 0
+    free = (seen > 0) & _named(stats)
     free[ids] = False
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
     chosen, mass = [], 0
@@ -137,6 +138,13 @@ def _check(
             raise ValueError(f"`before` has {before.vocab_size} vocabulary entries, the statistics {stats.vocab_size}.")
         require_same_measure(stats.measure, before.measure, ignore=("student",))
     return operator.index(top_k), operator.index(exclude_most_frequent)
+
+
+def _named(stats: TokenStats) -> torch.Tensor:
+    """Return which entries the tokenizer has a token for; the rows beyond pad the embedding."""
+    known = _tokenizer(stats.measure.get("tokenizer"))["vocab_size"]
+    size = known if isinstance(known, int) else stats.vocab_size
+    return torch.arange(stats.vocab_size) < size
 
 
 def _ids(rocks: RockSet | Sequence[int] | torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -283,6 +283,7 @@ class OPDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else self._eval_prefix
         figures = self._figures[mode].take(self._sum_over_processes)
+        self._stats.flush()
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
         logs.update({prefix + name: value for name, value in figures.items()})
         show, self.log_completions = self.log_completions, self.log_completions and self._new_completions
@@ -291,8 +292,7 @@ class OPDTrainer(DistillationTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # Here, and not in a callback, the file is in the checkpoint before the Trainer pushes it. Without a folder,
-        # `push_to_hub` saves, which closes no window.
+        # Here the file is in the checkpoint before the Trainer pushes it; `push_to_hub` saves without a folder.
         if _internal_call and output_dir is not None:
             self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 

@@ -37,11 +37,13 @@ class RunStats:
         self._new = lambda: TokenStats(vocab_size, measure, "cpu" if self._waits else device)
 
         self._waiting: list[TokenSignals] = []
+        self._folder, self._written = None, None
         self._closed, self._window = self._new(), self._new()
 
     def start(self, *, resumed: bool) -> None:
         """Begin a run: one that goes on from a checkpoint forgets all, another one its window only."""
         self.close_window()
+        self._folder, self._written = None, None
         if resumed:
             self._closed = self._new()
 
@@ -86,9 +88,14 @@ class RunStats:
         Does nothing for a folder that is no checkpoint: `push_to_hub` saves the model elsewhere.
         """
         if self._enabled and Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            window = _reduced(self.close_window(), reduce)
+            window = self.close_window()
+            if folder == self._folder:  # saved again, by a callback or before a shutdown: the window goes on
+                window = self._new().merge(self._written).merge(window)
+            self._folder, self._written = folder, window
+            total = _reduced(window, reduce)
             if is_main:
-                window.save(os.path.join(folder, FILE_NAME))
+                os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
+                total.save(os.path.join(folder, FILE_NAME))
 
 
 def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:

@@ -24,10 +24,11 @@ def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tupl
 
 def paired_difference(
     correct: Sequence[bool], baseline: Sequence[bool], *, seed: int, confidence: float = 0.95
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, tuple[float, float] | None]:
     """Return the difference of two accuracies on the same problems, and its bootstrap interval over the problems.
 
-    The percentile interval of 10 000 resamples. It covers the choice of problems, not that of the training seed.
+    The percentile interval of 10 000 resamples. It covers the choice of problems, not that of the training seed. `None`
+    where all differences are equal: resampling then says nothing.
 
     Raises:
         `ValueError`: if the two are not of the same problems.
@@ -38,8 +39,8 @@ def paired_difference(
         )
     difference = np.asarray(correct, dtype=float) - np.asarray(baseline, dtype=float)
     estimate = float(difference.mean())
-    if np.ptp(difference) == 0.0:  # every resample is the same
-        return estimate, (estimate, estimate)
+    if np.ptp(difference) == 0.0:
+        return estimate, None
     result = stats.bootstrap(
         (difference,),
         np.mean,

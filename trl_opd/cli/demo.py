@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .parsing import parse
@@ -11,7 +11,7 @@ from .parsing import parse
 HELP = """usage: trl-opd demo [--output_dir DIR] [--seed S] [--steps N] [--arms LIST] [--config FILE.yaml]
 
 Distil a tiny teacher into a tiny student that solves word problems, find the tokens that never converge, freeze them,
-and compare with freezing as many others. Needs no network and no accelerator; about four minutes on two cores.
+and compare with freezing as many others. Needs no network and no accelerator; about three minutes on two cores.
 
 options:            default
   --output_dir DIR  opd_demo               where students, rock_set.json, summary.json and plots go
@@ -22,6 +22,9 @@ options:            default
 Finished arms are kept: an interrupted demo goes on where it was when it is started again."""
 
 INTERRUPTED = ": finished arms are kept, and the same command goes on from there"
+
+
+_KINDS = {int: "a whole number", str: "text"}
 
 
 @dataclass
@@ -43,6 +46,12 @@ def run(argv: list[str]) -> None:
 
     parser = TrlParser((DemoArguments,), prog="trl-opd demo")
     (args,) = parse(parser, argv)
+    if isinstance(args.arms, list):  # as a YAML file may have it
+        args.arms = ",".join(map(str, args.arms))
+    for option in fields(args):
+        value = getattr(args, option.name)
+        if type(value) is not type(option.default):
+            raise ValueError(f"--{option.name} takes {_KINDS[type(option.default)]}, got {value!r}.")
     arms = [arm.strip() for arm in args.arms.split(",") if arm.strip()]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"There is no arm {unknown[0]!r}: --arms takes {', '.join(ARMS)}, separated by commas.")
@@ -75,6 +84,7 @@ def lines(summary: dict) -> list[str]:
         text.append(f"{arm:<9}{accuracy:<28}{difference:<28}{share:>8}{seconds:>9}")
     text += [
         "Intervals: accuracy Wilson, difference paired bootstrap over problems; both of one training seed.",
+        f"{summary['seconds']:.0f} s in all.",
         "",
     ]
     if not rocks["tokens"]:
@@ -84,9 +94,10 @@ def lines(summary: dict) -> list[str]:
         f"rocks found: {' '.join(rocks['tokens'])}",
         f"{rocks['planted_precision']:.0%} of them are planted, {rocks['planted_recall']:.0%} of the planted are found "
         "(as many are asked for as are planted, so the two are equal when the list is full);",
-        f"they are {rocks['token_share']:.1%} of the tokens, {rocks['kl_share']:.1%} of the divergence; no interval.",
+        f"they are {rocks['token_share']:.1%} of the tokens and {rocks['kl_share']:.1%} of the divergence, in the "
+        "rollouts that chose them; no interval.",
     ]
 
 
 def _interval(bounds: list[float] | None, sign: str = "") -> str:
-    return "" if bounds is None else f"[{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"
+    return "(no interval)" if bounds is None else f"[{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"

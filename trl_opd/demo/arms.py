@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +33,7 @@ ROLLOUTS = 64  # of an optimizer step
 MAX_COMPLETION = 56  # tokens; a right answer has about 40
 EVAL_PROBLEMS, CURVE_PROBLEMS, EVAL_SEED = 500, 100, 20260523
 WINDOWS = 8  # of token statistics, and points of the curves
-RESULT = "result.json"
+RESULT, MARKER = "result.json", ".trl_opd_demo"
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,14 @@ def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bo
 
 def windows(folder: Path) -> list[tuple[int, TokenStats]]:
     """Return the statistics that an arm's checkpoints hold, with the last step of each, in order."""
-    checkpoints = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-[0-9]*"))
-    return [(step, TokenStats.load(path)) for step, path in checkpoints]
+    return [(step, TokenStats.load(path)) for step, path in _checkpoints(folder)]
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = [
+        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir()
+    ]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> ArmResult:
@@ -92,21 +100,39 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
         label (`str`): Of the progress bar.
     """
     rocks = None if rock_set is None else json.loads(rock_set.read_text(encoding="utf-8"))
-    settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks}
+    weights = {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in MODELS.glob("*/*.safetensors")
+    }
+    settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks, "weights": weights}
     finished = read_result(folder)
-    if finished is not None and finished.settings == settings and windows(folder):
+    if (
+        finished is not None
+        and finished.settings == settings
+        and [step for step, _ in _checkpoints(folder)][-1:] == [steps]
+    ):
         return finished
-    for left in folder.glob("checkpoint-*"):
-        shutil.rmtree(left)
-    (folder / RESULT).unlink(missing_ok=True)
+    _clear(folder)
     started = time.perf_counter()
     trainer, curve = _distil(arm, folder, seed=seed, steps=steps, rock_set=rock_set, label=label)
     trainer.save_model()
     correct = solve(trainer.model, trainer.processing_class, eval_problems())
+    # Lines of the log have the same number of steps, but for the last.
     shares = [line["weight/zero_share"] for line in trainer.state.log_history if "weight/zero_share" in line]
     result = ArmResult(settings, correct, curve, time.perf_counter() - started, sum(shares) / len(shares))
     write_json(folder / RESULT, asdict(result))
     return result
+
+
+def _clear(folder: Path) -> None:
+    """Make room for an arm; a folder that no demo has marked as its own is left as it is."""
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    (folder / RESULT).unlink(missing_ok=True)
+    for _, checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
 
 
 def read_result(folder: Path) -> ArmResult | None:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from ..detection import detect_rocks, mass_matched_controls, with_texts
@@ -50,7 +51,8 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
             found.save(path)
     summary = {
         "version": 1,
-        "seconds": time.perf_counter() - started,
+        # Of this call; of arms that were kept from an earlier one, their own time counts.
+        "seconds": max(time.perf_counter() - started, sum(result.seconds for result in results.values())),
         "task": TASK,
         "eval_problems": EVAL_PROBLEMS,
         **{key: {"accuracy": sum(shipped[name]) / EVAL_PROBLEMS} for key, name in _SHIPPED.items()},
@@ -75,8 +77,9 @@ def find_rocks(stats: list[tuple[int, TokenStats]], seed: int) -> RockSet:
     precision equals recall when the list is full.
     """
     last = stats[-1][1].copy()
-    for _, window in stats[:-1][len(stats) - max(1, len(stats) // 4) :]:
-        last.merge(window)
+    for step, window in stats[:-1]:
+        if step > 0.75 * stats[-1][0]:
+            last.merge(window)
     before = stats[0][1] if len(stats) > 1 else None
     rock_set = detect_rocks(last, before, top_k=len(PLANTED_ROCKS))
     if rock_set.rocks:
@@ -104,7 +107,7 @@ def _arm_summary(result: ArmResult, steps: int) -> dict:
 
 def _difference(result: ArmResult, baseline: ArmResult, seed: int) -> dict:
     estimate, interval = paired_difference(result.correct, baseline.correct, seed=seed)
-    return {"estimate": estimate, "ci95": list(interval), "over": "problems"}
+    return {"estimate": estimate, "ci95": interval and list(interval), "over": "problems"}
 
 
 def _rock_summary(found: RockSet) -> dict:
@@ -128,8 +131,15 @@ def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> No
 
 
 def _means(step: int, stats: TokenStats, found: RockSet) -> tuple[int, float | None, float | None]:
-    """Return the step and the mean divergence of rocks and of the rest, over measured positions."""
-    rocks, kl, count = found.ids, stats.kl_sum, stats.count
-    of_rocks, counted = float(kl[rocks].sum()), int(count[rocks].sum())
-    others, rest = float(kl.sum()) - of_rocks, int(count.sum()) - counted
-    return step, of_rocks / counted if counted else None, others / rest if rest else None
+    """Return the step and the mean divergence of rocks and of the rest.
+
+    Each type counts as often as it was seen: a frozen type is measured in some steps only.
+    """
+    seen = stats.seen.where(stats.count > 0, 0).double()
+    total = stats.mean_kl.nan_to_num(0.0) * seen
+    is_rock = torch.zeros(stats.vocab_size, dtype=torch.bool)
+    is_rock[found.ids] = True
+    means = [
+        float(total[group].sum() / seen[group].sum()) if seen[group].any() else None for group in (is_rock, ~is_rock)
+    ]
+    return step, *means
