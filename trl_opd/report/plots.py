@@ -53,7 +53,7 @@ def plot_divergence(
             label = f"{what}, {_arm_label(arm)}"
             axes.plot(steps, values, style, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=4, label=label)
     axes.set_ylim(bottom=0.0)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(curves), frameon=False, fontsize="x-small")
     _save(figure, path)
 
 
