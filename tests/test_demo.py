@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from trl_opd import RockSet, TokenStats
+from trl_opd import Rock, RockSet, TokenStats
 from trl_opd.cli import main
 from trl_opd.cli.demo import HELP, DemoArguments
 from trl_opd.demo import arms, build, run
@@ -275,7 +275,11 @@ def test_other_settings_run_anew(tmp_path):
 
 def test_a_result_that_cannot_be_read_counts_as_none(tmp_path):
     assert arms.read_result(tmp_path) is None
-    for content in ("", "{", "[]", "{}", '{"curve": 3}'):
+    good = {"settings": {}, "correct": [True] * 500, "curve": [[0, 0.1]], "seconds": 1.0, "frozen_token_share": 0.0}
+    (tmp_path / "result.json").write_text(json.dumps(good))
+    assert arms.read_result(tmp_path).accuracy == 1.0
+    spoiled = [good | change for change in ({"correct": []}, {"correct": [2] * 500}, {"seconds": "x"}, {"curve": [1]})]
+    for content in ("", "{", "[]", "{}", '{"curve": 3}', *map(json.dumps, spoiled)):
         (tmp_path / "result.json").write_text(content)
         assert arms.read_result(tmp_path) is None
 
@@ -293,6 +297,15 @@ def test_arms_that_have_nothing_to_freeze_are_left_out_with_a_reason(arm):
 def test_the_help_lists_every_option_with_its_default():
     for option in dataclasses.fields(DemoArguments):
         assert re.search(rf"^  --{option.name} \w+ +{re.escape(str(option.default))} ", HELP, re.MULTILINE), option.name
+
+
+def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen():
+    stats = TokenStats(3, {})
+    stats.seen[:], stats.count[:] = torch.tensor([10, 30, 10]), torch.tensor([10, 3, 10])
+    stats.kl_sum[:] = torch.tensor([20.0, 15.0, 10.0])  # means 2, 5 and 1
+    rocks = RockSet([Rock(id=0, text=None, count=10, mean_kl=2.0, score=20.0)], {}, {}, {}, {})
+    assert run._means(7, stats, rocks) == (7, 2.0, (5 * 30 + 10) / 40)
+    assert run._means(7, TokenStats(3, {}), rocks) == (7, None, None)
 
 
 # Wrong input

@@ -22,7 +22,7 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "records", "rock_set", "schema", "token_stats", "vocabulary"}
+GROUND = {"_trl", "files", "records", "rock_set", "schema", "token_stats", "vocabulary"}
 PURE = {"batching", "detection", "divergence", "figures", "statistics", "weighting"}
 PLUMBING = {
     "arm",
@@ -42,7 +42,8 @@ EDGE = {"__init__", "__main__", "cli"}
 DIAGRAM = {
     "ground": (GROUND, GROUND),
     "pure": (PURE, GROUND),
-    "alone": ({"opd_config", "finite", "prompts", "report"}, set()),
+    "alone": ({"opd_config", "finite", "prompts"}, set()),
+    "report": ({"report"}, GROUND),
     "rollouts": ({"rollouts"}, GROUND | PURE),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight", "run_stats"}, GROUND | PURE | {"opd_config"}),

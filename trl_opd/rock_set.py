@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import schema
+from .files import complete_file
 from .vocabulary import fingerprint
 
 if TYPE_CHECKING:
@@ -113,19 +114,14 @@ class RockSet:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rock set as JSON; the file appears under its name only when it is complete."""
-        path = Path(path)
         content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
         content["rocks"] = [asdict(rock) for rock in self.rocks]
         if self.controls is not None:  # seed and texts are left out where they are not known
             content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
         _parse(content)
         text = json.dumps(content, indent=1, allow_nan=False)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with complete_file(path) as part:
             part.write_text(text + "\n", encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
     def check(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Raise `ValueError` unless the ids of this set mean the same tokens for `tokenizer`.

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .files import complete_file
 from .records import TokenSignals
 
 FORMAT = "trl_opd.token_stats"
@@ -130,16 +131,11 @@ class TokenStats:
         Raises:
             `ValueError`: if a sum is not finite.
         """
-        path = Path(path)
         tensors = {name: getattr(self, name).cpu().contiguous() for name in (*COUNTS, *SUMS)}
         _check(tensors)
         metadata = {"format": FORMAT, "version": str(VERSION), "measure": json.dumps(self.measure)}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with complete_file(path) as part:
             part.write_bytes(save(tensors, metadata))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TokenStats:

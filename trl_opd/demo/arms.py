@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -23,6 +22,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..files import complete_file
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
 from ..token_stats import TokenStats
@@ -139,19 +139,19 @@ def read_result(folder: Path) -> ArmResult | None:
     """Return the result of a finished arm; `None` where there is none, or none that can be read."""
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return ArmResult(**{**content, "curve": [(step, value) for step, value in content["curve"]]})
+        curve = [(int(step), float(value)) for step, value in content["curve"]]
+        numbers = {name: float(content[name]) for name in ("seconds", "frozen_token_share")}
+        correct = [solved for solved in content["correct"] if isinstance(solved, bool)]
+        result = ArmResult(settings=content["settings"], correct=correct, curve=curve, **numbers)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
+    return result if len(correct) == EVAL_PROBLEMS and curve else None
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that appears under its name only when it is complete."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with complete_file(path) as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ..files import complete_file
 
 ARM_COLOURS = {"uniform": "#0072B2", "rock": "#D55E00", "control": "#009E73", "random": "#CC79A7"}
 ARM_MARKERS = {"uniform": "o", "rock": "s", "control": "^", "random": "D"}
@@ -73,11 +74,6 @@ def _figure(title: str, x: str, y: str):
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
+    with complete_file(path) as part:
         figure.savefig(part, format="png", dpi=144)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
