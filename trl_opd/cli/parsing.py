@@ -13,7 +13,7 @@ def parse(parser, argv: list[str]):
         parser.error("argument --config: expected one argument")
     try:
         parsed = parser.parse_args_and_config(argv, fail_with_unknown_args=False, return_remaining_strings=True)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{argv[argv.index('--config') + 1]} is not YAML: {error}") from error
     *parsed, unknown = parsed
     if unknown:
