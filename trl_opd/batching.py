@@ -1,8 +1,10 @@
-"""A generation batch: which of its positions count in the loss, and which of its rollouts were cut."""
+"""A generation batch: its positions of the loss, its cut rollouts, and micro-batches without needless padding."""
 
 from collections.abc import Sequence
 
 import torch
+
+PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
 
 def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -22,6 +24,53 @@ def is_truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, st
     last = completion_mask.sum(dim=1, keepdim=True).clamp(min=1) - 1
     last_ids = completion_ids.gather(1, last.long()).squeeze(1)
     return ~torch.isin(last_ids, torch.tensor(list(stop_ids), device=completion_ids.device))
+
+
+def tight_micro_batches(
+    batches: list[dict[str, torch.Tensor]], multiple: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Return the rollouts of micro-batches in micro-batches of the same number and size, of rollouts of like length.
+
+    Sorted by the length of prompt and completion, the longest first: when memory does not suffice, the first
+    micro-batch says so. Each is trimmed to its own longest prompt and its own longest completion.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            Micro-batches padded alike: prompts on the left, completions and what goes with them on the right.
+        multiple (`int`, *optional*): Lengths are rounded up to a multiple of this.
+    """
+    first = batches[0]
+    whole = {key: torch.cat([batch[key] for batch in batches]) if first[key].ndim else first[key] for key in first}
+    lengths = torch.stack([whole["prompt_mask"].sum(1), whole["completion_mask"].sum(1)]).cpu()
+    order = lengths.sum(0).argsort(descending=True, stable=True)
+    groups = order.chunk(len(batches))
+    return [_trimmed(whole, rows, *lengths[:, rows].amax(1).tolist(), multiple or 1) for rows in groups]
+
+
+def _trimmed(whole: dict[str, torch.Tensor], rows: torch.Tensor, prompt: int, completion: int, multiple: int):
+    prompt, completion = (max(1, -(-length // multiple)) * multiple for length in (prompt, completion))
+    width, rows = whole["completion_ids"].shape[1], rows.to(whole["completion_ids"].device)
+    batch = {}
+    for key, value in whole.items():
+        value = value[rows] if value.ndim else value
+        if key in PROMPT_KEYS:
+            value = value[:, -prompt:]
+        elif value.shape[1:2] == (width,):  # completions, and whatever is known of their positions
+            value = value[:, :completion]
+        batch[key] = value
+    return batch
+
+
+def locate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch with `positions`, `(N,)`, the places of the loss mask in its completions, flattened, in order.
+
+    And with `position_weights`, float32, `(N,)`, which stay on the host: so it is known there which rows are projected,
+    and nobody waits for a device in the middle of a step.
+    """
+    positions = loss_mask(batch).flatten().cpu().nonzero().squeeze(1)
+    weights = batch["weights"].flatten().cpu()[positions] if "weights" in batch else torch.ones(len(positions))
+    device = batch["completion_ids"].device
+    return {**batch, "positions": positions.to(device), "position_weights": weights.float()}
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:

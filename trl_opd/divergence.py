@@ -8,7 +8,10 @@ teacher), anything between the generalised Jensen-Shannon divergence with mixtur
 import torch
 
 from ._trl import ChunkedDivergenceFunction
-from .records import LMHead
+from .fused_divergence import FusedDivergence
+from .records import LMHead, TokenSignals
+
+CHUNK_BYTES = 512 * 2**20
 
 
 def weighted_divergence(
@@ -21,6 +24,7 @@ def weighted_divergence(
     *,
     beta: float,
     temperature: float,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the weighted divergence `sum_n weights_n * D_n / denominator`, and `D_n` and the entropy, each `(N,)`.
 
@@ -33,10 +37,14 @@ def weighted_divergence(
         teacher_hidden (`torch.Tensor`): The teacher's at the same positions, shape `(N, H_teacher)`.
         student_head (`LMHead`): Head of the student; its gradient is formed when it requires one.
         teacher_head (`LMHead`): Head of the teacher; never receives a gradient.
-        weights (`torch.Tensor`): Weight of each position, shape `(N,)`.
+        weights (`torch.Tensor`):
+            Weight of each position, shape `(N,)`; on the host, where that saves an accelerator a synchronisation.
         denominator (`torch.Tensor` or `float`): What the weighted sum is divided by.
         beta (`float`): Direction of the divergence, in [0, 1].
         temperature (`float`): Softmax temperature of both distributions.
+        chunk_bytes (`int`, *optional*, defaults to 512 MiB):
+            Memory for rows of the vocabulary, all float32 buffers together; one row is always formed. Not on CUDA,
+            where TRL's kernels go over tiles.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the loss (scalar, float32, the only one with a gradient), the
@@ -47,53 +55,75 @@ def weighted_divergence(
     """
     _check(student_hidden, teacher_hidden, student_head, teacher_head, weights, beta, temperature)
     rows = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
-    student_head, teacher_head = student_head.first(rows), teacher_head.first(rows)
-    projected = weights.nonzero().squeeze(-1)
-    row_divergence, row_entropy = _row_divergences(
-        student_hidden[projected], teacher_hidden[projected], student_head, teacher_head, beta, temperature
-    )
-    total = (row_divergence * weights[projected].float()).sum()
-    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=total.device)
+    heads = student_head.first(rows), teacher_head.first(rows)
+    device = student_hidden.device
+    # Weights on the host cost no synchronisation here, those on an accelerator one.
+    projected = weights.nonzero().squeeze(-1).to(device, non_blocking=True)
+    if len(projected) < len(weights):
+        student_hidden, teacher_hidden = student_hidden[projected], teacher_hidden[projected]
+    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=device)
     # Nothing to train is a loss of 0, not NaN, and the backward of 0 / 0 must not be formed either.
-    loss = total / denominator.where(denominator > 0, 1.0) * (denominator > 0)
-    divergence = torch.full_like(weights, float("nan"), dtype=torch.float32)
-    entropy = divergence.clone()
-    divergence[projected] = row_divergence.detach()
-    entropy[projected] = row_entropy.detach()
+    row_weights = weights.to(device, torch.float32, non_blocking=True)[projected]
+    row_weights = row_weights / denominator.where(denominator > 0, torch.inf)
+    # On CUDA TRL's kernels serve until ours measures faster there.
+    compare = _by_trl if student_hidden.is_cuda else _in_one_pass
+    loss, *of_rows = compare(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
+    divergence, entropy = torch.full((2, len(weights)), torch.nan, dtype=torch.float32, device=device)
+    divergence[projected], entropy[projected] = of_rows
     return loss, divergence, entropy
 
 
-def measure_frozen(
-    divergence: torch.Tensor,
-    entropy: torch.Tensor,
-    *compared: torch.Tensor | LMHead,
-    beta: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return divergence and entropy with the rows of weight 0 filled in, without gradient, `(N,)` each.
-
-    Args:
-        divergence (`torch.Tensor`): Of [`weighted_divergence`], NaN in the rows of weight 0, shape `(N,)`.
-        entropy (`torch.Tensor`): Likewise.
-        compared: Hidden states, heads and weights, as [`weighted_divergence`] takes them.
-        beta, temperature: As there.
-    """
-    *models, weights = compared
-    frozen = weights == 0
-    with torch.no_grad():
-        _, *of_frozen = weighted_divergence(*models, frozen.float(), 1.0, beta=beta, temperature=temperature)
-    return torch.where(frozen, of_frozen[0], divergence), torch.where(frozen, of_frozen[1], entropy)
-
-
-def _row_divergences(
+def score(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     student_head: LMHead,
     teacher_head: LMHead,
-    beta: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return ChunkedDivergenceFunction.apply(
+    token_ids: torch.Tensor,
+    weights: torch.Tensor,
+    denominator: torch.Tensor | float,
+    *,
+    measure_frozen: bool,
+    **settings: float,
+) -> tuple[torch.Tensor, TokenSignals]:
+    """Return the weighted divergence and what it says of each position.
+
+    Args:
+        token_ids (`torch.Tensor`): Tokens emitted at the positions, int64, shape `(N,)`.
+        measure_frozen (`bool`): Whether rows of weight 0 are measured too, without gradient, or hold NaN.
+        settings: `beta`, `temperature` and `chunk_bytes`.
+        others: As [`weighted_divergence`] takes them.
+    """
+    models = student_hidden, teacher_hidden, student_head, teacher_head
+    loss, divergence, entropy = weighted_divergence(*models, weights, denominator, **settings)
+    frozen = weights == 0
+    if measure_frozen and (frozen.is_cuda or frozen.any()):
+        with torch.no_grad():
+            _, *of_frozen = weighted_divergence(*models, frozen.float(), 1.0, **settings)
+        frozen = frozen.to(divergence.device, non_blocking=True)
+        divergence, entropy = (
+            torch.where(frozen, *pair) for pair in zip(of_frozen, (divergence, entropy), strict=True)
+        )
+    return loss, TokenSignals(token_ids, divergence, entropy, weights)
+
+
+def _in_one_pass(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
+    return FusedDivergence.apply(
+        student_hidden,
+        heads[0].weight,
+        heads[0].bias,
+        teacher_hidden,
+        heads,
+        row_weights,
+        beta,
+        temperature,
+        chunk_bytes,
+        torch.is_grad_enabled(),
+    )
+
+
+def _by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
+    student_head, teacher_head = heads
+    divergence, entropy = ChunkedDivergenceFunction.apply(
         student_hidden,
         student_head.weight,
         student_head.bias,
@@ -107,6 +137,7 @@ def _row_divergences(
         teacher_head.logit_scale,
         teacher_head.softcap,
     )
+    return (divergence * row_weights).sum(), divergence.detach(), entropy
 
 
 def _check(

@@ -25,11 +25,13 @@ class FiniteGuard:
         self._flags = torch.zeros(len(_ADVICE), device=accelerator.device)
         self._skipped = 0
 
-    def note(self, entropy: torch.Tensor, divergence: torch.Tensor) -> None:
-        """Look at values of projected positions, of any shape, without a synchronisation."""
+    def note(self, entropy: torch.Tensor, divergence: torch.Tensor, projected: torch.Tensor | bool = True) -> None:
+        """Look at the values of projected positions, of any shape, without a synchronisation."""
+        if isinstance(projected, torch.Tensor):
+            projected = projected.to(entropy.device, non_blocking=True)
         # The entropy is the student's alone: where it is finite and the divergence is not, the teacher is at fault.
-        student = ~torch.isfinite(entropy).all()
-        teacher = ~torch.isfinite(divergence).all() & ~student
+        student = (~torch.isfinite(entropy) & projected).any()
+        teacher = (~torch.isfinite(divergence) & projected).any() & ~student
         self._flags += torch.stack([student, teacher]).to(self._flags)
 
     def stop_if_raised(self, step: int) -> None:

@@ -8,7 +8,7 @@ from trl import DistillationConfig
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
-MICRO_BATCHINGS = ("trl",)
+MICRO_BATCHINGS = ("tight", "trl")
 
 
 @dataclass
@@ -44,8 +44,13 @@ class OPDConfig(DistillationConfig):
             `gradient_accumulation_steps` it must be divisible by this. Evaluation uses 1.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Whether to leave rollouts that were cut at the length limit out of the loss.
-        micro_batching (`str`, *optional*, defaults to `"trl"`):
-            How a generation batch is split: `"trl"` is TRL's padding and split.
+        micro_batching (`str`, *optional*, defaults to `"tight"`):
+            How a generation batch is split into micro-batches: `"tight"` puts rollouts of like length together, the
+            longest first, and trims each micro-batch to its own longest prompt and completion; `"trl"` is TRL's
+            random split, every micro-batch padded to the longest rollout of the generation batch.
+        divergence_chunk_bytes (`int`, *optional*, defaults to 512 MiB):
+            Memory in which the divergence forms rows of the vocabulary; one row is always formed. Not on CUDA, where
+            TRL's kernels go over tiles.
 
         > Parameters that control what is kept
 
@@ -94,10 +99,15 @@ class OPDConfig(DistillationConfig):
         metadata={"help": "Whether to leave rollouts that were cut at the length limit out of the loss."},
     )
     micro_batching: str = field(
-        default="trl",
+        default="tight",
         metadata={
-            "help": "How a generation batch is split into micro-batches: 'trl' is TRL's padding and split.",
+            "help": "How a generation batch is split into micro-batches: 'tight' (rollouts of like length together, "
+            "trimmed) or 'trl' (TRL's random split, all padded to the longest rollout).",
         },
+    )
+    divergence_chunk_bytes: int = field(
+        default=512 * 2**20,
+        metadata={"help": "Memory in which the divergence forms rows of the vocabulary (not on CUDA)."},
     )
     token_statistics: bool = field(
         default=True,
@@ -123,7 +133,7 @@ class OPDConfig(DistillationConfig):
         _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
         if self.rock_set is not None:
             self.rock_set = os.fspath(self.rock_set)  # a path object is not JSON
-        for name in ("num_generations", "rock_window"):
+        for name in ("num_generations", "rock_window", "divergence_chunk_bytes"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if not isinstance(self.rock_weight, (int, float)):
@@ -136,6 +146,8 @@ class OPDConfig(DistillationConfig):
             raise ValueError(f"rock_window counts positions and cannot be negative, got {self.rock_window}.")
         if self.num_generations < 1:
             raise ValueError(f"num_generations counts rollouts per prompt, at least 1, got {self.num_generations}.")
+        if self.divergence_chunk_bytes < 1:
+            raise ValueError(f"divergence_chunk_bytes must be above 0, got {self.divergence_chunk_bytes}.")
         if self.token_weighting != "uniform" and self.rock_set is None:
             raise ValueError(
                 f"token_weighting={self.token_weighting!r} needs a rock set: pass rock_set (a file of `trl-opd detect` "

@@ -20,25 +20,15 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
-from . import preflight
+from . import preflight, rollouts
 from ._trl import lm_heads, output_rows
 from .arm import Arm
-from .batching import forward_inputs, loss_mask
-from .divergence import measure_frozen, weighted_divergence
+from .batching import forward_inputs, locate, tight_micro_batches
+from .divergence import score
 from .figures import FigureSums
 from .finite import FiniteGuard, name_the_sampling_student
 from .opd_config import OPDConfig
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
-from .records import TokenSignals
-from .rollouts import (
-    EpochRepeatSampler,
-    grouped_stream,
-    mask_repeated,
-    own_random_stream,
-    positions_from_mask,
-    sampling_mode,
-    with_suppressed,
-)
 from .run_stats import RunStats, describe_measure
 from .teacher import check_teacher_vocabulary, dequantize_head, keep_4bit_layout, load_teacher, place_teacher
 from .token_stats import TokenStats
@@ -86,7 +76,7 @@ class OPDTrainer(DistillationTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = OPDConfig(f"{name.split('/')[-1]}-OPD")
-        preflight.require_groups(args)
+        self._prompts_per_step = preflight.prompts_per_step(args)
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
         preflight.warn_of_one_process(args)
@@ -117,7 +107,7 @@ class OPDTrainer(DistillationTrainer):
         self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
         self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
         self._finite = FiniteGuard(self.accelerator)
-        self._new_completions, self._eval_prefix = False, "eval_"
+        self._new_completions, self._unsplit, self._eval_prefix = False, False, "eval_"
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         rows = output_rows(self.model), output_rows(teacher)
@@ -129,7 +119,7 @@ class OPDTrainer(DistillationTrainer):
         if rows[0] > self._vocab_size:
             ids = range(self._vocab_size, rows[0])
             preflight.require_suppressible(ids, self.eos_token_ids, use_vllm=self.use_vllm)
-            suppressed = with_suppressed(ids, self.generation_kwargs, self.model)
+            suppressed = rollouts.with_suppressed(ids, self.generation_kwargs, self.model)
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -143,25 +133,15 @@ class OPDTrainer(DistillationTrainer):
     def get_train_dataloader(self):
         if self.args.num_generations == 1 or not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        with grouped_stream(self, prompts=self._prompts_per_step(), rollouts=self.args.num_generations):
+        with rollouts.grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
             return super().get_train_dataloader()
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
-        return EpochRepeatSampler(
-            # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
-            epoch=lambda: int(self.state.epoch or 0),
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.args.num_generations,
-            batch_size=self._prompts_per_step(),
-            repeat_count=self.args.gradient_accumulation_steps,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> rollouts.EpochRepeatSampler:
+        # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+        dataset = self.train_dataset if dataset is None else dataset
+        return rollouts.train_sampler(
+            dataset, self.args, self._prompts_per_step, epoch=lambda: int(self.state.epoch or 0)
         )
-
-    def _prompts_per_step(self) -> int:
-        args = self.args
-        rollouts = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        return rollouts // args.num_generations
 
     @property
     def token_stats(self) -> TokenStats | None:
@@ -177,7 +157,7 @@ class OPDTrainer(DistillationTrainer):
         self._stats.start(resumed=bool(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.state.global_step == 0 and self.state.max_steps > 0:
-            raise preflight.no_step(self.train_dataset, self._prompts_per_step())
+            raise preflight.no_step(self.train_dataset, self._prompts_per_step)
         return output
 
     def evaluation_loop(
@@ -185,7 +165,7 @@ class OPDTrainer(DistillationTrainer):
     ):
         self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
         self._eval_prefix = f"{metric_key_prefix}_"
-        with own_random_stream(self.args.seed):
+        with rollouts.own_random_stream(self.args.seed):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -207,19 +187,40 @@ class OPDTrainer(DistillationTrainer):
             room = self._context - max(map(len, prompt_ids))
             self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = room
         stop = name_the_sampling_student(self.state.global_step + 1)
-        with stop, sampling_mode(self.model), positions_from_mask(self.model):
+        with stop, rollouts.sampling_mode(self.model), rollouts.positions_from_mask(self.model):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
 
     def _generate_and_score_completions(self, inputs):
         for row in inputs:
             require_prompt(row.get("prompt"), "a row of the dataset")
         batch = super()._generate_and_score_completions(inputs)
-        self._new_completions = True
+        self._new_completions = self._unsplit = True
         if self.model.training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
         else:
-            mask_repeated(batch, self.accelerator)
+            rollouts.mask_repeated(batch, self.accelerator)
         return batch
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return locate(inputs)
+        if self._unsplit:
+            self._unsplit = False
+            if self.args.micro_batching == "tight":
+                self._buffered_inputs = tight_micro_batches(self._buffered_inputs, self.pad_to_multiple_of)
+            self._buffered_inputs = [locate(batch) for batch in self._buffered_inputs]
+        return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._as_trl:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # As TRL's, without its mean entropy, which waits for the device in every micro-batch: ours comes with the log.
+        if self.model.training and inputs.get("num_items_in_batch") is not None:
+            num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        student = self.accelerator.unwrap_model(model)
+        loss, *_ = self._forward_redirection(model, student, self._compute_loss, student, inputs, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         figures = self._figures["train" if self.model.training else "eval"]
@@ -231,27 +232,30 @@ class OPDTrainer(DistillationTrainer):
             self._finite.note(entropy_sum, loss.detach())
             return loss, entropy_sum, positions
 
-        mask = loss_mask(inputs)
+        inputs = inputs if "positions" in inputs else locate(inputs)
+        positions, weights = inputs["positions"], inputs["position_weights"]
         heads = lm_heads(unwrapped_student, self.accelerator.unwrap_model(self.teacher_model))
-        compared = (*self._hidden_states(unwrapped_student, inputs, mask), *heads)
-        weights = inputs["weights"][mask] if "weights" in inputs else mask[mask].float()
         denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
-        denominator = inputs.get("weight_denominator", denominator)
-        settings = {"beta": self.beta, "temperature": self.temperature}
-        loss, divergence, entropy = weighted_divergence(*compared, weights, denominator, **settings)
         complete = "weights" not in inputs or self._arm.measures_all(self.state)
-        if complete and "weights" in inputs:
-            divergence, entropy = measure_frozen(divergence, entropy, *compared, weights, **settings)
-        signals = TokenSignals(inputs["completion_ids"][mask], divergence, entropy, weights)
+        loss, signals = score(
+            *self._hidden_states(unwrapped_student, inputs, positions),
+            *heads,
+            inputs["completion_ids"].flatten()[positions],
+            weights,
+            inputs.get("weight_denominator", denominator),
+            measure_frozen=complete,
+            beta=self.beta,
+            temperature=self.temperature,
+            chunk_bytes=self.args.divergence_chunk_bytes,
+        )
         figures.add_signals(signals, complete)
         if self.model.training:
             self._stats.update(signals)
-        measured = complete | (weights != 0)
-        self._finite.note(entropy[measured], divergence[measured])
-        return loss, entropy[measured].sum(), measured.sum()
+        self._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
+        return loss, signals.entropy, positions
 
-    def _hidden_states(self, unwrapped_student, inputs, mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last hidden states of student and teacher that predict the tokens of `mask`, `(N, H)` each."""
+    def _hidden_states(self, unwrapped_student, inputs, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden states of student and teacher that predict the tokens at places, `(N, H)` each."""
         forward = forward_inputs(inputs, self._vocab_size)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *forward)
         self.teacher_model.eval()
@@ -263,12 +267,12 @@ class OPDTrainer(DistillationTrainer):
             )
         # With a model split over devices the backbone may end on another device than its head.
         device = unwrapped_student.get_output_embeddings().weight.device
-        mask = mask.to(device)
-        return student_hidden.to(device)[mask], teacher_hidden.to(device)[mask]
+        hidden = (states.to(device).flatten(0, 1) for states in (student_hidden, teacher_hidden))
+        return tuple(states[positions.to(device)] for states in hidden)
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
-        with self.accelerator.autocast(), positions_from_mask(unwrapped_model):
+        with self.accelerator.autocast(), rollouts.positions_from_mask(unwrapped_model):
             return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -17,8 +17,12 @@ from .rock_set import RockSet
 FIRST_STEP_LIMIT = 10.0
 
 
-def require_groups(args: OPDConfig) -> None:
-    """Raise `ValueError` unless the rollouts of an optimizer step divide into groups of `num_generations`."""
+def prompts_per_step(args: OPDConfig) -> int:
+    """Return the different prompts of an optimizer step, over all processes.
+
+    Raises:
+        `ValueError`: unless its rollouts divide into groups of `num_generations`.
+    """
     if not isinstance(args, OPDConfig):
         raise TypeError(f"OPDTrainer takes an OPDConfig, got a {type(args).__name__}: change that name too.")
     rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -28,6 +32,7 @@ def require_groups(args: OPDConfig) -> None:
             f"{args.per_device_train_batch_size} x {args.world_size} processes x gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps}) do not divide into groups of num_generations={args.num_generations}."
         )
+    return rollouts // args.num_generations
 
 
 def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
+from .opd_config import OPDConfig
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -37,6 +39,22 @@ class EpochRepeatSampler(RepeatSampler):
             for _ in range(self._epoch()):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
+
+
+def train_sampler(dataset: Dataset, args: OPDConfig, prompts: int, *, epoch: Callable[[], int]) -> EpochRepeatSampler:
+    """Return the sampler of a training run: `num_generations` times each of `prompts` prompts, then all of them again.
+
+    Once per accumulation step, as TRL has it: it makes a generation batch of the first and drops the others.
+    """
+    return EpochRepeatSampler(
+        epoch=epoch,
+        data_source=dataset,
+        mini_repeat_count=args.num_generations,
+        batch_size=prompts,
+        repeat_count=args.gradient_accumulation_steps,
+        shuffle=args.shuffle_dataset,
+        seed=args.seed,
+    )
 
 
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:

@@ -33,7 +33,7 @@ def token_weights(
         `torch.Tensor`: float32, shape of `token_ids`.
 
     Raises:
-        `ValueError`: if `rock_weight` is outside [0, 1], `window` is negative, or a shape does not fit.
+        `ValueError`: if `rock_weight` is outside [0, 1], `window` or an id is negative, or a shape does not fit.
 
     Example:
 
@@ -50,7 +50,7 @@ def token_weights(
         raise ValueError(f"A window needs token ids of shape (B, C); got shape {tuple(token_ids.shape)}.")
     if mask is not None and mask.shape != token_ids.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, token ids have {tuple(token_ids.shape)}.")
-    chosen = torch.isin(token_ids, torch.as_tensor(rock_ids, dtype=token_ids.dtype, device=token_ids.device))
+    chosen = _look_up(token_ids, torch.as_tensor(rock_ids, dtype=torch.int64))
     if mask is not None:
         chosen &= mask.bool()
     if window and token_ids.numel():
@@ -82,6 +82,17 @@ def random_weights(
         key = _mix(key + counter)
     uniform = (key & 0xFFFFFF).float() / 2**24
     return _weights((uniform < share) & mask.bool(), rock_weight, mask)
+
+
+def _look_up(token_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return which tokens have one of the ids, bool, shape of `token_ids`, from a table with a place for each id."""
+    if ids.numel() and ids.min() < 0:
+        raise ValueError(f"rock_ids are places in a vocabulary and cannot be negative, got {int(ids.min())}.")
+    last = int(ids.max()) + 1 if ids.numel() else 0
+    table = torch.zeros(last + 1, dtype=torch.bool, device=ids.device)
+    table[ids] = True
+    # The last place, which is also that of index -1, stands for every id beyond the table.
+    return table.to(token_ids.device)[token_ids.clamp(-1, last).long()]
 
 
 def _weights(chosen: torch.Tensor, rock_weight: float, mask: torch.Tensor | None) -> torch.Tensor:

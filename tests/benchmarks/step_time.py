@@ -1,0 +1,61 @@
+"""Seconds of an optimizer step outside generation and the optimizer, ours as a ratio to TRL's, on the same rollouts.
+
+    python -m tests.benchmarks.step_time [--vocab 32768 151936] [--rounds 7]
+
+Both trainers run in this process and take turns on the same rollouts; the ratio is the median over the rounds. Frozen
+positions (30 % of the tokens) are not measured in the steps timed: that happens in steps that log.
+"""
+
+import argparse
+import logging
+import os
+import statistics
+import time
+import warnings
+
+from .workload import machine, make_rollouts, make_trainer, replay, step
+
+
+def seconds(trainer, rollouts) -> float:
+    """Return the time of one step; the gradients of the last are gone before."""
+    rows = replay(trainer, rollouts)
+    trainer.model.zero_grad()
+    start = time.perf_counter()
+    step(trainer, rows)
+    return time.perf_counter() - start
+
+
+def compare(vocab: int, rounds: int, *, lora: bool, freeze: bool) -> tuple[float, float, float]:
+    """Return the medians of TRL's seconds, ours, and their ratio."""
+    trainers = [make_trainer(ours, vocab, lora=lora, freeze=freeze, logging_steps=10_000) for ours in (False, True)]
+    pairs = []
+    for turn in range(rounds + 1):  # the first warms up
+        rollouts = make_rollouts(vocab, seed=turn)
+        pairs.append([seconds(trainer, rollouts) for trainer in (trainers if turn % 2 else trainers[::-1])])
+        if not turn % 2:
+            pairs[-1].reverse()
+    theirs, ours = zip(*pairs[1:], strict=True)
+    ratio = statistics.median(mine / its for its, mine in pairs[1:])
+    return statistics.median(theirs), statistics.median(ours), ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 151936])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    print(f"{machine()}; load average {os.getloadavg()[0]:.2f}")
+    print("| vocabulary | student | weights | TRL, s | ours, s | ratio |\n|---|---|---|---|---|---|")
+    for vocab in options.vocab:
+        for lora in (False, True):
+            for freeze in (False, True):
+                theirs, ours, ratio = compare(vocab, options.rounds, lora=lora, freeze=freeze)
+                cells = (vocab, "LoRA" if lora else "full", "30 % frozen" if freeze else "uniform")
+                print(f"| {cells[0]} | {cells[1]} | {cells[2]} | {theirs:.2f} | {ours:.2f} | {ratio:.3f} |", flush=True)
+    print(f"load average {os.getloadavg()[0]:.2f}")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    main()
