@@ -15,7 +15,7 @@ from trl_opd import LMHead, OPDConfig, OPDTrainer, Rock, RockSet, token_weights,
 from trl_opd._trl import lm_head, logit_scale
 
 from . import reference
-from .tiny import config_kwargs, make_config, make_dataset, make_model
+from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
 
 BETAS = [0.0, 0.25, 0.5, 1.0]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -107,7 +107,7 @@ def test_a_whole_run_is_bitwise_that_of_trl(tokenizer, tmp_path, lora):
         trainer = cls(
             model=make_model(seed=0),
             teacher_model=make_model(seed=1),
-            args=OPDConfig(**settings, token_statistics=False) if ours else DistillationConfig(**settings),
+            args=OPDConfig(**settings, **AS_TRL) if ours else DistillationConfig(**settings),
             train_dataset=make_dataset(),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,

@@ -23,9 +23,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
 GROUND = {"_trl", "files", "records", "rock_set", "schema", "token_stats", "vocabulary"}
-PURE = {"batching", "detection", "divergence", "figures", "statistics", "weighting"}
+PURE = {"batching", "detection", "divergence", "figures", "fused_divergence", "statistics", "weighting"}
 PLUMBING = {
     "arm",
+    "continuous_batching",
     "finite",
     "opd_config",
     "opd_trainer",
@@ -41,10 +42,11 @@ EDGE = {"__init__", "__main__", "cli"}
 # layer: its modules, and the modules of ours that each of them may import
 DIAGRAM = {
     "ground": (GROUND, GROUND),
-    "pure": (PURE, GROUND),
+    "pure": (PURE - {"divergence"}, GROUND),
+    "the op": ({"divergence"}, GROUND | {"fused_divergence"}),
     "alone": ({"opd_config", "finite", "prompts"}, set()),
     "report": ({"report"}, GROUND),
-    "rollouts": ({"rollouts"}, GROUND | PURE),
+    "rollouts": ({"rollouts", "continuous_batching"}, GROUND | PURE),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight", "run_stats"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),

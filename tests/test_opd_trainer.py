@@ -14,7 +14,7 @@ from trl_opd.teacher import keep_4bit_layout
 from . import reference
 from .test_laws import loss_and_gradient, make_inputs, rock_file
 from .test_models import FOUR_BIT, Rollouts, save, swapped_tokenizer
-from .tiny import make_config, make_dataset, make_model, make_tokenizer
+from .tiny import AS_TRL, make_config, make_dataset, make_model, make_tokenizer
 
 ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": LoraConfig(**ADAPTER)}
@@ -61,14 +61,16 @@ def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
     found = []
     for own in (False, True):
         torch.manual_seed(0)
-        trainer = build(tmp_path, *paths, **changes, token_statistics=own)
+        trainer = build(tmp_path, *paths, **changes, **({} if own else AS_TRL))
         assert trainer._as_trl != own
         if trainer.args.gradient_checkpointing:  # as Trainer does it, inside `train`
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    assert reference.relative_error(found[1][1], found[0][1]) < 1e-5
+    # TRL rounds the gradient of the logits to the student's dtype, ours keeps float32.
+    rounding = 1e-2 if "model_init_kwargs" in changes else 1e-5
+    assert reference.relative_error(found[1][1], found[0][1]) < rounding
 
 
 @pytest.mark.parametrize("given", ["path", "object"])

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
-from trl_opd import Controls, OPDTrainer
+from trl_opd import Controls, OPDTrainer, fused_divergence
 from trl_opd.weighting import random_weights
 
 from . import reference
@@ -128,7 +128,7 @@ def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
     controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     changes = {"token_weighting": "rock", "rock_weight": 0.5, "rock_set": rocks, "max_steps": 1, "learning_rate": 0.0}
-    trainer = record(tokenizer, tmp_path, **changes)
+    trainer = record(tokenizer, tmp_path, micro_batching="trl", **changes)
     batch, line = trainer.batches[0][3], trainer.state.log_history[0]
     ids, divergences = measured(trainer, batch)
     rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(controls.ids))
@@ -246,15 +246,15 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
 @pytest.fixture
 def projections(monkeypatch) -> list[int]:
     """Rows of every projection of hidden states through an LM head, as they happen."""
-    from trl.kernels import chunked_divergence
+    rows, original = [], fused_divergence._project
 
-    rows, original = [], chunked_divergence._project
+    def project(hidden, *head, out):
+        if len(hidden):
+            rows.append(len(hidden))
+        return original(hidden, *head, out=out)
 
-    def project(tile, hidden_chunk, *rest):
-        rows.append(len(hidden_chunk))
-        return original(tile, hidden_chunk, *rest)
-
-    monkeypatch.setattr(chunked_divergence, "_project", project)
+    monkeypatch.setattr(fused_divergence, "_project", project)
+    monkeypatch.setattr(fused_divergence, "MAX_ROWS", 10_000)  # one chunk
     return rows
 
 
@@ -268,8 +268,8 @@ def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp
         frozen = torch.isin(batch["completion_ids"], torch.tensor(ROCKS)) & mask
         trained, rest = int(mask.sum() - frozen.sum()), int(frozen.sum())
         assert rest > 0
-        # Two heads forward and two in the backward; in a step that logs, two more for the frozen rows.
-        expected = [trained] * 2 + ([rest] * 2 if step + 1 in (3, 6) else []) + [trained] * 2
+        # Each head once; in a step that logs, each once more for the frozen rows.
+        expected = [trained] * 2 + ([rest] * 2 if step + 1 in (3, 6) else [])
         assert projections[: len(expected)] == expected
         del projections[: len(expected)]
     assert projections == []

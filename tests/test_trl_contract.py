@@ -163,6 +163,13 @@ SEAMS = [
     ),
     Seam(
         model_utils,
+        "unwrap_model_for_generation",
+        "(model, accelerator, gather_deepspeed3_params=True, generation_kwargs=None, "
+        "gradient_checkpointing_kwargs=None)",
+        "583d1303c5c55405c0c7b62819e64a1909c533a07cee740ed59b276a1b82375e",
+    ),
+    Seam(
+        model_utils,
         "_ForwardRedirection",
         "()",
         "4956752a71f175b3cf95119c7e293c5630c77121bb9162f3b96ff8986d7cd557",

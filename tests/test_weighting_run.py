@@ -12,7 +12,7 @@ from trl_opd import Controls, OPDTrainer
 from . import reference
 from .test_laws import make_inputs, rock_file
 from .test_runs import GREEDY, ROCKS, Recorder, broken, measured, projections, record  # noqa: F401
-from .tiny import make_config, make_dataset, make_model
+from .tiny import AS_TRL, make_config, make_dataset, make_model
 
 CONTROLS = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
 CHOSEN = {"rock": ROCKS, "control": CONTROLS.ids, "uniform": []}
@@ -63,8 +63,9 @@ def padding(batches) -> float:
 
 @pytest.mark.parametrize("own_path", [False, True])
 def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(tokenizer, tmp_path, own_path):
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
-    changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, "max_steps": 4, **rocks}
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
+    changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, "max_steps": 4}
+    changes |= {**rocks, "micro_batching": "trl"}
     trainer = record(tokenizer, tmp_path, student=ending_student(), **changes)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     batches = [batch for *_, batch in trainer.batches]
@@ -228,8 +229,8 @@ def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer,
         assert (frozen > 0) == (arm != "uniform")
         if arm in CHOSEN:
             assert frozen == torch.isin(batch["completion_ids"][mask], torch.tensor(CHOSEN[arm])).sum()
-        # Two heads forward and two in the backward; in the step that logs, two more for the frozen rows.
-        expected = [trained] * 2 + ([frozen] * 2 if frozen and step == 1 else []) + [trained] * 2
+        # Each head once; in the step that logs, each once more for the frozen rows.
+        expected = [trained] * 2 + ([frozen] * 2 if frozen and step == 1 else [])
         assert projections[: len(expected)] == expected
         del projections[: len(expected)]
     assert projections == []
@@ -247,7 +248,7 @@ def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer,
 def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_path, culprit, where, own_path):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
     trainer = build(tokenizer, tmp_path, **models, generation_kwargs=GREEDY, **rocks)
     with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
         trainer.evaluate()
@@ -260,7 +261,7 @@ def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_pat
 def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path, beta, culprit, where, own_path):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
     trainer = build(tokenizer, tmp_path, **models, beta=beta, **rocks)
     trainer.model.train()
     trainer.compute_loss(trainer.model, make_inputs())
@@ -278,7 +279,7 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
                 broken(self.teacher_model, "nan")
             return super().training_step(*args, **kwargs)
 
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else {}
+    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
     trainer = build(tokenizer, tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
     with pytest.raises(ValueError, match="Step 3: the teacher's logits"):
         trainer.train()

@@ -25,6 +25,8 @@ from transformers import (
 
 from trl_opd import OPDConfig
 
+# With these the loss is TRL's own.
+AS_TRL = {"token_statistics": False, "micro_batching": "trl"}
 TEXT = [
     "So we add 3 and 4 to get 7. Wait, let me check: 3 + 4 = 7.",
     "A farmer has 12 eggs and sells 5. How many eggs are left?",

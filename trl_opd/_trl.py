@@ -34,7 +34,7 @@ except PackageNotFoundError:
     raise ImportError('TRL is not installed: `pip install "trl>=1.16,<1.17"`.', name="trl") from None
 
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
-from trl.models.utils import prepare_deepspeed  # noqa: E402
+from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     create_model_from_path,
@@ -51,6 +51,7 @@ __all__ = [
     "output_rows",
     "prepare_deepspeed",
     "repeat_iterable_dataset",
+    "unwrap_model_for_generation",
 ]
 
 

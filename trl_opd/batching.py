@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .records import LMHead
+
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
 
@@ -71,6 +73,15 @@ def locate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     weights = batch["weights"].flatten().cpu()[positions] if "weights" in batch else torch.ones(len(positions))
     device = batch["completion_ids"].device
     return {**batch, "positions": positions.to(device), "position_weights": weights.float()}
+
+
+def at_positions(hidden: torch.Tensor, positions: torch.Tensor, head: LMHead) -> torch.Tensor:
+    """Return the rows of hidden states `(B, C, H)` at places of the flattened completions `(N,)`, `(N, H)`.
+
+    On the device of the head: with a model split over devices the backbone may end on another one.
+    """
+    device = head.weight.device
+    return hidden.to(device).flatten(0, 1)[positions.to(device)]
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:

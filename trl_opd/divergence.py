@@ -30,7 +30,7 @@ def weighted_divergence(
 
     Only rows of weight other than 0 are projected through the two heads; the others hold NaN in both per-token results
     and have neither value nor gradient. Heads of unequal rows are compared over the first `min(rows)` of both, each
-    renormalised there. A denominator of 0 (nothing to train) gives loss 0.
+    renormalised there. A denominator of 0 (nothing to train) gives loss 0. There is a first derivative only.
 
     Args:
         student_hidden (`torch.Tensor`): Last hidden states that predict the tokens, shape `(N, H_student)`.
@@ -43,8 +43,7 @@ def weighted_divergence(
         beta (`float`): Direction of the divergence, in [0, 1].
         temperature (`float`): Softmax temperature of both distributions.
         chunk_bytes (`int`, *optional*, defaults to 512 MiB):
-            Memory for rows of the vocabulary, all float32 buffers together; one row is always formed. Not on CUDA,
-            where TRL's kernels go over tiles.
+            Memory for the rows of the vocabulary, at least one; not on CUDA, where TRL's kernels go over tiles.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the loss (scalar, float32, the only one with a gradient), the
@@ -54,17 +53,12 @@ def weighted_divergence(
         `ValueError`: if the shapes do not belong together, or `beta` or `temperature` is out of range.
     """
     _check(student_hidden, teacher_hidden, student_head, teacher_head, weights, beta, temperature)
-    rows = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
-    heads = student_head.first(rows), teacher_head.first(rows)
-    device = student_hidden.device
-    # Weights on the host cost no synchronisation here, those on an accelerator one.
+    vocab, device = min(len(student_head.weight), len(teacher_head.weight)), student_hidden.device
+    heads = student_head.first(vocab), teacher_head.first(vocab)
     projected = weights.nonzero().squeeze(-1).to(device, non_blocking=True)
     if len(projected) < len(weights):
         student_hidden, teacher_hidden = student_hidden[projected], teacher_hidden[projected]
-    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=device)
-    # Nothing to train is a loss of 0, not NaN, and the backward of 0 / 0 must not be formed either.
-    row_weights = weights.to(device, torch.float32, non_blocking=True)[projected]
-    row_weights = row_weights / denominator.where(denominator > 0, torch.inf)
+    row_weights = _shares(weights.to(device, non_blocking=True)[projected], denominator)
     # On CUDA TRL's kernels serve until ours measures faster there.
     compare = _by_trl if student_hidden.is_cuda else _in_one_pass
     loss, *of_rows = compare(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
@@ -104,6 +98,12 @@ def score(
             torch.where(frozen, *pair) for pair in zip(of_frozen, (divergence, entropy), strict=True)
         )
     return loss, TokenSignals(token_ids, divergence, entropy, weights)
+
+
+def _shares(weights: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
+    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=weights.device)
+    # Nothing to train is a loss of 0, not NaN, and the backward of 0 / 0 must not be formed either.
+    return weights.float() / denominator.where(denominator > 0, torch.inf)
 
 
 def _in_one_pass(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):

@@ -82,7 +82,7 @@ class FusedDivergence(Function):
                 "create_graph=True."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        if gradients is None:  # scaled in place by the first backward
             raise RuntimeError(
                 "weighted_divergence keeps its gradient for one backward only: compute the loss again for another one."
             )

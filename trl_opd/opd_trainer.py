@@ -23,14 +23,16 @@ from trl import DistillationTrainer
 from . import preflight, rollouts
 from ._trl import lm_heads, output_rows
 from .arm import Arm
-from .batching import forward_inputs, locate, tight_micro_batches
+from .batching import at_positions, forward_inputs, locate, tight_micro_batches
+from .continuous_batching import generate_continuously
 from .divergence import score
 from .figures import FigureSums
 from .finite import FiniteGuard, name_the_sampling_student
 from .opd_config import OPDConfig
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
+from .records import LMHead
 from .run_stats import RunStats, describe_measure
-from .teacher import check_teacher_vocabulary, dequantize_head, keep_4bit_layout, load_teacher, place_teacher
+from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
 from .token_stats import TokenStats
 
 
@@ -98,8 +100,7 @@ class OPDTrainer(DistillationTrainer):
             tools=tools,
         )
         preflight.require_text(self._is_vlm, self._tokenizer)
-        keep_4bit_layout(self.model)
-        dequantize_head(self.model)
+        make_readable(self.model)
         self._attach_teacher(teacher_model)
         if self.rock_set is not None:
             self.rock_set.check(self._tokenizer, self._vocab_size)
@@ -125,8 +126,7 @@ class OPDTrainer(DistillationTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, sharded=sharded)
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
-        device, enabled = self.accelerator.device, self.args.token_statistics
-        self._stats = RunStats(self._vocab_size, measure, device, enabled=enabled)
+        self._stats = RunStats(self._vocab_size, measure, self.accelerator.device, enabled=self.args.token_statistics)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
         self._as_trl = rows[0] == rows[1] and self.args.trains_as_trl()
 
@@ -137,11 +137,7 @@ class OPDTrainer(DistillationTrainer):
             return super().get_train_dataloader()
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> rollouts.EpochRepeatSampler:
-        # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
-        dataset = self.train_dataset if dataset is None else dataset
-        return rollouts.train_sampler(
-            dataset, self.args, self._prompts_per_step, epoch=lambda: int(self.state.epoch or 0)
-        )
+        return rollouts.train_sampler(self, dataset, prompts=self._prompts_per_step)
 
     @property
     def token_stats(self) -> TokenStats | None:
@@ -156,8 +152,7 @@ class OPDTrainer(DistillationTrainer):
         self._figures["train"].clear()  # of a run that broke off
         self._stats.start(resumed=bool(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.state.global_step == 0 and self.state.max_steps > 0:
-            raise preflight.no_step(self.train_dataset, self._prompts_per_step)
+        preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
         return output
 
     def evaluation_loop(
@@ -184,10 +179,11 @@ class OPDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         require_embeddable(prompt_ids, self._vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
-            room = self._context - max(map(len, prompt_ids))
-            self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = room
+            rollouts.allow_up_to(self, self._context - max(map(len, prompt_ids)))
         stop = name_the_sampling_student(self.state.global_step + 1)
         with stop, rollouts.sampling_mode(self.model), rollouts.positions_from_mask(self.model):
+            if self.args.use_transformers_continuous_batching:
+                return generate_continuously(self, prompt_ids)
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
 
     def _generate_and_score_completions(self, inputs):
@@ -219,27 +215,25 @@ class OPDTrainer(DistillationTrainer):
         if self.model.training and inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         student = self.accelerator.unwrap_model(model)
-        loss, *_ = self._forward_redirection(model, student, self._compute_loss, student, inputs, num_items_in_batch)
+        loss = self._forward_redirection(model, student, self._weighted_loss, student, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        loss, entropy_sum, positions = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         figures = self._figures["train" if self.model.training else "eval"]
         figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
-        if self._as_trl:
-            loss, entropy_sum, positions = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-            denominator = positions.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            figures.add_totals(loss.detach() * denominator, entropy_sum, positions)
-            self._finite.note(entropy_sum, loss.detach())
-            return loss, entropy_sum, positions
+        denominator = positions.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        figures.add_totals(loss.detach() * denominator, entropy_sum, positions)
+        self._finite.note(entropy_sum, loss.detach())
+        return loss, entropy_sum, positions
 
+    def _weighted_loss(self, unwrapped_student, inputs, num_items_in_batch) -> torch.Tensor:
         inputs = inputs if "positions" in inputs else locate(inputs)
         positions, weights = inputs["positions"], inputs["position_weights"]
-        heads = lm_heads(unwrapped_student, self.accelerator.unwrap_model(self.teacher_model))
         denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
         complete = "weights" not in inputs or self._arm.measures_all(self.state)
         loss, signals = score(
-            *self._hidden_states(unwrapped_student, inputs, positions),
-            *heads,
+            *self._compared(unwrapped_student, inputs, positions),
             inputs["completion_ids"].flatten()[positions],
             weights,
             inputs.get("weight_denominator", denominator),
@@ -248,27 +242,27 @@ class OPDTrainer(DistillationTrainer):
             temperature=self.temperature,
             chunk_bytes=self.args.divergence_chunk_bytes,
         )
+        figures = self._figures["train" if self.model.training else "eval"]
+        figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
         figures.add_signals(signals, complete)
         if self.model.training:
             self._stats.update(signals)
         self._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
-        return loss, signals.entropy, positions
+        return loss
 
-    def _hidden_states(self, unwrapped_student, inputs, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last hidden states of student and teacher that predict the tokens at places, `(N, H)` each."""
+    def _compared(self, student, inputs, positions) -> tuple[torch.Tensor | LMHead, ...]:
+        """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models."""
         forward = forward_inputs(inputs, self._vocab_size)
-        student_hidden = self._get_last_hidden_state(unwrapped_student, *forward)
-        self.teacher_model.eval()
-        unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
+        student_hidden = self._get_last_hidden_state(student, *forward)
+        teacher = self.accelerator.unwrap_model(self.teacher_model.eval())
         with torch.no_grad():
             # As in TRL, through the wrapper: FSDP and DeepSpeed gather the teacher's shards in its forward.
             teacher_hidden = self._forward_redirection(
-                self.teacher_model, unwrapped_teacher, self._get_last_hidden_state, unwrapped_teacher, *forward
+                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *forward
             )
-        # With a model split over devices the backbone may end on another device than its head.
-        device = unwrapped_student.get_output_embeddings().weight.device
-        hidden = (states.to(device).flatten(0, 1) for states in (student_hidden, teacher_hidden))
-        return tuple(states[positions.to(device)] for states in hidden)
+        heads = lm_heads(student, teacher)
+        hidden = (at_positions(states, positions, heads[0]) for states in (student_hidden, teacher_hidden))
+        return *hidden, *heads
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).

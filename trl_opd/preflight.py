@@ -8,7 +8,7 @@ import warnings
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from .opd_config import OPDConfig
 from .rock_set import RockSet
@@ -54,10 +54,12 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
 
 
-def no_step(dataset, prompts: int) -> ValueError:
-    """Return the error of a run that ended before its first step, for want of `prompts` prompts."""
+def require_step(state: TrainerState, dataset, prompts: int) -> None:
+    """Raise `ValueError` for a run that ended before its first step, for want of `prompts` prompts."""
+    if state.global_step > 0 or state.max_steps <= 0:
+        return
     rows = f"{len(dataset)} rows" if isinstance(dataset, Dataset) else "fewer rows"
-    return ValueError(
+    raise ValueError(
         f"Nothing was trained: an optimizer step needs {prompts} prompts (per_device_train_batch_size x processes x "
         f"gradient_accumulation_steps / num_generations) and the dataset has {rows}. Lower them, or add prompts."
     )

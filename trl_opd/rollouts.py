@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
-from .opd_config import OPDConfig
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -41,20 +40,27 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-def train_sampler(dataset: Dataset, args: OPDConfig, prompts: int, *, epoch: Callable[[], int]) -> EpochRepeatSampler:
+def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRepeatSampler:
     """Return the sampler of a training run: `num_generations` times each of `prompts` prompts, then all of them again.
 
     Once per accumulation step, as TRL has it: it makes a generation batch of the first and drops the others.
     """
+    args = trainer.args
     return EpochRepeatSampler(
-        epoch=epoch,
-        data_source=dataset,
+        # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+        epoch=lambda: int(trainer.state.epoch or 0),
+        data_source=trainer.train_dataset if dataset is None else dataset,
         mini_repeat_count=args.num_generations,
         batch_size=prompts,
         repeat_count=args.gradient_accumulation_steps,
-        shuffle=args.shuffle_dataset,
+        shuffle=trainer.shuffle_dataset,
         seed=args.seed,
     )
+
+
+def allow_up_to(trainer, room: int) -> None:
+    """Let the trainer's rollouts be `room` tokens long."""
+    trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = room
 
 
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:

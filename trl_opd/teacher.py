@@ -58,8 +58,7 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
                 "the teacher separately, or pass its name."
             )
     require_readable_head(teacher, "teacher")
-    dequantize_head(teacher)
-    keep_4bit_layout(teacher)
+    make_readable(teacher)
     return teacher.eval().requires_grad_(False)
 
 
@@ -122,6 +121,12 @@ def require_readable_head(model: PreTrainedModel, name: str) -> None:
             f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone does not see: use a "
             "weight-based adapter such as LoRA."
         )
+
+
+def make_readable(model: PreTrainedModel) -> None:
+    """Put the quantised layers of a student or teacher in the form that the trainer reads and trains."""
+    dequantize_head(model)
+    keep_4bit_layout(model)
 
 
 def dequantize_head(model: PreTrainedModel) -> None:

@@ -32,7 +32,9 @@ class Rollouts:
     completions: list[list[int]]
 
 
-def make_rollouts(vocab: int, seed: int, *, number: int = PER_DEVICE * ACCUMULATION, longest: int = LONGEST) -> Rollouts:
+def make_rollouts(
+    vocab: int, seed: int, *, number: int = PER_DEVICE * ACCUMULATION, longest: int = LONGEST
+) -> Rollouts:
     """Return rollouts whose completions are 0.4 of the longest in the mean, most of them short and one the longest."""
     draw = torch.Generator().manual_seed(seed)
     prompts = torch.randint(PROMPTS[0], PROMPTS[1] + 1, (number,), generator=draw).tolist()
@@ -106,7 +108,9 @@ def step(trainer, rows: list[dict]) -> None:
 def machine() -> str:
     """Return date, hardware and versions, for the head of a table."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{date.today()}, {name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return (
+        f"{date.today()}, {name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
 
 
 def _rock_file(folder: str) -> str:

@@ -9,7 +9,10 @@ OPD_OPTIONS = {
     "weight_normalization": ("tokens", "divide by all tokens of the loss (as TRL), or by the sum of the weights"),
     "num_generations": ("1", "rollouts per prompt; divides the number of rollouts of an optimizer step"),
     "mask_truncated_completions": ("false", "leave rollouts that were cut at the length limit out of the loss"),
-    "micro_batching": ("trl", "how a generation batch is split: trl is TRL's padding and split"),
+    "use_transformers_continuous_batching": ("false", "take rollouts from transformers' continuous batching engine"),
+    "transformers_continuous_batching_config": ("none", "its settings, JSON; max_memory_percent is 0.5 unless given"),
+    "micro_batching": ("tight", "tight (rollouts of like length together, trimmed) or trl (TRL's padding and split)"),
+    "divergence_chunk_bytes": ("536870912", "memory for the divergence's rows of the vocabulary (not on CUDA)"),
     "token_statistics": ("true", "keep the divergence per token type, and write it into every checkpoint"),
     "teacher_tokenizer_name_or_path": ("none", "tokenizer of the teacher, when its model does not name one"),
 }
@@ -17,4 +20,4 @@ OPD_OPTIONS = {
 
 def table(options: dict[str, tuple[str, str]]) -> str:
     """Return one line per option: flag, default, meaning."""
-    return "\n".join(f"  --{name:<32}{default:<9}{text}" for name, (default, text) in options.items())
+    return "\n".join(f"  --{name:<40}{default:<10}{text}" for name, (default, text) in options.items())
