@@ -37,8 +37,7 @@ def weighted_divergence(
         teacher_hidden (`torch.Tensor`): The teacher's at the same positions, shape `(N, H_teacher)`.
         student_head (`LMHead`): Head of the student; its gradient is formed when it requires one.
         teacher_head (`LMHead`): Head of the teacher; never receives a gradient.
-        weights (`torch.Tensor`):
-            Weight of each position, shape `(N,)`; on the host, where that saves an accelerator a synchronisation.
+        weights (`torch.Tensor`): Weight of each position, shape `(N,)`; from the host without a synchronisation.
         denominator (`torch.Tensor` or `float`): What the weighted sum is divided by.
         beta (`float`): Direction of the divergence, in [0, 1].
         temperature (`float`): Softmax temperature of both distributions.

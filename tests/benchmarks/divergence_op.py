@@ -1,0 +1,149 @@
+"""Time and peak memory of the divergence, forward and backward: ours, TRL's, and Liger's where it is installed.
+
+    python -m tests.benchmarks.divergence_op [--vocab 32768 151936] [--rows 160 640] [--rounds 5]
+
+The ops take turns in this process; a ratio is the median over the rounds. Memory is what an op takes above its inputs,
+in a process of its own on a CPU. On a GPU the inputs are bfloat16 and the bare products of rows and heads, forward and
+backward, stand beside.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from trl_opd import LMHead, weighted_divergence
+from trl_opd.divergence import _by_trl, _in_one_pass
+
+from .workload import machine
+
+WIDTHS = (256, 384)
+CHUNK_BYTES = 512 * 2**20
+GPU = torch.cuda.is_available()
+
+
+def make_inputs(vocab: int, rows: int, widths=WIDTHS):
+    """Return hidden states and heads of both models, and weights."""
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+    hidden = [torch.randn(rows, width, device=device).to(dtype) for width in widths]
+    heads = [(torch.randn(vocab, width, device=device) / width**0.5).to(dtype) for width in widths]
+    return hidden, heads, torch.ones(rows, device=device) / rows
+
+
+def leaves(hidden, heads, trainable: bool):
+    """Return what the student's gradients are taken of."""
+    return hidden[0].detach().requires_grad_(), heads[0].detach().requires_grad_(trainable)
+
+
+def in_one_pass(hidden, heads, weights, beta, trainable):
+    student, head = leaves(hidden, heads, trainable)
+    loss, *_ = _in_one_pass(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
+    loss.backward()
+
+
+def by_trl(hidden, heads, weights, beta, trainable):
+    student, head = leaves(hidden, heads, trainable)
+    loss, *_ = _by_trl(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
+    loss.backward()
+
+
+def bare_products(hidden, heads, weights, beta, trainable):
+    student, head = leaves(hidden, heads, trainable)
+    logits = student @ head.t()
+    hidden[1] @ heads[1].t()
+    logits.backward(logits.detach())
+
+
+def measured(hidden, heads, weights, beta, trainable):
+    """What a step that logs adds for rows that are frozen."""
+    with torch.no_grad():
+        weighted_divergence(*hidden, *map(LMHead, heads), weights, 1.0, beta=beta, temperature=1.0)
+
+
+def by_liger(hidden, heads, weights, beta, trainable):
+    student, head = leaves(hidden, heads, trainable)
+    labels = torch.zeros(len(student), dtype=torch.long, device=student.device)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=GPU)
+    loss(student, head, hidden[1], heads[1], labels).backward()
+
+
+OPS = {"TRL": by_trl, "ours": in_one_pass, "ours, without gradient": measured}
+try:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    OPS["Liger"] = by_liger
+except ImportError:
+    pass
+if GPU:
+    OPS["bare head products"] = bare_products
+
+
+def seconds(op: Callable, *inputs) -> float:
+    synchronize = torch.cuda.synchronize if GPU else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    op(*inputs)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(name: str, vocab: int, rows: int, beta: float, trainable: bool) -> int:
+    """Return the most memory that an op held above its inputs."""
+    inputs = (*make_inputs(vocab, rows), beta, trainable)
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        OPS[name](*inputs)
+        return torch.cuda.max_memory_allocated() - before
+    OPS[name](*make_inputs(64, 2), beta, trainable)  # what a first call loads
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    OPS[name](*inputs)
+    with open("/proc/self/status") as file:
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    return peak - before
+
+
+def in_a_process(function: Callable, *arguments):
+    """Return what a function returns in a process of its own, which is gone before the next measurement."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def rows_of_table(vocab: int, rows: int, rounds: int) -> None:
+    for beta in (1.0, 0.0, 0.5):
+        for trainable in (False, True):
+            inputs = (*make_inputs(vocab, rows), beta, trainable)
+            times = [{name: seconds(op, *inputs) for name, op in OPS.items()} for _ in range(rounds + 1)][1:]
+            for name in OPS:
+                ratio = statistics.median(turn[name] / turn["TRL"] for turn in times)
+                memory = in_a_process(peak_bytes, name, vocab, rows, beta, trainable) / 2**20
+                head = "trainable" if trainable else "frozen"
+                median = statistics.median(turn[name] for turn in times)
+                cells = (vocab, rows, beta, head, name, f"{median:.3f}", f"{ratio:.2f}", f"{memory:.0f}")
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 151936])
+    parser.add_argument("--rows", type=int, nargs="+", default=[160, 640])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{machine()}; load average {os.getloadavg()[0]:.2f}")
+    print("| vocabulary | rows | beta | head | op | seconds | ratio to TRL | peak, MiB |\n|" + "---|" * 8)
+    for vocab in options.vocab:
+        for rows in options.rows:
+            rows_of_table(vocab, rows, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
