@@ -8,9 +8,7 @@ backward, stand beside.
 """
 
 import argparse
-import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ import torch
 from trl_opd import LMHead, weighted_divergence
 from trl_opd.divergence import _by_trl, _in_one_pass
 
-from .workload import machine
+from .workload import in_a_process, machine, peak_bytes
 
 WIDTHS = (256, 384)
 CHUNK_BYTES = 512 * 2**20
@@ -93,29 +91,10 @@ def seconds(op: Callable, *inputs) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(name: str, vocab: int, rows: int, beta: float, trainable: bool) -> int:
+def peak_of(name: str, vocab: int, rows: int, beta: float, trainable: bool) -> int:
     """Return the most memory that an op held above its inputs."""
-    inputs = (*make_inputs(vocab, rows), beta, trainable)
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        OPS[name](*inputs)
-        return torch.cuda.max_memory_allocated() - before
     OPS[name](*make_inputs(64, 2), beta, trainable)  # what a first call loads
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    OPS[name](*inputs)
-    with open("/proc/self/status") as file:
-        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    return peak - before
-
-
-def in_a_process(function: Callable, *arguments):
-    """Return what a function returns in a process of its own, which is gone before the next measurement."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    return peak_bytes(OPS[name], *make_inputs(vocab, rows), beta, trainable)
 
 
 def rows_of_table(vocab: int, rows: int, rounds: int) -> None:
@@ -125,7 +104,7 @@ def rows_of_table(vocab: int, rows: int, rounds: int) -> None:
             times = [{name: seconds(op, *inputs) for name, op in OPS.items()} for _ in range(rounds + 1)][1:]
             for name in OPS:
                 ratio = statistics.median(turn[name] / turn["TRL"] for turn in times)
-                memory = in_a_process(peak_bytes, name, vocab, rows, beta, trainable) / 2**20
+                memory = in_a_process(peak_of, name, vocab, rows, beta, trainable) / 2**20
                 head = "trainable" if trainable else "frozen"
                 median = statistics.median(turn[name] for turn in times)
                 cells = (vocab, rows, beta, head, name, f"{median:.3f}", f"{ratio:.2f}", f"{memory:.0f}")

@@ -1,9 +1,10 @@
 """Seconds of an optimizer step outside generation and the optimizer, ours as a ratio to TRL's, on the same rollouts.
 
-    python -m tests.benchmarks.step_time [--vocab 32768 151936] [--rounds 7]
+    python -m tests.benchmarks.step_time [--vocab 32768 151936] [--rounds 5]
 
 Both trainers run in this process and take turns on the same rollouts; the ratio is the median over the rounds. Frozen
-positions (30 % of the tokens) are not measured in the steps timed: that happens in steps that log.
+positions (30 % of the tokens) are not measured in the steps timed: that happens in steps that log. Peak memory is that
+of a step above what there was before it, in a process of its own.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import time
 import warnings
 
-from .workload import machine, make_rollouts, make_trainer, replay, step
+from .workload import in_a_process, machine, make_rollouts, make_trainer, peak_bytes, replay, step
 
 
 def seconds(trainer, rollouts) -> float:
@@ -39,19 +40,31 @@ def compare(vocab: int, rounds: int, *, lora: bool, freeze: bool) -> tuple[float
     return statistics.median(theirs), statistics.median(ours), ratio
 
 
+def peak_mebibytes(ours: bool, vocab: int, lora: bool, freeze: bool) -> float:
+    """Return the most memory that a second step held above what there was before it; call it in a fresh process."""
+    trainer = make_trainer(ours, vocab, lora=lora, freeze=freeze, logging_steps=10_000)
+    seconds(trainer, make_rollouts(200, seed=0, longest=2))  # what a first step loads
+    trainer.model.zero_grad()
+    rows = replay(trainer, make_rollouts(vocab, seed=1))
+    return peak_bytes(step, trainer, rows) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 151936])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(f"{machine()}; load average {os.getloadavg()[0]:.2f}")
-    print("| vocabulary | student | weights | TRL, s | ours, s | ratio |\n|---|---|---|---|---|---|")
+    print("| vocabulary | student | weights | TRL, s | ours, s | ratio | TRL, peak MiB | ours |\n|" + "---|" * 8)
     for vocab in options.vocab:
         for lora in (False, True):
             for freeze in (False, True):
                 theirs, ours, ratio = compare(vocab, options.rounds, lora=lora, freeze=freeze)
                 cells = (vocab, "LoRA" if lora else "full", "30 % frozen" if freeze else "uniform")
-                print(f"| {cells[0]} | {cells[1]} | {cells[2]} | {theirs:.2f} | {ours:.2f} | {ratio:.3f} |", flush=True)
+                cells += (f"{theirs:.2f}", f"{ours:.2f}", f"{ratio:.3f}")
+                for mine in (False, True):
+                    cells += (f"{in_a_process(peak_mebibytes, mine, vocab, lora, freeze):.0f}",)
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     print(f"load average {os.getloadavg()[0]:.2f}")
 
 

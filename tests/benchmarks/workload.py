@@ -1,8 +1,11 @@
 """What the benchmarks run on: rollouts of skewed lengths, and trainers that replay them instead of sampling."""
 
+import multiprocessing
 import os
 import platform
+import resource
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
@@ -111,6 +114,29 @@ def machine() -> str:
     return (
         f"{date.today()}, {name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def in_a_process(function: Callable, *arguments):
+    """Return what a function returns in a process of its own, which is gone before the next measurement."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_bytes(function: Callable, *arguments) -> int:
+    """Return the most memory that a call held above what there was before, of this process or of its GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    function(*arguments)
+    with open("/proc/self/status") as file:
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    return peak - before
 
 
 def _rock_file(folder: str) -> str:

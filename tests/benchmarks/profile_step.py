@@ -1,0 +1,121 @@
+"""Where the seconds of an optimizer step go: a table of its phases, over a real run of the trainer.
+
+    python -m tests.benchmarks.profile_step [--vocab 32768] [--steps 6] [--freeze] [--lora] [--log_every 10]
+
+With `--log_every 1` every step measures its frozen positions. The first step is left out. On a GPU every phase is
+waited for, so the sum is more than an unprofiled step takes.
+"""
+
+import argparse
+import logging
+import os
+import time
+import warnings
+from collections import defaultdict
+
+import torch
+from transformers import TrainerCallback
+
+from trl_opd import opd_trainer
+
+from .workload import machine, make_rollouts, make_trainer
+
+PHASES = ("generation", "teacher", "student forward", "divergence", "backward", "optimizer", "statistics", "other")
+
+
+class Clock:
+    """Adds up the seconds of functions by phase."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    def time(self, owner: object, name: str, phase: str | None = None) -> None:
+        """Time a method or function from now on; without a phase, the first argument's model tells it."""
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[phase or self.phase_of(args[0])] += now() - start
+
+        setattr(owner, name, timed)
+
+    def phase_of(self, model: torch.nn.Module) -> str:
+        return "student forward" if any(p.requires_grad for p in model.parameters()) else "teacher"
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class LeaveOutTheFirst(TrainerCallback):
+    def __init__(self, clock: Clock):
+        self._clock, self.total = clock, 0.0
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 0:
+            self._clock.time(optimizer, "step", "optimizer")
+        if state.global_step == 1:
+            self._clock.seconds.clear()
+            self._start = now()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.total = now() - self._start
+
+
+def profile(options: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of a step by phase."""
+    settings = {"max_steps": options.steps, "logging_steps": options.log_every, "save_strategy": "no"}
+    trainer = make_trainer(True, options.vocab, lora=options.lora, freeze=options.freeze, **settings)
+    clock = Clock()
+    prompts = make_rollouts(options.vocab, 0).prompts
+    trainer._tokenize_prompts = lambda _: (prompts, None, {})
+    clock.time(trainer, "_generate_single_turn", "generation")
+    clock.time(trainer, "_get_last_hidden_state")
+    clock.time(opd_trainer, "score", "divergence")
+    clock.time(trainer.accelerator, "backward", "backward")
+    for owner, name in (
+        (trainer._stats, "update"),
+        (trainer._arm, "prepare"),
+        (trainer._finite, "note"),
+        (trainer._finite, "end_step"),
+        (trainer._figures["train"], "add_signals"),
+        (trainer._figures["train"], "add_forward"),
+        (opd_trainer, "locate"),
+    ):
+        clock.time(owner, name, "statistics")
+    callback = LeaveOutTheFirst(clock)
+    trainer.add_callback(callback)
+    trainer.train()
+    clock.seconds["other"] = callback.total - sum(clock.seconds.values())
+    return {phase: clock.seconds[phase] / (options.steps - 1) for phase in PHASES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--log_every", type=int, default=10)
+    parser.add_argument("--freeze", action="store_true")
+    parser.add_argument("--lora", action="store_true")
+    options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first is left out")
+    print(f"{machine()}; load average {os.getloadavg()[0]:.2f}")
+    seconds = profile(options)
+    total = sum(seconds.values())
+    training = total - seconds["generation"]
+    print("| phase | seconds of a step | share | share without generation |\n|---|---|---|---|")
+    for phase, value in seconds.items():
+        rest = "" if phase == "generation" else f"{value / training:.1%}"
+        print(f"| {phase} | {value:.3f} | {value / total:.1%} | {rest} |")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    main()
