@@ -46,7 +46,6 @@ __all__ = [
     "RepeatSampler",
     "create_model_from_path",
     "lm_head",
-    "lm_heads",
     "logit_scale",
     "output_rows",
     "prepare_deepspeed",
@@ -68,18 +67,6 @@ def lm_head(model: torch.nn.Module) -> LMHead:
         bias = None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
     return LMHead(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
-
-
-def lm_heads(student: torch.nn.Module, teacher: torch.nn.Module) -> tuple[LMHead, LMHead]:
-    """Return the LM heads of two unwrapped models, which must lie on one device to be compared row by row."""
-    heads = lm_head(student), lm_head(teacher)
-    devices = [head.weight.device for head in heads]
-    if devices[0] != devices[1]:
-        raise ValueError(
-            f"The student's LM head is on {devices[0]}, the teacher's on {devices[1]}: give both models a `device_map` "
-            "that puts their heads on one device."
-        )
-    return heads
 
 
 def logit_scale(config) -> float:

@@ -41,20 +41,28 @@ def tight_micro_batches(
             Micro-batches padded alike: prompts on the left, completions and what goes with them on the right.
         multiple (`int`, *optional*): Lengths are rounded up to a multiple of this.
     """
-    first = batches[0]
-    whole = {key: torch.cat([batch[key] for batch in batches]) if first[key].ndim else first[key] for key in first}
+    whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
     lengths = torch.stack([whole["prompt_mask"].sum(1), whole["completion_mask"].sum(1)]).cpu()
     order = lengths.sum(0).argsort(descending=True, stable=True)
     groups = order.chunk(len(batches))
     return [_trimmed(whole, rows, *lengths[:, rows].amax(1).tolist(), multiple or 1) for rows in groups]
 
 
+def _joined(parts: list) -> torch.Tensor | list:
+    if isinstance(parts[0], list):
+        return [entry for part in parts for entry in part]
+    return torch.cat(parts) if parts[0].ndim else parts[0]
+
+
 def _trimmed(whole: dict[str, torch.Tensor], rows: torch.Tensor, prompt: int, completion: int, multiple: int):
     prompt, completion = (max(1, -(-length // multiple)) * multiple for length in (prompt, completion))
-    width, rows = whole["completion_ids"].shape[1], rows.to(whole["completion_ids"].device)
+    width, on_device = whole["completion_ids"].shape[1], rows.to(whole["completion_ids"].device)
     batch = {}
     for key, value in whole.items():
-        value = value[rows] if value.ndim else value
+        if isinstance(value, list):  # one entry for each rollout
+            batch[key] = [value[row] for row in rows.tolist()]
+            continue
+        value = value[on_device] if value.ndim else value
         if key in PROMPT_KEYS:
             value = value[:, -prompt:]
         elif value.shape[1:2] == (width,):  # completions, and whatever is known of their positions
@@ -73,6 +81,32 @@ def locate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     weights = batch["weights"].flatten().cpu()[positions] if "weights" in batch else torch.ones(len(positions))
     device = batch["completion_ids"].device
     return {**batch, "positions": positions.to(device), "position_weights": weights.float()}
+
+
+def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Return the rows in groups of like length, the longest first, of at most `tokens` tokens each with their padding.
+
+    A row that is longer alone is a group alone.
+    """
+    groups = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def left_aligned(batch: dict[str, torch.Tensor], rows: list[int], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask `(len(rows), longest)` of some rollouts, prompt and completion from the left on."""
+    rows = torch.tensor(rows, device=batch["completion_ids"].device)
+    ids, mask = (
+        torch.cat([batch[f"prompt_{name}"][rows], batch[f"completion_{name}"][rows]], dim=1) for name in ("ids", "mask")
+    )
+    # Prompts are padded on the left and completions on the right, so a rollout is one piece between them.
+    start = batch["prompt_mask"].shape[1] - batch["prompt_mask"][rows].sum(1, keepdim=True)
+    places = (start + torch.arange(longest, device=rows.device)).clamp(max=ids.shape[1] - 1)
+    inside = torch.arange(longest, device=rows.device) < mask.sum(1, keepdim=True)
+    return ids.gather(1, places), inside.to(mask.dtype)
 
 
 def at_positions(hidden: torch.Tensor, positions: torch.Tensor, head: LMHead) -> torch.Tensor:

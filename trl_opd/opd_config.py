@@ -5,12 +5,15 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from transformers.generation import ContinuousBatchingConfig
 from trl import DistillationConfig
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
 MICRO_BATCHINGS = ("tight", "trl")
+TEACHER_QUANTIZATIONS = ("8bit", "4bit")
+TEACHER_PLACEMENTS = ("resident", "parked")
 
 
 @dataclass
@@ -68,6 +71,16 @@ class OPDConfig(DistillationConfig):
 
         > Parameters that control the teacher
 
+        teacher_quantization (`str`, *optional*):
+            `"4bit"` (nf4, double quantisation, computing in bfloat16, on a CPU in float32) or `"8bit"`, with
+            bitsandbytes; the LM head stays in full precision. For anything else leave it out and put a
+            `quantization_config` into `teacher_model_init_kwargs`.
+        teacher_placement (`str`, *optional*, defaults to `"resident"`):
+            `"parked"` lets the teacher's weights leave the GPU, all but its head, while rollouts are sampled and the
+            student trains; they wait in pinned host memory. Not with `"8bit"`, FSDP or DeepSpeed.
+        teacher_device (`str`, *optional*):
+            Another device for the teacher, such as `"cuda:1"` or `"cpu"`; its hidden states travel. Not with FSDP or
+            DeepSpeed.
         teacher_tokenizer_name_or_path (`str`, *optional*):
             Tokenizer of the teacher, to compare vocabularies when the teacher object does not name one.
     """
@@ -134,6 +147,18 @@ class OPDConfig(DistillationConfig):
         default=True,
         metadata={"help": "Keep the divergence per token type, and write it into every checkpoint."},
     )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata={"help": "Quantise the teacher with bitsandbytes: '4bit' or '8bit'."},
+    )
+    teacher_placement: str = field(
+        default="resident",
+        metadata={"help": "'parked': the teacher's weights leave the GPU while nobody needs them; or 'resident'."},
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={"help": "Another device for the teacher, such as 'cuda:1' or 'cpu'."},
+    )
     teacher_tokenizer_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Tokenizer of the teacher, when the teacher object does not name one."},
@@ -154,6 +179,7 @@ class OPDConfig(DistillationConfig):
         self._check_weights()
         self._check_batches()
         self._check_sampling()
+        self._check_teacher()
 
     def _check_weights(self):
         _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
@@ -210,10 +236,33 @@ class OPDConfig(DistillationConfig):
         except TypeError as error:
             raise ValueError(f"transformers_continuous_batching_config: {error}.") from error
 
+    def _check_teacher(self):
+        if self.teacher_quantization is not None:
+            _require_choice("teacher_quantization", self.teacher_quantization, TEACHER_QUANTIZATIONS)
+            if (self.teacher_model_init_kwargs or {}).get("quantization_config") is not None:
+                raise ValueError(
+                    "teacher_quantization and a quantization_config in teacher_model_init_kwargs are two ways to "
+                    "quantise the teacher: choose one."
+                )
+        _require_choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
+        if self.teacher_placement == "parked" and self.teacher_quantization == "8bit":
+            raise ValueError(
+                "teacher_placement='parked' cannot move a teacher in 8 bits, whose state stays on the GPU: use "
+                "teacher_quantization='4bit', or leave the teacher resident."
+            )
+        if self.teacher_device is not None:
+            try:
+                torch.device(self.teacher_device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"teacher_device must be a device such as 'cuda:1' or 'cpu', got {self.teacher_device!r}."
+                ) from error
+
     def trains_as_trl(self) -> bool:
         """Return whether TRL's own loss serves, to the bit: nothing is weighted, told apart, counted or regrouped."""
         new = self.rock_set or self.mask_truncated_completions or self.token_statistics or self.num_generations > 1
-        return self.micro_batching == "trl" and not new
+        moved = self.teacher_placement != "resident" or self.teacher_device
+        return self.micro_batching == "trl" and not new and not moved
 
     def to_dict(self):
         # transformers spells out a quantisation config in `model_init_kwargs` only; TensorBoard's callback and the

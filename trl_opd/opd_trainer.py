@@ -21,7 +21,7 @@ from transformers import (
 from trl import DistillationTrainer
 
 from . import preflight, rollouts
-from ._trl import lm_heads, output_rows
+from ._trl import lm_head, output_rows
 from .arm import Arm
 from .batching import at_positions, forward_inputs, locate, tight_micro_batches
 from .continuous_batching import generate_continuously
@@ -29,10 +29,12 @@ from .divergence import score
 from .figures import FigureSums
 from .finite import FiniteGuard, name_the_sampling_student
 from .opd_config import OPDConfig
+from .phases import PhaseClock
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
 from .records import LMHead
 from .run_stats import RunStats, describe_measure
 from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
+from .teacher_phase import TeacherPhase
 from .token_stats import TokenStats
 
 
@@ -82,6 +84,7 @@ class OPDTrainer(DistillationTrainer):
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
         preflight.warn_of_one_process(args)
+        preflight.require_placeable(args)
         self.rock_set = preflight.load_rock_set(args)
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
@@ -107,7 +110,7 @@ class OPDTrainer(DistillationTrainer):
         stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
         self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
-        self._finite = FiniteGuard(self.accelerator)
+        self._finite, self._clock = FiniteGuard(self.accelerator), PhaseClock(self.accelerator.device)
         self._new_completions, self._unsplit, self._eval_prefix = False, False, "eval_"
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
@@ -124,7 +127,8 @@ class OPDTrainer(DistillationTrainer):
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.teacher_model = place_teacher(teacher, self.accelerator, sharded=sharded)
+        self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
+        self._teacher_phase = TeacherPhase(self, sharded=sharded)
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
         self._stats = RunStats(self._vocab_size, measure, self.accelerator.device, enabled=self.args.token_statistics)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
@@ -160,7 +164,7 @@ class OPDTrainer(DistillationTrainer):
     ):
         self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
         self._eval_prefix = f"{metric_key_prefix}_"
-        with rollouts.own_random_stream(self.args.seed):
+        with rollouts.own_random_stream(self.args.seed), self._teacher_phase.resident():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -189,12 +193,14 @@ class OPDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs):
         for row in inputs:
             require_prompt(row.get("prompt"), "a row of the dataset")
-        batch = super()._generate_and_score_completions(inputs)
+        with self._clock.time("generate", on=self.model.training):
+            batch = super()._generate_and_score_completions(inputs)
         self._new_completions = self._unsplit = True
         if self.model.training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
         else:
             rollouts.mask_repeated(batch, self.accelerator)
+        self._teacher_phase.prepare(batch)
         return batch
 
     def _prepare_inputs(self, generation_batch):
@@ -252,17 +258,10 @@ class OPDTrainer(DistillationTrainer):
 
     def _compared(self, student, inputs, positions) -> tuple[torch.Tensor | LMHead, ...]:
         """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models."""
-        forward = forward_inputs(inputs, self._vocab_size)
-        student_hidden = self._get_last_hidden_state(student, *forward)
-        teacher = self.accelerator.unwrap_model(self.teacher_model.eval())
-        with torch.no_grad():
-            # As in TRL, through the wrapper: FSDP and DeepSpeed gather the teacher's shards in its forward.
-            teacher_hidden = self._forward_redirection(
-                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *forward
-            )
-        heads = lm_heads(student, teacher)
-        hidden = (at_positions(states, positions, heads[0]) for states in (student_hidden, teacher_hidden))
-        return *hidden, *heads
+        forward, head = forward_inputs(inputs, self._vocab_size), lm_head(student)
+        student_hidden = at_positions(self._get_last_hidden_state(student, *forward), positions, head)
+        teacher_hidden, teacher_head = self._teacher_phase.compared(inputs, forward, positions, head)
+        return student_hidden, teacher_hidden, head, teacher_head
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
@@ -270,8 +269,10 @@ class OPDTrainer(DistillationTrainer):
             return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._clock.time("student"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self._clock.end_step()
             self._finite.end_step(self.state.global_step + 1)
             if self.state.global_step == 0:
                 preflight.warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
@@ -281,6 +282,7 @@ class OPDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else self._eval_prefix
         figures = self._figures[mode].take(self._sum_over_processes)
+        figures |= self._clock.take(self.accelerator.gather) if mode == "train" else {}
         self._stats.flush()
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
         logs.update({prefix + name: value for name, value in figures.items()})

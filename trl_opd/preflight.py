@@ -35,6 +35,27 @@ def prompts_per_step(args: OPDConfig) -> int:
     return rollouts // args.num_generations
 
 
+def require_placeable(args: OPDConfig) -> None:
+    """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, while FSDP or DeepSpeed shards it."""
+    sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+    sharding += [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    moved = [name for name in ("teacher_placement", "teacher_device") if getattr(args, name) not in (None, "resident")]
+    if sharding and moved:
+        raise ValueError(
+            f"{moved[0]}={getattr(args, moved[0])!r} does not go with {sharding[0].upper()}, which shards the teacher "
+            "over the GPUs already: leave it out."
+        )
+    if args.teacher_device is None:
+        return
+    device = torch.device(args.teacher_device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"teacher_device={args.teacher_device!r}: there are {torch.cuda.device_count()} CUDA devices here."
+        )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # TRL takes a second visible GPU for one to replicate the student on
+
+
 def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` for a vision-language student, and for a tokenizer that cannot end a rollout."""
     if vision:

@@ -10,7 +10,14 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from ._trl import create_model_from_path, prepare_deepspeed
@@ -40,16 +47,20 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
     if isinstance(teacher, str):
         if teacher.startswith((".", "/", "~")) and not Path(teacher).is_dir():
             raise FileNotFoundError(f"There is no teacher in {teacher}: no such folder.")
+        kwargs = _init_kwargs(args)
+        if kwargs.get("quantization_config") is not None:
+            require_linear_weights(teacher, kwargs)
         try:
-            teacher = create_model_from_path(teacher, **_init_kwargs(args))
+            teacher = create_model_from_path(teacher, **kwargs)
         except TypeError as error:
             raise ValueError(f"The teacher cannot be loaded with `teacher_model_init_kwargs`: {error}") from error
     else:
-        if args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                "`teacher_model_init_kwargs` has no effect on a teacher that is already instantiated: remove it, or "
-                "pass the teacher's name."
-            )
+        for name in ("teacher_model_init_kwargs", "teacher_quantization"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect on a teacher that is already instantiated: remove it, or pass the "
+                    "teacher's name."
+                )
         # Also an adapter around the other model's own object: it puts its layers into that object.
         mine = set() if isinstance(student, str) else {id(parameter) for parameter in student.parameters()}
         if any(id(parameter) in mine for parameter in teacher.parameters()):
@@ -62,15 +73,17 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
     return teacher.eval().requires_grad_(False)
 
 
-def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> PreTrainedModel:
-    """Return the teacher on the accelerator; with FSDP or DeepSpeed (`sharded`), wrapped as TRL wraps it."""
+def place_teacher(
+    teacher: PreTrainedModel, accelerator: Accelerator, device: str | None = None, *, sharded: bool
+) -> PreTrainedModel:
+    """Return the teacher on a device, the accelerator's by default; with FSDP or DeepSpeed, wrapped as TRL wraps it."""
     if sharded:
         if accelerator.state.deepspeed_plugin is not None:
             return prepare_deepspeed(teacher, accelerator)
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
-        teacher.to(accelerator.device)
+        teacher.to(device or accelerator.device)
     # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the student
     # for evaluation, the training takes it for prepared, and every process trains on gradients of its own that nobody
     # averages (transformers 5.23, `Trainer.evaluation_loop`).
@@ -175,13 +188,53 @@ def _init_kwargs(args: OPDConfig) -> dict:
         kwargs["dtype"] = getattr(torch, dtype)
     # TRL's own default for the teacher, whose configuration names the dtype it was saved in.
     kwargs.setdefault("dtype", None)
+    if args.teacher_quantization is not None:
+        kwargs["quantization_config"] = _quantization(args, kwargs)
+    if args.teacher_device is not None:
+        kwargs.setdefault("device_map", {"": args.teacher_device})
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
     # A device map of "auto" would spread the teacher over the other ranks' GPUs.
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED") and args.teacher_device is None:
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return kwargs
+
+
+def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
+    """Return what `teacher_quantization` stands for, and set the dtype of what is not quantised."""
+    on_cpu = torch.device(args.teacher_device or args.device).type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    if kwargs["dtype"] is None:
+        kwargs["dtype"] = dtype
+    if args.teacher_quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def require_linear_weights(name: str, kwargs: dict) -> None:
+    """Raise `ValueError` for a mixture of experts whose experts are no linear layers: they would stay unquantised.
+
+    Looks at the configuration only. bitsandbytes quantises `torch.nn.Linear`, and transformers 5 keeps the experts of
+    Qwen3-MoE and others as one fused parameter each: 28.99 of 30.53 billion weights.
+    """
+    hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **hub)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fused = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 2)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if fused > total / 10:
+        raise ValueError(
+            f"The teacher {name} cannot be quantised by bitsandbytes: its experts are fused parameters, so "
+            f"{fused / 1e9:.2f} of {total / 1e9:.2f} billion weights would stay as they are. Use a dense teacher, or "
+            "leave the quantisation out (`trl-opd fit` tells the true size)."
+        )
 
 
 def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:

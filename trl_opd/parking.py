@@ -1,0 +1,63 @@
+"""Weights of a frozen model that leave its device while nobody needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+
+
+class Parking:
+    """Swaps a frozen model's parameters with copies on the host, which are made once: frozen weights never change.
+
+    While the model is away its parameters are empty and a forward is an error, on a CPU too. Buffers stay, and so do
+    the constants of 4-bit weights (about 0.6 bits per weight).
+
+    Args:
+        model (`torch.nn.Module`): A frozen model, unquantised or in 4 bits.
+        stays (`Iterable[torch.Tensor]`): Parameters that stay where they are.
+    """
+
+    def __init__(self, model: torch.nn.Module, stays: Iterable[torch.Tensor]):
+        kept = {id(tensor) for tensor in stays}
+        self._weights = [
+            (parameter, _on_host(parameter.data), parameter.device)
+            for parameter in model.parameters()
+            if id(parameter) not in kept
+        ]
+        self._away, self._held = False, False
+        for module in {model, getattr(model, "base_model", model)}:
+            module.register_forward_pre_hook(self._require_here)
+
+    @contextmanager
+    def here(self):
+        """Hold the weights on their device; when this ends they leave, unless it was inside of another hold."""
+        held, self._held = self._held, True
+        if self._away:
+            for parameter, host, device in self._weights:
+                parameter.data = host.to(device, non_blocking=True)
+            self._away = False
+        try:
+            yield
+        finally:
+            self._held = held
+            if not held:
+                self.leave()
+
+    def leave(self) -> None:
+        """Free the device."""
+        for parameter, host, device in self._weights:
+            parameter.data = torch.empty(0, dtype=host.dtype, device=device)
+        self._away = True
+
+    def _require_here(self, *_) -> None:
+        # Quantised kernels read as many bytes as the layer's shape says, whatever the parameter holds.
+        if self._away:
+            raise RuntimeError("The teacher is parked: its weights are not on its device, so it cannot run a forward.")
+
+
+def _on_host(weight: torch.Tensor) -> torch.Tensor:
+    if weight.device.type == "cpu":
+        return weight
+    return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
