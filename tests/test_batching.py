@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opd import OPDTrainer, TokenStats, divergence
+from trl_opd import OPDTrainer, TokenStats
 from trl_opd.batching import is_truncated, locate, loss_mask, tight_micro_batches
 from trl_opd.divergence import score
 from trl_opd.figures import FigureSums
@@ -109,6 +109,7 @@ def test_a_step_of_tight_micro_batches_is_that_of_trls(tokenizer, tmp_path, fami
             optim="sgd",
             learning_rate=1.0,
             max_grad_norm=0.0,
+            disable_dropout=True,
             **weighting,
         )
         models = copy.deepcopy(student), make_model(family, seed=1)
@@ -154,11 +155,9 @@ def test_the_longest_micro_batch_comes_first(tokenizer, tmp_path):
     assert of_student[0] > of_student[-1]
 
 
-@pytest.mark.parametrize("op", ["_in_one_pass", "_by_trl"])
 @pytest.mark.parametrize("measure_frozen", [False, True])
-def test_nothing_between_two_logs_waits_for_the_device(monkeypatch, op, measure_frozen):
+def test_nothing_between_two_logs_waits_for_the_device(measure_frozen):
     # Tensors on "meta" have shapes and no values: whatever would have to look at one fails.
-    monkeypatch.setattr(divergence, "_in_one_pass", getattr(divergence, op))
     hidden = [torch.empty(6, width, device="meta") for width in (8, 12)]
     hidden[0].requires_grad_()
     heads = [LMHead(torch.empty(50, width, device="meta")) for width in (8, 12)]
@@ -182,7 +181,7 @@ def test_nothing_between_two_logs_waits_for_the_device(monkeypatch, op, measure_
         signals.entropy, signals.divergence, measure_frozen | (weights != 0)
     )
     with pytest.raises(RuntimeError, match="meta"):
-        float(loss)  # the check can fail
+        loss.detach().item()  # the check can fail
 
 
 def test_a_rollout_is_truncated_when_it_ends_in_no_stop():

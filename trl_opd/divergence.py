@@ -5,6 +5,8 @@ teacher), anything between the generalised Jensen-Shannon divergence with mixtur
 (Agarwal et al., arXiv:2306.13649). All in nats, over the vocabulary range that both heads share.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from ._trl import ChunkedDivergenceFunction
@@ -106,18 +108,21 @@ def _shares(weights: torch.Tensor, denominator: torch.Tensor | float) -> torch.T
 
 
 def _in_one_pass(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
-    return FusedDivergence.apply(
-        student_hidden,
-        heads[0].weight,
-        heads[0].bias,
-        teacher_hidden,
-        heads,
-        row_weights,
-        beta,
-        temperature,
-        chunk_bytes,
-        torch.is_grad_enabled(),
-    )
+    device, student_head = student_hidden.device.type, heads[0]
+    castable = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if castable else nullcontext():
+        return FusedDivergence.apply(
+            student_hidden,
+            student_head.weight,
+            student_head.bias,
+            teacher_hidden,
+            heads,
+            row_weights,
+            beta,
+            temperature,
+            chunk_bytes,
+            torch.is_grad_enabled(),
+        )
 
 
 def _by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
