@@ -30,12 +30,15 @@ PLUMBING = {
     "finite",
     "opd_config",
     "opd_trainer",
+    "parking",
+    "phases",
     "preflight",
     "prompts",
     "report",
     "rollouts",
     "run_stats",
     "teacher",
+    "teacher_phase",
 }
 EDGE = {"__init__", "__main__", "cli"}
 
@@ -44,9 +47,10 @@ DIAGRAM = {
     "ground": (GROUND, GROUND),
     "pure": (PURE - {"divergence"}, GROUND),
     "the op": ({"divergence"}, GROUND | {"fused_divergence"}),
-    "alone": ({"opd_config", "finite", "prompts"}, set()),
+    "alone": ({"opd_config", "finite", "parking", "phases", "prompts"}, set()),
     "report": ({"report"}, GROUND),
     "rollouts": ({"rollouts", "continuous_batching"}, GROUND | PURE),
+    "teacher phase": ({"teacher_phase"}, GROUND | PURE | {"parking"}),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight", "run_stats"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),

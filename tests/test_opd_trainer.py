@@ -67,9 +67,10 @@ def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    # TRL rounds the gradient of the logits to the student's dtype, ours keeps float32.
-    rounding = 1e-2 if "model_init_kwargs" in changes else 1e-5
+    # Where padding lies changes what bfloat16 rounds; and TRL rounds the gradient of the logits to the student's dtype.
+    half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
+    rounding = 1e-2 if half else 1e-5
+    assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
     assert reference.relative_error(found[1][1], found[0][1]) < rounding
 
 
