@@ -20,7 +20,7 @@ from .records import LMHead
 # Rows of a chunk at most. More of them leave the processor's caches, fewer read the heads too often; 128 was the
 # fastest of 16 to 256 at 32 768 and 151 936 entries (docs/benchmarks.md).
 MAX_ROWS = 128
-# A head in half precision is converted to float32 in tiles of this many entries, never as a whole.
+# A head is converted in tiles of this many entries, never as a whole, where it or the hidden states are not in float32.
 TILE = 32768
 
 
@@ -174,7 +174,7 @@ class _Gradients:
     ) -> None:
         """Add what a chunk of rows gives, from the gradient of its logits `(n, V)` and the rows' weights `(n,)`."""
         column = row_weights[:, None]
-        for tile in _tiles(weight):
+        for tile in _tiles(weight, hidden):
             block = of_logits[:, tile]
             if self._hidden is not None:
                 self._hidden[chunk].addmm_(block, weight[tile].to(hidden.dtype).float())
@@ -209,7 +209,7 @@ def _scale(head: LMHead, temperature: float) -> Scale:
 def _project(hidden: torch.Tensor, head: LMHead, factor: float, *, out: torch.Tensor) -> None:
     """Write `factor * (hidden @ weight.T + bias)` into `out`, `(n, V)` float32, with the weight in hidden's dtype."""
     scaled = hidden.float() * factor
-    for tile in _tiles(head.weight):
+    for tile in _tiles(head.weight, hidden):
         torch.mm(scaled, head.weight[tile].to(hidden.dtype).float().t(), out=out[:, tile])
     if head.bias is not None:
         out.add_(head.bias.float(), alpha=factor)
@@ -226,9 +226,9 @@ def _cap(logits: torch.Tensor, top: float | None, slope: torch.Tensor | None) ->
     return slope
 
 
-def _tiles(weight: torch.Tensor) -> list[slice]:
-    vocab = len(weight)
-    width = vocab if weight.dtype == torch.float32 else TILE
+def _tiles(weight: torch.Tensor, hidden: torch.Tensor) -> list[slice]:
+    vocab, converted = len(weight), not weight.dtype == hidden.dtype == torch.float32
+    width = TILE if converted else vocab
     return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 
 class Parking:
@@ -15,11 +16,11 @@ class Parking:
     the constants of 4-bit weights (about 0.6 bits per weight).
 
     Args:
-        model (`torch.nn.Module`): A frozen model, unquantised or in 4 bits.
+        model (`transformers.PreTrainedModel`): A frozen model, unquantised or in 4 bits.
         stays (`Iterable[torch.Tensor]`): Parameters that stay where they are.
     """
 
-    def __init__(self, model: torch.nn.Module, stays: Iterable[torch.Tensor]):
+    def __init__(self, model: PreTrainedModel, stays: Iterable[torch.Tensor]):
         kept = {id(tensor) for tensor in stays}
         self._weights = [
             (parameter, _on_host(parameter.data), parameter.device)
@@ -27,8 +28,8 @@ class Parking:
             if id(parameter) not in kept
         ]
         self._away, self._held = False, False
-        for module in {model, getattr(model, "base_model", model)}:
-            module.register_forward_pre_hook(self._require_here)
+        # Every forward begins there. Quantised kernels read as many bytes as a layer's shape says, whatever is there.
+        model.get_input_embeddings().register_forward_pre_hook(self._require_here)
 
     @contextmanager
     def here(self):
@@ -52,7 +53,6 @@ class Parking:
         self._away = True
 
     def _require_here(self, *_) -> None:
-        # Quantised kernels read as many bytes as the layer's shape says, whatever the parameter holds.
         if self._away:
             raise RuntimeError("The teacher is parked: its weights are not on its device, so it cannot run a forward.")
 

@@ -76,7 +76,7 @@ class TeacherPhase:
         if self._sharded:
             return self._of_shards(forward, positions, head)
         states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.score(inputs)
-        return torch.cat(states).to(self._device, non_blocking=True), self._head
+        return torch.cat([rows.to(self._device, non_blocking=True) for rows in states]), self._head
 
     @torch.no_grad()
     def _of_shards(self, forward, positions, head) -> tuple[torch.Tensor, LMHead]:
@@ -129,5 +129,5 @@ class TeacherPhase:
 
 def _to(states: torch.Tensor, home: torch.device) -> torch.Tensor:
     if home == _HOST and states.is_cuda:
-        return torch.empty_like(states, device=_HOST, pin_memory=True).copy_(states, non_blocking=True)
+        return torch.empty_like(states, device=_HOST, pin_memory=True).copy_(states)
     return states.to(home)

@@ -64,8 +64,12 @@ def make_model(vocab: int, size: dict, seed: int, **changes) -> Qwen3ForCausalLM
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, **size, **fields, **ends, **changes))
 
 
-def make_trainer(ours: bool, vocab: int, *, lora: bool = False, freeze: bool = False, **settings):
+def make_trainer(
+    ours: bool, vocab: int, *, lora: bool = False, freeze: bool = False, models=None, peft_config=None, **settings
+):
     """Return TRL's trainer or ours on the same models, which gets its rollouts from `replay`."""
+    student, teacher = models or (make_model(vocab, STUDENT, 0), make_model(vocab, TEACHER, 1))
+    adapter = LoraConfig(r=16, target_modules="all-linear") if lora else peft_config
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": not torch.cuda.is_available(),
@@ -81,12 +85,12 @@ def make_trainer(ours: bool, vocab: int, *, lora: bool = False, freeze: bool = F
     if freeze and ours:
         settings |= {"token_weighting": "rock", "rock_set": _rock_file(settings["output_dir"])}
     trainer = (OPDTrainer if ours else DistillationTrainer)(
-        model=make_model(vocab, STUDENT, 0),
-        teacher_model=make_model(vocab, TEACHER, 1),
+        model=student,
+        teacher_model=teacher,
         args=(OPDConfig if ours else DistillationConfig)(**settings),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 64}),
         processing_class=make_tokenizer(),
-        peft_config=LoraConfig(r=16, target_modules="all-linear") if lora else None,
+        peft_config=adapter,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
