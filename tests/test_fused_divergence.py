@@ -142,6 +142,30 @@ def test_the_rows_alive_at_once_stay_within_the_chunk_bytes(monkeypatch, beta, s
     assert max(sizes) == 4 * 64 * buffers * 10 <= budget
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_a_head_is_converted_in_tiles_to_the_dtype_of_the_states(monkeypatch, dtypes):
+    of_states, of_heads = dtypes
+    found = []
+    for tile in (32768, 100):
+        monkeypatch.setattr(fused_divergence, "TILE", tile)
+        hidden, heads, weights = make_case()
+        hidden = [states.detach().to(of_states).requires_grad_() for states in hidden]
+        heads = [LMHead(head.weight.detach().to(of_heads).requires_grad_(), head.bias.detach()) for head in heads]
+        loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+        loss.backward()
+        assert hidden[0].grad.dtype == of_states
+        assert heads[0].weight.grad.dtype == of_heads
+        found.append([loss, hidden[0].grad.float(), heads[0].weight.grad.float()])
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-2, atol=1e-5)
+    rounded = [LMHead(head.weight.detach().to(of_states).double(), head.bias.double()) for head in heads]
+    expected = expected_of(hidden, rounded, weights, 1.0, beta=1.0, temperature=1.0)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert error(hidden[0].grad, expected[3][0]) < ROUNDING[of_states]
+
+
 # What is not paid for
 
 
