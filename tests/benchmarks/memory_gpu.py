@@ -19,9 +19,10 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from trl_opd.memory import Setup, phases, shape_of
 from trl_opd.teacher import keep_4bit_layout
 
-from .workload import machine, make_rollouts, make_trainer, replay, step
+from .workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -34,6 +35,7 @@ SHAPES = {
     "tiny": (64, 2, 4, 128, False),
 }
 VOCAB = 151_936 if GPU else 320
+PHASES = ("generation", "teacher", "student")
 
 
 def config_of(name: str) -> Qwen3Config:
@@ -82,6 +84,24 @@ def _quantised(linear: torch.nn.Linear) -> bitsandbytes.nn.Linear4bit:
     weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16, device="cpu").normal_(std=0.02)
     layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **kind).to(DEVICE)
     return layer
+
+
+def predicted(options: argparse.Namespace, placement: str) -> dict[str, float]:
+    """Return what `trl-opd fit` says of a run with a 4-bit teacher, by phase, in GiB."""
+    with torch.device("meta"):
+        student, teacher = (shape_of(Qwen3ForCausalLM(config_of(name))) for name in (options.student, options.teacher))
+    setup = Setup(
+        student=student,
+        teacher=teacher,
+        teacher_quantization="4bit",
+        teacher_placement=placement,
+        lora_r=16,
+        per_device=options.per_device,
+        accumulation=options.accumulation,
+        prompt_length=PROMPTS[1],
+        completion_length=options.completion,
+    )
+    return {phase: sum(parts.values()) / 2**30 for phase, parts in phases(setup).items()}
 
 
 class Peaks:
@@ -160,12 +180,16 @@ def main() -> None:
     for names, (ours, case) in cases.items():
         try:
             peaks = peaks_of(ours, options, **case)
-            cells = [f"{peaks[phase]:.2f}" if phase in peaks else "" for phase in ("generation", "teacher", "student")]
-            cells.append(f"{max(peaks.values()):.2f}")
+            peaks["peak"] = max(peaks.values())
+            cells = [f"{peaks[name]:.2f}" if name in peaks else "" for name in (*PHASES, "peak")]
             cells = cells if GPU else ["not measured"] * 4
         except torch.cuda.OutOfMemoryError:
             cells = ["", "", "", f"more than {options.gigabytes}"]
         print("| " + " | ".join([*names, *cells]) + " |", flush=True)
+        if ours:
+            foreseen = predicted(options, case["placement"])
+            cells = [f"{foreseen[phase]:.2f}" for phase in PHASES] + [f"{max(foreseen.values()):.2f}"]
+            print("| " + " | ".join(["predicted", names[1], *cells]) + " |", flush=True)
         gc.collect()
         if GPU:
             torch.cuda.empty_cache()
