@@ -10,6 +10,7 @@ the student's logits are `p (log p - log q - KL(p ‖ q))` for the reverse KL, `
 from __future__ import annotations
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch.autograd import Function
 
 from .records import LMHead
 
-# Rows of a chunk at most. More of them leave the processor's caches, fewer read the heads too often; 128 was the
-# fastest of 16 to 256 at 32 768 and 151 936 entries (docs/benchmarks.md).
-MAX_ROWS = 128
+# Rows of a chunk at most. Fewer read the heads too often, more gain nothing: 160 was as fast as 256, and faster than 16
+# to 128, at 32 768 and 151 936 entries (docs/benchmarks.md).
+MAX_ROWS = 160
 # A head is converted in tiles of this many entries, never as a whole, where it or the hidden states are not in float32.
 TILE = 32768
 
@@ -56,7 +57,7 @@ class FusedDivergence(Function):
         capped = scales[0].top is not None
         count, buffers = len(student_hidden), 3 + (0.0 < beta < 1.0) + capped
         rows = _rows_of_a_chunk(count, chunk_bytes // (4 * buffers * len(student_weight)))
-        storage = student_hidden.new_empty((buffers, rows, len(student_weight)), dtype=torch.float32)
+        storage = _row_buffers((buffers, rows, len(student_weight)), student_hidden.device)
         divergence, entropy = student_hidden.new_empty((2, count), dtype=torch.float32)
         for start in range(0, count, rows):
             chunk = slice(start, min(start + rows, count))
@@ -192,6 +193,24 @@ class _Gradients:
             # In place: a copy of a head's gradient in float32 can be gigabytes.
             found.append(None if gradient is None else gradient.mul_(incoming).to(dtype))
         return found
+
+
+_kept = threading.local()
+
+
+def _row_buffers(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Return float32 memory of a shape, on a CPU that of the last call where it is large enough.
+
+    There fresh memory comes from the system page by page, zeroed: up to a sixth of the time of a call.
+    """
+    size = math.prod(shape)
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size:
+        _kept.memory = None  # first free, then allocate
+        with torch.inference_mode(False):  # what is made inside of it could not be written outside of it
+            _kept.memory = torch.empty(size, dtype=torch.float32)
+    return _kept.memory[:size].view(shape)
 
 
 def _rows_of_a_chunk(count: int, fit: int) -> int:

@@ -225,6 +225,8 @@ def require_linear_weights(name: str, kwargs: dict) -> None:
     """
     hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **hub)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return  # of another kind, or with code of its own: nothing is known of its layers before it is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     fused = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 2)
