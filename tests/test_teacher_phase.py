@@ -214,6 +214,13 @@ def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
     assert len(left) == 3  # one for each step
 
 
+def test_an_offloaded_teacher_is_not_parked():
+    with torch.device("meta"):
+        model = make_model(seed=1)
+    with pytest.raises(ValueError, match="cannot be parked"):
+        Parking(model, ())
+
+
 # Quantised
 
 

@@ -22,6 +22,11 @@ class Parking:
 
     def __init__(self, model: PreTrainedModel, stays: Iterable[torch.Tensor]):
         kept = {id(tensor) for tensor in stays}
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ValueError(
+                "A teacher that `device_map` has offloaded cannot be parked: leave teacher_placement='resident', or load "
+                "it without a device_map."
+            )
         self._weights = [
             (parameter, _on_host(parameter.data), parameter.device)
             for parameter in model.parameters()
