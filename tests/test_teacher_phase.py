@@ -217,8 +217,14 @@ def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
 def test_an_offloaded_teacher_is_not_parked():
     with torch.device("meta"):
         model = make_model(seed=1)
-    with pytest.raises(ValueError, match="cannot be parked"):
+    with pytest.raises(ValueError, match="offloaded cannot be parked"):
         Parking(model, ())
+
+
+def test_eight_bits_that_come_another_way_are_not_parked(tmp_path):
+    eight = {"teacher_model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
+    with pytest.raises(ValueError, match="in 8 bits cannot be parked"):
+        build(tmp_path, teacher=save(tmp_path / "teacher", seed=1), **eight, **PARKED)
 
 
 # Quantised

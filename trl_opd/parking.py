@@ -18,14 +18,18 @@ class Parking:
     Args:
         model (`transformers.PreTrainedModel`): A frozen model, unquantised or in 4 bits.
         stays (`Iterable[torch.Tensor]`): Parameters that stay where they are.
+
+    Raises:
+        `ValueError`: if the model is in 8 bits, whose state does not move, or offloaded.
     """
 
     def __init__(self, model: PreTrainedModel, stays: Iterable[torch.Tensor]):
         kept = {id(tensor) for tensor in stays}
-        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
+        if offloaded or getattr(model, "is_loaded_in_8bit", False):
             raise ValueError(
-                "A teacher that `device_map` has offloaded cannot be parked: leave teacher_placement='resident', or load "
-                "it without a device_map."
+                f"A teacher {'that a `device_map` has offloaded' if offloaded else 'in 8 bits'} cannot be parked: leave "
+                "teacher_placement='resident', or load it in 4 bits or unquantised, on one device."
             )
         self._weights = [
             (parameter, _on_host(parameter.data), parameter.device)
