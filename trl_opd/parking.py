@@ -27,9 +27,10 @@ class Parking:
         kept = {id(tensor) for tensor in stays}
         offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
         if offloaded or getattr(model, "is_loaded_in_8bit", False):
+            kind = "that a `device_map` has offloaded" if offloaded else "in 8 bits"
             raise ValueError(
-                f"A teacher {'that a `device_map` has offloaded' if offloaded else 'in 8 bits'} cannot be parked: leave "
-                "teacher_placement='resident', or load it in 4 bits or unquantised, on one device."
+                f"A teacher {kind} cannot be parked: leave teacher_placement='resident', or load it in 4 bits or "
+                "unquantised, on one device."
             )
         self._weights = [
             (parameter, _on_host(parameter.data), parameter.device)
