@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from trl_opd import OPDTrainer, TokenStats
 from trl_opd.batching import is_truncated, locate, loss_mask, tight_micro_batches
@@ -153,6 +154,21 @@ def test_the_longest_micro_batch_comes_first(tokenizer, tmp_path):
     assert len(seen) == 8
     assert seen == sorted(seen, reverse=True)
     assert seen[0] > seen[-1]
+
+
+def test_an_evaluation_in_the_middle_of_a_step_leaves_its_micro_batches_alone(tokenizer, tmp_path):
+    class EvaluateBetween(TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            trainer.evaluate()
+
+    found = []
+    for callbacks in ([], [EvaluateBetween()]):
+        config = make_config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+        models = make_model(seed=0), make_model(seed=1)
+        trainer = OPDTrainer(*models, config, make_dataset(), make_dataset(3), tokenizer, callbacks)
+        trainer.train()
+        found.append(dict(trainer.model.named_parameters()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("measure_frozen", [False, True])

@@ -195,7 +195,7 @@ class OPDTrainer(DistillationTrainer):
             require_prompt(row.get("prompt"), "a row of the dataset")
         with self._clock.time("generate", on=self.model.training):
             batch = super()._generate_and_score_completions(inputs)
-        self._new_completions = self._unsplit = True
+        self._new_completions, self._unsplit = True, self._unsplit or self.model.training
         if self.model.training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
         else:
