@@ -357,12 +357,17 @@ def test_a_second_derivative_is_refused():
     assert "\n" not in str(caught.value)
 
 
-def test_a_second_backward_is_refused():
+def test_a_frozen_head_allows_another_backward_and_a_trained_one_does_not():
     hidden, heads, weights = make_case()
     loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward only"):
+    with pytest.raises(RuntimeError, match="the gradient of an LM head in one backward only"):
         loss.backward()
+    expected = hidden[0].grad.clone()
+    heads[0].weight.requires_grad_(False)
+    loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss, hidden[0], retain_graph=True)[0], expected)
 
 
 def test_the_incoming_scalar_multiplies_every_gradient():

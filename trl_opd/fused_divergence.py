@@ -82,12 +82,7 @@ class FusedDivergence(Function):
                 "weighted_divergence has a first derivative only: call backward (or torch.autograd.grad) without "
                 "create_graph=True."
             )
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # scaled in place by the first backward
-            raise RuntimeError(
-                "weighted_divergence keeps its gradient for one backward only: compute the loss again for another one."
-            )
-        return *gradients.scaled(incoming), *[None] * 7
+        return *ctx.gradients.scaled(incoming), *[None] * 7
 
 
 class _Compared(NamedTuple):
@@ -164,6 +159,7 @@ class _Gradients:
             torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
             for tensor, need in zip(inputs, needs, strict=True)
         )
+        self._trains_head = self._weight is not None
 
     def add(
         self,
@@ -187,11 +183,19 @@ class _Gradients:
             self._bias.addmv_(of_logits.t(), row_weights)
 
     def scaled(self, incoming: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the three gradients times a scalar, in the dtypes of what they belong to; may be called once."""
-        found = []
-        for gradient, dtype in zip((self._hidden, self._weight, self._bias), self._dtypes, strict=True):
-            # In place: a copy of a head's gradient in float32 can be gigabytes.
-            found.append(None if gradient is None else gradient.mul_(incoming).to(dtype))
+        """Return the gradients times a scalar, in the dtypes of what they belong to; with that of a head, once."""
+        found = [
+            None if gradient is None else (gradient * incoming).to(dtype)
+            for gradient, dtype in zip((self._hidden, None, self._bias), self._dtypes, strict=True)
+        ]
+        if self._trains_head:
+            if self._weight is None:
+                raise RuntimeError(
+                    "weighted_divergence gives the gradient of an LM head in one backward only: compute the loss again "
+                    "for another one."
+                )
+            # In place, and handed over: a copy in float32 can be gigabytes.
+            found[1], self._weight = self._weight.mul_(incoming).to(self._dtypes[1]), None
         return found
 
 
