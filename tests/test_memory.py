@@ -331,6 +331,11 @@ def test_a_configuration_that_cannot_be_read_is_a_sentence(tmp_path, pair, conte
     assert "Traceback" not in printed
 
 
+def test_a_folder_that_is_not_there_is_named(pair, capsys):
+    assert main([*pair, "--gpu", "24GB", "--model_name_or_path", "/nowhere"]) == 1
+    assert "There is no model in /nowhere: no such folder." in capsys.readouterr().err
+
+
 def test_a_missing_argument_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["fit", "--gpu", "24GB"])

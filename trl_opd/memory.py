@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,14 +80,16 @@ class Setup:
         return self.prompt_length + self.completion_length
 
 
-def read_shape(name_or_path: str, revision: str | None = None) -> Shape:
+def read_shape(name_or_path: str) -> Shape:
     """Return the shape of a model on the Hub or in a folder; only its configuration is read.
 
     Raises:
         `OSError`: if there is no configuration.
         `ValueError`: if it is not one of a causal language model of transformers.
     """
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"There is no model in {name_or_path}: no such folder.")
+    config = AutoConfig.from_pretrained(name_or_path)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
