@@ -1,0 +1,60 @@
+"""The scripts of tests/benchmarks run, on small sizes; no time is asserted."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_opd import opd_trainer
+
+from .benchmarks import divergence_op, memory_gpu, profile_step, step_time
+from .benchmarks.workload import LONGEST, MEAN_SHARE, ROCK_SHARE, ROCKS, make_rollouts, peak_bytes
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
+
+
+def test_rollouts_are_as_skewed_as_they_are_said_to_be():
+    batches = [make_rollouts(32_768, seed) for seed in range(20)]
+    for rollouts in batches:
+        lengths = [len(ids) for ids in rollouts.completions]
+        assert max(lengths) == LONGEST
+        assert sum(lengths) / len(lengths) / LONGEST == pytest.approx(MEAN_SHARE, abs=0.06)
+        assert all(32 <= len(ids) <= 96 for ids in rollouts.prompts)
+    tokens = torch.tensor([id for rollouts in batches for ids in rollouts.completions for id in ids])
+    assert (tokens < ROCKS).double().mean().item() == pytest.approx(ROCK_SHARE, abs=0.02)
+
+
+def test_a_step_of_both_trainers_is_timed():
+    theirs, ours, ratio = step_time.compare(512, 1, lora=True, freeze=True)
+    assert theirs > 0
+    assert ours > 0
+    assert ratio == pytest.approx(ours / theirs)
+
+
+@pytest.mark.parametrize("name", ["TRL", "ours", "ours, without gradient"])
+def test_an_op_is_timed(name):
+    inputs = (*divergence_op.make_inputs(512, 8), 1.0, True)
+    assert divergence_op.seconds(divergence_op.OPS[name], *inputs) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_the_peak_of_a_call_is_what_it_held_for_a_moment():
+    held = peak_bytes(lambda: torch.ones(2**25).sum())
+    assert 2**27 * 0.9 < held < 2**27 * 1.5
+
+
+def test_the_phases_of_a_step_are_told_apart(monkeypatch):
+    for name in ("score", "locate"):  # which the profile replaces
+        monkeypatch.setattr(opd_trainer, name, getattr(opd_trainer, name))
+    options = argparse.Namespace(vocab=512, steps=2, log_every=1, freeze=True, lora=True)
+    seconds = profile_step.profile(options)
+    assert seconds.keys() == set(profile_step.PHASES)
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_the_script_for_a_card_runs_on_tiny_shapes():
+    options = argparse.Namespace(student="tiny", teacher="tiny", per_device=2, accumulation=2, completion=8)
+    assert memory_gpu.predicted(options, "parked")["student"] > 0
+    peaks = memory_gpu.peaks_of(True, options, four_bit=True, placement="parked")
+    assert peaks.keys() == set(memory_gpu.PHASES)
