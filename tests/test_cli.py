@@ -130,7 +130,7 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
         ({"token_weighting": "rock"}, "needs a rock set"),
         ({"token_weighting": "rock", "rock_set": "nowhere.json"}, "No rock set at nowhere.json"),
         ({"rock_weight": "2"}, "rock_weight must be in [0, 1]"),
-        ({"rock_window": "-1"}, "rock_window counts positions"),
+        ({"rock_window": "-1"}, "rock_window must be a whole number of at least 0"),
         ({"num_generations": "3"}, "do not divide into groups of num_generations=3"),
         ({"weight_normalization": "sum"}, "weight_normalization must be one of"),
         ({"micro_batching": "loose"}, "micro_batching must be one of"),

@@ -5,11 +5,12 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from trl_opd import OPDConfig, OPDTrainer
+from trl_opd import OPDConfig
 from trl_opd.continuous_batching import engine_config
 
+from . import test_opd_trainer as base
 from .test_models import FOUR_BIT, save
-from .tiny import config_kwargs, make_config, make_dataset, make_model
+from .tiny import config_kwargs, make_dataset, make_model
 
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 ENGINE = {"use_transformers_continuous_batching": True}
@@ -17,17 +18,8 @@ GREEDY = {"generation_kwargs": {"do_sample": False}}
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15]]
 
 
-def build(tokenizer, path, student=None, teacher=None, peft_config=None, quantization_config=None, **changes):
-    return OPDTrainer(
-        model=make_model(seed=0) if student is None else student,
-        teacher_model=make_model(seed=1) if teacher is None else teacher,
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(3),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        quantization_config=quantization_config,
-    )
+def build(tokenizer, path, **changes):
+    return base.build(path, tokenizer=tokenizer, eval_dataset=make_dataset(3), **changes)
 
 
 def rollouts_of(trainer) -> list[list[int]]:
@@ -162,7 +154,20 @@ def test_a_student_that_is_not_finite_is_named(tokenizer, tmp_path, where):
     [
         ({**ENGINE, "use_vllm": True}, "choose one"),
         ({"transformers_continuous_batching_config": {"page_size": 64}}, "has no effect without"),
-        ({**ENGINE, "transformers_continuous_batching_config": {"pages": 1}}, "pages"),
+        *(
+            ({**ENGINE, "transformers_continuous_batching_config": given}, message)
+            for given, message in (
+                ({"pages": 1}, "pages"),
+                ([1], "takes a dictionary"),
+                ({"page_size": 0}, "page_size must be a whole number of at least 4"),
+                ({"num_blocks": "x"}, "num_blocks must be a whole number of at least 1"),
+                ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1"),
+                ({"max_batch_tokens": True}, "max_batch_tokens must be a whole number"),
+                ({"max_memory_percent": "x"}, r"max_memory_percent must be a number in \(0, 1\]"),
+                ({"max_memory_percent": 90}, r"max_memory_percent must be a number in \(0, 1\]"),
+                ({"scheduler_type": "lifo"}, "scheduler_type must be one of 'fifo', 'prefill_first'"),
+            )
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_a_sentence(tmp_path, changes, message):

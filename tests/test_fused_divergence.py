@@ -178,6 +178,15 @@ def test_memory_that_is_kept_for_the_next_call_changes_nothing():
     assert all(torch.equal(one, again) for one, again in zip(*found, strict=True))
 
 
+def test_kept_memory_goes_when_far_less_is_allowed():
+    cpu = torch.device("cpu")
+    large = fused_divergence._row_buffers((3, 100, 1000), cpu, 2**30)
+    assert fused_divergence._row_buffers((3, 2, 1000), cpu, 2**30).data_ptr() == large.data_ptr()
+    del large
+    small = fused_divergence._row_buffers((3, 2, 1000), cpu, 24_000)
+    assert small.untyped_storage().nbytes() == 24_000
+
+
 # What is not paid for
 
 

@@ -18,20 +18,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from trl.kernels import chunked_divergence
 
+from trl_opd import memory, teacher_phase
 from trl_opd.cli import fit, main
-from trl_opd.memory import (
-    GIB,
-    Setup,
-    cheaper,
-    parse_gigabytes,
-    peak,
-    phases,
-    quantization_constants,
-    read_shape,
-    shape_of,
-    weight_bytes,
-)
+from trl_opd.memory import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+from trl_opd.model_shape import quantization_constants, read_shape, shape_of, weight_bytes
 
 from .tiny import make_model
 
@@ -47,9 +39,9 @@ REAL = {
 }
 
 
-def save_config(path, name) -> str:
+def real_config(name) -> Qwen3Config:
     width, layers, heads, intermediate, tied = REAL[name][0]
-    Qwen3Config(
+    return Qwen3Config(
         vocab_size=151_936,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -58,7 +50,11 @@ def save_config(path, name) -> str:
         head_dim=128,
         intermediate_size=intermediate,
         tie_word_embeddings=tied,
-    ).save_pretrained(path / name)
+    )
+
+
+def save_config(path, name) -> str:
+    real_config(name).save_pretrained(path / name)
     return str(path / name)
 
 
@@ -80,16 +76,25 @@ def stored_bytes(model: torch.nn.Module) -> int:
 # Weights
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "llama", "phi", "gemma2"])
+FAMILIES = ["qwen3", "qwen3_tied", "llama", "phi", "gemma2", "gpt2", "opt", "granite", "cohere"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_unquantised_weights_are_counted_to_the_byte(family, dtype, size):
     model = make_model(family).to(dtype)
     assert weight_bytes(shape_of(model), None, size) == stored_bytes(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied"])
-@pytest.mark.parametrize("width", [64, 96])
-@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("family", "width", "nested"),
+    [
+        *((family, 64, True) for family in FAMILIES),
+        ("qwen3", 96, True),
+        ("qwen3", 64, False),
+        ("qwen3_tied", 96, False),
+    ],
+)
 def test_four_bit_weights_are_counted_to_the_byte(tmp_path, family, width, nested):
     make_model(family, width=width).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(
@@ -102,8 +107,9 @@ def test_four_bit_weights_are_counted_to_the_byte(tmp_path, family, width, neste
     assert weight_bytes(read_shape(str(tmp_path)), "4bit", 2, nested=nested) == stored_bytes(model)
 
 
-def test_eight_bit_weights_are_counted_to_the_byte(tmp_path):
-    make_model("qwen3", width=64).save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_bit_weights_are_counted_to_the_byte(tmp_path, family):
+    make_model(family, width=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     assert weight_bytes(read_shape(str(tmp_path)), "8bit", 2) == stored_bytes(model)
@@ -116,19 +122,7 @@ def test_real_sizes_are_those_that_are_known(tmp_path, name):
     assert shape.size / 1e9 == pytest.approx(billions, abs=0.01)
     assert weight_bytes(shape, "4bit", 2) / 1e9 == pytest.approx(gigabytes, abs=0.05)
     with torch.device("meta"):
-        width, layers, heads, intermediate, tied = REAL[name][0]
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=151_936,
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=8,
-                head_dim=128,
-                intermediate_size=intermediate,
-                tie_word_embeddings=tied,
-            )
-        )
+        model = Qwen3ForCausalLM(real_config(name))
     assert weight_bytes(shape, None, 4) == stored_bytes(model)
 
 
@@ -151,7 +145,7 @@ def test_fused_experts_stay_as_they_are():
     assert shape.size / 1e9 == pytest.approx(30.53, abs=0.01)
     assert weight_bytes(shape, "4bit", 2) / 1e9 == pytest.approx(59.7, abs=0.05)
     changes = [name for name, _ in cheaper(Setup(student=shape, teacher=shape), 0)]
-    assert not any("teacher_quantization" in name for name in changes)
+    assert not any("teacher_quantization" in name or "load_in_4bit" in name for name in changes)
 
 
 def test_adapters_are_those_of_peft():
@@ -245,6 +239,38 @@ def test_changes_are_put_together_where_one_is_not_enough(tmp_path):
     assert least > 1 * GIB  # and the plan says so
 
 
+def test_no_change_is_named_that_the_others_make_needless(tmp_path):
+    student, teacher = (read_shape(save_config(tmp_path, name)) for name in ("4B", "14B"))
+    flags = {
+        "--teacher_placement parked": {"teacher_placement": "parked"},
+        "--teacher_quantization 4bit": {"teacher_quantization": "4bit"},
+        "--use_peft --lora_r 16": {"lora_r": 16},
+        "--load_in_4bit": {"load_in_4bit": True},
+        "--max_completion_length 256": {"completion_length": 256},
+        "--per_device_train_batch_size 1 --gradient_accumulation_steps 8": {"per_device": 1, "accumulation": 8},
+    }
+    for lora in (16, None):
+        setup = Setup(student=student, teacher=teacher, lora_r=lora)
+        for card in (16, 20, 24, 32):
+            found = cheaper(setup, card * GIB)
+            names = [name.removesuffix(" --use_peft") for name in found[0][0].split(" and ")]
+            if len(found) > 1 or len(names) == 1 or found[0][1] > card * GIB:
+                continue
+            for needless in names:
+                rest = setup
+                for name in names:
+                    if name != needless:
+                        lora_of_qlora = {"lora_r": 16} if name == "--load_in_4bit" else {}
+                        rest = replace(rest, **flags[name], **lora_of_qlora)
+                assert peak(rest) > card * GIB, (card, needless, names)
+
+
+def test_the_sizes_that_the_planner_assumes_are_those_of_the_code():
+    assert memory.GROUP_TOKENS == teacher_phase.GROUP_TOKENS
+    assert memory.TILE_ROWS == chunked_divergence.TOKEN_CHUNK_SIZE
+    assert memory.TILE_ENTRIES == chunked_divergence.VOCAB_CHUNK_SIZE
+
+
 @pytest.mark.parametrize(
     ("text", "gigabytes"), [("24GB", 24), ("24 GB", 24), ("8gb", 8), ("23.5GB", 23.5), ("80", 80), ("16GiB", 16)]
 )
@@ -302,12 +328,16 @@ def test_settings_may_come_from_a_file(pair, tmp_path, capsys):
     [
         (["--gpu", "big"], "--gpu takes a size such as 24GB, got 'big'"),
         (["--gpu", "0GB"], "--gpu takes a size"),
-        (["--gpu", "24GB", "--teacher_quantization", "3bit"], "--teacher_quantization must be one of 4bit, 8bit"),
+        (["--gpu", "24GB", "--teacher_quantization", "3bit"], "--teacher_quantization must be one of 8bit, 4bit"),
         (["--gpu", "24GB", "--teacher_placement", "away"], "--teacher_placement must be one of resident, parked"),
         (["--gpu", "24GB", "--teacher_placement", "parked", "--teacher_quantization", "8bit"], "cannot move a teacher"),
         (["--gpu", "24GB", "--load_in_4bit"], "add --use_peft"),
         (["--gpu", "24GB", "--max_completion_length", "0"], "--max_completion_length must be a whole number above 0"),
         (["--gpu", "24GB", "--reserve", "-1"], "--reserve counts GiB"),
+        (["--gpu", "24GB", "--reserve", "nan"], "--reserve counts GiB"),
+        (["--gpu", "24GB", "--reserve", "inf"], "--reserve counts GiB"),
+        (["--gpu", "24GB", "--reserve", "24"], "--reserve 24.0 leaves nothing of --gpu 24GB"),
+        (["--gpu", "24GB", "--model_name_or_path", " "], "--model_name_or_path takes a folder or a name"),
         (["--gpu", "24GB", "--dtype", "int3"], "--dtype must be one of bfloat16, float16, float32"),
     ],
 )
@@ -319,7 +349,34 @@ def test_a_wrong_value_is_a_sentence_before_anything_is_read(changes, message, c
     assert message in error
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "t5"}', '{"model_type": "qwen3", "hidden_size": -4}'])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lora_r: true", "--lora_r must be a whole number"),
+        ("use_peft: 1", "--use_peft must be true or false"),
+        ("model_name_or_path: 5", "--model_name_or_path takes a folder"),
+        ("reserve: [1]", "--reserve counts GiB"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_in_a_file_is_a_sentence(pair, tmp_path, line, message, capsys):
+    (tmp_path / "fit.yaml").write_text(f"gpu: 24GB\n{line}\n")
+    models = pair if "model_name" not in line else ["fit", *pair[3:]]
+    assert main([*models, "--config", str(tmp_path / "fit.yaml")]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        '{"model_type": "t5"}',
+        '{"model_type": "mamba"}',
+        '{"model_type": "qwen3", "hidden_size": -4}',
+        '{"model_type": "qwen3", "hidden_size": NaN}',
+        '{"model_type": "qwen3", "num_hidden_layers": "x"}',
+    ],
+)
 def test_a_configuration_that_cannot_be_read_is_a_sentence(tmp_path, pair, content, capsys):
     folder = tmp_path / "broken"
     folder.mkdir()

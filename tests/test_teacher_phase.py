@@ -14,10 +14,11 @@ from trl_opd.batching import left_aligned, length_groups
 from trl_opd.parking import Parking
 
 from . import reference
+from . import test_opd_trainer as base
 from .test_batching import LENGTHS, split
 from .test_laws import loss_and_gradient, make_inputs
 from .test_models import FOUR_BIT, save
-from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model, make_tokenizer
+from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
 
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": ADAPTER}
@@ -25,17 +26,8 @@ GREEDY = {"generation_kwargs": {"do_sample": False}}
 PARKED = {"teacher_placement": "parked"}
 
 
-def build(path, student=None, teacher=None, *, cls=OPDTrainer, **changes):
-    given = {key: changes.pop(key) for key in ("quantization_config", "peft_config") if key in changes}
-    return cls(
-        model=make_model(seed=0) if student is None else student,
-        teacher_model=make_model(seed=1) if teacher is None else teacher,
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(5),
-        processing_class=make_tokenizer(),
-        **given,
-    )
+def build(path, student=None, teacher=None, **changes):
+    return base.build(path, student, teacher, eval_dataset=make_dataset(5), **changes)
 
 
 @pytest.fixture
@@ -284,7 +276,10 @@ def test_a_mixture_of_fused_experts_is_refused_before_its_weights_are_read(tmp_p
             {"teacher_quantization": "4bit", "teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}},
             "choose one",
         ),
-        ({"teacher_device": "gpu one"}, "teacher_device must be a device"),
+        ({"teacher_device": "gpu one"}, "teacher_device must be 'cpu', a GPU"),
+        ({"teacher_device": "meta"}, "teacher_device must be 'cpu', a GPU"),
+        ({"teacher_device": "mps"}, "teacher_device must be 'cpu', a GPU"),
+        ({"teacher_device": 3.5}, "teacher_device must be 'cpu', a GPU"),
     ],
 )
 def test_settings_that_cannot_be_are_a_sentence(tmp_path, changes, message):

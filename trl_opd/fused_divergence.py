@@ -57,7 +57,7 @@ class FusedDivergence(Function):
         capped = scales[0].top is not None
         count, buffers = len(student_hidden), 3 + (0.0 < beta < 1.0) + capped
         rows = _rows_of_a_chunk(count, chunk_bytes // (4 * buffers * len(student_weight)))
-        storage = _row_buffers((buffers, rows, len(student_weight)), student_hidden.device)
+        storage = _row_buffers((buffers, rows, len(student_weight)), student_hidden.device, chunk_bytes)
         divergence, entropy = student_hidden.new_empty((2, count), dtype=torch.float32)
         for start in range(0, count, rows):
             chunk = slice(start, min(start + rows, count))
@@ -202,15 +202,16 @@ class _Gradients:
 _kept = threading.local()
 
 
-def _row_buffers(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """Return float32 memory of a shape, on a CPU that of the last call where it is large enough.
+def _row_buffers(shape: tuple[int, int, int], device: torch.device, most: int) -> torch.Tensor:
+    """Return float32 memory of a shape, on a CPU that of the last call if large enough and within `most` bytes.
 
     There fresh memory comes from the system page by page, zeroed: up to a sixth of the time of a call.
     """
     size = math.prod(shape)
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.float32, device=device)
-    if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size:
+    kept = 0 if getattr(_kept, "memory", None) is None else _kept.memory.numel()
+    if not size <= kept <= max(size, most // 4):
         _kept.memory = None  # first free, then allocate
         with torch.inference_mode(False):  # what is made inside of it could not be written outside of it
             _kept.memory = torch.empty(size, dtype=torch.float32)

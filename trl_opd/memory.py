@@ -8,49 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from .model_shape import FULL, HALF, Shape, quantization_constants, weight_bytes
 
-HALF, FULL = 2, 4
 # Tokens of a forward of the teacher, and the tiles of TRL's divergence on CUDA (rows and entries).
 GROUP_TOKENS, TILE_ROWS, TILE_ENTRIES = 16_384, 4096, 32_768
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the memory of a model depends on.
-
-    Args:
-        linear (`tuple[tuple[int, int], ...]`): Rows and columns of every linear layer, the head apart.
-        others (`int`): Weights outside of linear layers and head (embeddings that are not the head's, norms, biases).
-        head (`tuple[int, int]`): Rows and columns of the head.
-        tied (`bool`): Whether the head is the input embedding.
-        layers, width, attention, key_value, intermediate (`int`):
-            Layers, hidden width, width of all heads, of keys (and as wide, values), and widest MLP of a token.
-    """
-
-    linear: tuple[tuple[int, int], ...]
-    others: int
-    head: tuple[int, int]
-    tied: bool
-    layers: int
-    width: int
-    attention: int
-    key_value: int
-    intermediate: int
-
-    @property
-    def head_size(self) -> int:
-        """Weights of the head."""
-        return self.head[0] * self.head[1]
-
-    @property
-    def size(self) -> int:
-        """Weights of the model, a tied head counted once."""
-        return sum(rows * columns for rows, columns in self.linear) + self.others + self.head_size
 
 
 @dataclass(frozen=True)
@@ -78,73 +41,6 @@ class Setup:
     def length(self) -> int:
         """Tokens of the longest rollout with its prompt."""
         return self.prompt_length + self.completion_length
-
-
-def read_shape(name_or_path: str) -> Shape:
-    """Return the shape of a model on the Hub or in a folder; only its configuration is read.
-
-    Raises:
-        `OSError`: if there is no configuration.
-        `ValueError`: if it is not one of a causal language model of transformers.
-    """
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"There is no model in {name_or_path}: no such folder.")
-    config = AutoConfig.from_pretrained(name_or_path)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{name_or_path}: no causal language model can be made of its config.json: {error}") from error
-    return shape_of(model)
-
-
-def shape_of(model: torch.nn.Module) -> Shape:
-    """Return the shape of a causal language model, whose weights may lie on the meta device."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    linear = tuple(tuple(layer.weight.shape) for layer in layers)
-    known = {id(layer.weight) for layer in layers} | {id(head.weight)}
-    heads, width = config.num_attention_heads, config.hidden_size
-    head_width = getattr(config, "head_dim", None) or width // heads
-    experts = getattr(config, "num_experts_per_tok", 1) or 1
-    return Shape(
-        linear=linear,
-        others=sum(p.numel() for p in model.parameters() if id(p) not in known),
-        head=tuple(head.weight.shape),
-        tied=head.weight is model.get_input_embeddings().weight,
-        layers=config.num_hidden_layers,
-        width=width,
-        attention=heads * head_width,
-        key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        intermediate=max(
-            getattr(config, "intermediate_size", None) or 4 * width,
-            experts * (getattr(config, "moe_intermediate_size", 0) or 0),
-        ),
-    )
-
-
-def weight_bytes(shape: Shape, quantization: str | None, bytes_per_weight: int, *, nested: bool = True) -> int:
-    """Return the bytes of a model's weights as bitsandbytes stores them, with the constants of its quantisation.
-
-    Linear layers only are quantised; embeddings, norms, fused experts and the head stay as they are.
-    """
-    rest = (shape.others + shape.head_size) * bytes_per_weight
-    if quantization is None:
-        return rest + sum(rows * columns for rows, columns in shape.linear) * bytes_per_weight
-    if quantization == "8bit":
-        return rest + sum(rows * columns + rows * FULL for rows, columns in shape.linear)  # a scale for each row
-    packed = sum((rows * columns + 1) // 2 for rows, columns in shape.linear)
-    return rest + packed + quantization_constants(shape, nested=nested)
-
-
-def quantization_constants(shape: Shape, *, nested: bool) -> int:
-    """Return the bytes of the constants of a model in 4 bits: a scale for every block of 64, and two code tables."""
-    total = 0
-    for rows, columns in shape.linear:
-        blocks = -(-rows * columns // 64)
-        # Nested: the scales themselves in 8 bits, in blocks of 256, with an offset and a table of 256 numbers.
-        total += 16 * FULL + (blocks + -(-blocks // 256) * FULL + FULL + 256 * FULL if nested else blocks * FULL)
-    return total
 
 
 def phases(setup: Setup) -> dict[str, dict[str, int]]:
@@ -190,21 +86,31 @@ def peak(setup: Setup) -> int:
 def cheaper(setup: Setup, available: int) -> list[tuple[str, int]]:
     """Return what makes a run fit, the least change first, each with its new peak in bytes.
 
-    One change alone where one is enough; otherwise the changes one after the other, until all fits or none is left.
+    One change alone where one is enough; otherwise as many together as it takes, or all that help when none suffice.
     """
     changes = _changes(setup)
     alone = [(name, peak(replace(setup, **change))) for name, change in changes]
     fitting = [(name, size) for name, size in alone if size <= available]
     if fitting:
         return fitting
-    names, together, found = [], setup, []
-    for name, change in changes:
-        together = replace(together, **change)
-        names.append(name)
-        found.append((" and ".join(names), peak(together)))
-        if found[-1][1] <= available:
-            return found[-1:]
-    return found[-1:]
+    chosen = []
+    for change in changes:
+        chosen.append(change)
+        if _peak_after(setup, chosen) <= available:
+            break
+    # Those go again that the others make needless, the costliest first.
+    limit = max(available, _peak_after(setup, chosen))
+    for change in reversed(list(chosen)):
+        rest = [other for other in chosen if other is not change]
+        if _peak_after(setup, rest) <= limit:
+            chosen = rest
+    return [(" and ".join(name for name, _ in chosen), _peak_after(setup, chosen))] if chosen else []
+
+
+def _peak_after(setup: Setup, changes: list[tuple[str, dict]]) -> int:
+    for _, change in changes:
+        setup = replace(setup, **change)
+    return peak(setup)
 
 
 def parse_gigabytes(text: str) -> int:
@@ -228,7 +134,7 @@ def _changes(setup: Setup) -> list[tuple[str, dict]]:
         changes.append(("--teacher_quantization 4bit", {"teacher_quantization": "4bit"}))
     if setup.lora_r is None:
         changes.append(("--use_peft --lora_r 16", {"lora_r": 16, "bytes_per_weight": HALF}))
-    if not setup.load_in_4bit:
+    if not setup.load_in_4bit and _quantizable(setup.student):
         lora = {} if setup.lora_r else {"lora_r": 16, "bytes_per_weight": HALF}
         changes.append(("--load_in_4bit" + (" --use_peft" if lora else ""), {"load_in_4bit": True, **lora}))
     if setup.completion_length > 256:

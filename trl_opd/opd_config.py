@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from trl import DistillationConfig
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
@@ -14,6 +15,8 @@ WEIGHT_NORMALIZATIONS = ("tokens", "weights")
 MICRO_BATCHINGS = ("tight", "trl")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 TEACHER_PLACEMENTS = ("resident", "parked")
+# Counts of transformers' engine that are checked here, with the least that it works with.
+ENGINE_COUNTS = {"page_size": 4, "num_blocks": 1, "max_batch_tokens": 1, "max_requests_per_batch": 1}
 
 
 @dataclass
@@ -184,15 +187,11 @@ class OPDConfig(DistillationConfig):
     def _check_weights(self):
         _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
         _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
-        _require_whole("rock_window", self.rock_window)
+        _require_whole("rock_window", self.rock_window, 0)
         if not isinstance(self.rock_weight, (int, float)):
             raise ValueError(f"rock_weight must be a number, got {self.rock_weight!r}.")
         if not 0.0 <= self.rock_weight <= 1.0:
-            raise ValueError(
-                f"rock_weight must be in [0, 1] (0 freezes rocks, 1 changes nothing), got {self.rock_weight}."
-            )
-        if self.rock_window < 0:
-            raise ValueError(f"rock_window counts positions and cannot be negative, got {self.rock_window}.")
+            raise ValueError(f"rock_weight must be in [0, 1] (0 freezes, 1 changes nothing), got {self.rock_weight}.")
         if self.token_weighting != "uniform" and self.rock_set is None:
             raise ValueError(
                 f"token_weighting={self.token_weighting!r} needs a rock set: pass rock_set (a file of `trl-opd detect` "
@@ -208,11 +207,7 @@ class OPDConfig(DistillationConfig):
     def _check_batches(self):
         _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
         for name in ("num_generations", "divergence_chunk_bytes"):
-            _require_whole(name, getattr(self, name))
-        if self.num_generations < 1:
-            raise ValueError(f"num_generations counts rollouts per prompt, at least 1, got {self.num_generations}.")
-        if self.divergence_chunk_bytes < 1:
-            raise ValueError(f"divergence_chunk_bytes counts bytes, at least 1, got {self.divergence_chunk_bytes}.")
+            _require_whole(name, getattr(self, name), 1)
 
     def _check_sampling(self):
         greedy = (self.generation_kwargs or {}).get("do_sample") is False
@@ -231,10 +226,8 @@ class OPDConfig(DistillationConfig):
                 "transformers_continuous_batching_config has no effect without use_transformers_continuous_batching: "
                 "set that too, or remove it."
             )
-        try:
-            ContinuousBatchingConfig(**(engine or {}))
-        except TypeError as error:
-            raise ValueError(f"transformers_continuous_batching_config: {error}.") from error
+        if engine is not None:
+            _check_engine(engine)
 
     def _check_teacher(self):
         if self.teacher_quantization is not None:
@@ -252,11 +245,14 @@ class OPDConfig(DistillationConfig):
             )
         if self.teacher_device is not None:
             try:
-                torch.device(self.teacher_device)
-            except RuntimeError as error:
+                kind = torch.device(self.teacher_device).type
+            except (RuntimeError, TypeError):
+                kind = None
+            if kind not in ("cpu", "cuda", self.device.type) or kind == "meta":
                 raise ValueError(
-                    f"teacher_device must be a device such as 'cuda:1' or 'cpu', got {self.teacher_device!r}."
-                ) from error
+                    f"teacher_device must be 'cpu', a GPU such as 'cuda:1', or of the student's kind "
+                    f"({self.device.type}), got {self.teacher_device!r}."
+                )
 
     def trains_as_trl(self) -> bool:
         """Return whether TRL's own loss serves, to the bit: nothing is weighted, told apart, counted or regrouped."""
@@ -276,9 +272,27 @@ class OPDConfig(DistillationConfig):
         return content
 
 
-def _require_whole(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+def _check_engine(engine: dict) -> None:
+    """Raise `ValueError` for settings on which transformers' engine fails late, waits for ever or looks away."""
+    where = "transformers_continuous_batching_config"
+    if not isinstance(engine, dict):
+        raise ValueError(f"{where} takes a dictionary such as {{'page_size': 256}}, got {engine!r}.")
+    try:
+        config = ContinuousBatchingConfig(**engine)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}.") from error
+    for name, least in ENGINE_COUNTS.items():
+        if getattr(config, name) is not None:
+            _require_whole(f"{where}: {name}", getattr(config, name), least)
+    share = config.max_memory_percent
+    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+        raise ValueError(f"{where}: max_memory_percent must be a number in (0, 1], got {share!r}.")
+    _require_choice(f"{where}: scheduler_type", config.scheduler_type, tuple(SCHEDULER_MAPPING))
+
+
+def _require_whole(name: str, value: int, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

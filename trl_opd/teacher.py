@@ -48,7 +48,7 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
         if teacher.startswith((".", "/", "~")) and not Path(teacher).is_dir():
             raise FileNotFoundError(f"There is no teacher in {teacher}: no such folder.")
         kwargs = _init_kwargs(args)
-        if kwargs.get("quantization_config") is not None:
+        if _by_bitsandbytes(kwargs.get("quantization_config")):
             require_linear_weights(teacher, kwargs)
         try:
             teacher = create_model_from_path(teacher, **kwargs)
@@ -215,6 +215,12 @@ def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _by_bitsandbytes(config: BitsAndBytesConfig | dict | None) -> bool:
+    if isinstance(config, dict):
+        return bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+    return isinstance(config, BitsAndBytesConfig)
 
 
 def require_linear_weights(name: str, kwargs: dict) -> None:

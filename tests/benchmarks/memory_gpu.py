@@ -19,7 +19,8 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_opd.memory import Setup, phases, shape_of
+from trl_opd.memory import Setup, phases
+from trl_opd.model_shape import shape_of
 from trl_opd.teacher import keep_4bit_layout
 
 from .workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step

@@ -64,7 +64,8 @@ def run(argv: list[str]) -> None:
     """Print the plan; raises `ValueError` or `OSError` for what a user can mend."""
     from trl import TrlParser
 
-    from ..memory import GIB, Setup, cheaper, parse_gigabytes, peak, phases, read_shape
+    from ..memory import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+    from ..model_shape import read_shape
 
     parser = TrlParser((FitArguments,), prog="trl-opd fit")
     (args,) = parse(parser, argv)
@@ -73,6 +74,8 @@ def run(argv: list[str]) -> None:
             parser.error(f"the following arguments are required: --{name}")
     _check(args)
     available = parse_gigabytes(args.gpu) - int(args.reserve * GIB)
+    if available <= 0:
+        raise ValueError(f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}.")
     dtype = args.dtype or ("bfloat16" if args.use_peft else "float32")
     setup = Setup(
         student=read_shape(args.model_name_or_path),
@@ -104,20 +107,27 @@ def run(argv: list[str]) -> None:
 
 def _check(args: FitArguments) -> None:
     """Raise `ValueError` for values that no run has, before any configuration is read."""
+    from ..opd_config import TEACHER_PLACEMENTS, TEACHER_QUANTIZATIONS
+
     for name, choices in (
-        ("teacher_quantization", (None, "4bit", "8bit")),
-        ("teacher_placement", ("resident", "parked")),
+        ("teacher_quantization", (None, *TEACHER_QUANTIZATIONS)),
+        ("teacher_placement", TEACHER_PLACEMENTS),
         ("dtype", (None, *DTYPES)),
     ):
         if getattr(args, name) not in choices:
             known = ", ".join(choice for choice in choices if choice)
             raise ValueError(f"--{name} must be one of {known}, got {getattr(args, name)!r}.")
     for name in COUNTS:
-        value = getattr(args, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"--{name} must be a whole number above 0, got {value!r}.")
-    if not isinstance(args.reserve, (int, float)) or args.reserve < 0:
-        raise ValueError(f"--reserve counts GiB, at least 0, got {args.reserve!r}.")
+        if type(getattr(args, name)) is not int or getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be a whole number above 0, got {getattr(args, name)!r}.")
+    for name in ("use_peft", "load_in_4bit", "json"):
+        if type(getattr(args, name)) is not bool:
+            raise ValueError(f"--{name} must be true or false, got {getattr(args, name)!r}.")
+    for name in ("model_name_or_path", "teacher_model_name_or_path"):
+        if not isinstance(getattr(args, name), str) or not getattr(args, name).strip():
+            raise ValueError(f"--{name} takes a folder or a name on the Hub, got {getattr(args, name)!r}.")
+    if type(args.reserve) not in (int, float) or not 0 <= args.reserve < float("inf"):
+        raise ValueError(f"--reserve counts GiB, a number of at least 0, got {args.reserve!r}.")
     if args.teacher_placement == "parked" and args.teacher_quantization == "8bit":
         raise ValueError(
             "--teacher_placement parked cannot move a teacher in 8 bits, whose state stays on the GPU: use 4bit, or "
