@@ -29,7 +29,7 @@ def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
 def test_the_tree_of_the_readme_is_the_tree():
     readme = (ROOT / "README.md").read_text()
     tree = readme[readme.index("## The tree") :]
-    rows = re.findall(r"^[├└]── (\S+(?:, \S+)*)", tree, re.MULTILINE)
+    rows = re.findall(r"^[├└]── ([^\s,]+(?:, [^\s,]+)*)", tree, re.MULTILINE)
     shown = {name for row in rows for name in re.findall(r"(\w+)(?:\.py|/)", row)}
     exist = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"}
     exist |= {path.parent.name for path in (ROOT / "trl_opd").glob("*/__init__.py")}
