@@ -88,3 +88,43 @@ def relative_error(found: dict, expected: dict) -> float:
         difference += (other - value).pow(2).sum().item()
         size += value.pow(2).sum().item()
     return math.sqrt(difference / size) if size else math.sqrt(difference)
+
+
+def context_figures(rows: list[dict], *, tau_pre, tau_post, window: int, gamma: float, eta: float) -> dict[int, dict]:
+    """Return count, R, |O_PH|, CCR and R_ctx of each token type of `rows`, by the definition, pair by pair.
+
+    A row has `rollout`, `position`, `token_id`, `kl` and perhaps `kl_pre`; thresholds are in nats.
+    """
+    token_at = {(row["rollout"], row["position"]): row["token_id"] for row in rows}
+
+    def surroundings(row) -> dict:
+        found = {}
+        for offset in range(-window, window + 1):
+            steps = range(1, offset + 1) if offset > 0 else range(offset, 0)
+            places = [(row["rollout"], row["position"] + step) for step in steps]
+            # A completion's end, or a token that is missing on the way, ends the window.
+            if offset and all(place in token_at for place in places):
+                found[offset, token_at[row["rollout"], row["position"] + offset]] = 1.0 / abs(offset)
+        return found
+
+    def similarity(one: dict, other: dict) -> float:
+        if not one or not other:
+            return 0.0
+        lengths = [math.sqrt(sum(value**2 for value in vector.values())) for vector in (one, other)]
+        return sum(value * other.get(key, 0.0) for key, value in one.items()) / (lengths[0] * lengths[1])
+
+    result = {}
+    for type in sorted({row["token_id"] for row in rows}):
+        own = [row for row in rows if row["token_id"] == type]
+        high = [row for row in own if row["kl"] >= tau_post and (tau_pre is None or row["kl_pre"] >= tau_pre)]
+        vectors = [surroundings(row) for row in high]
+        kept = 0
+        for place, vector in enumerate(vectors):
+            others = vectors[:place] + vectors[place + 1 :]
+            if others:
+                share = sum(similarity(vector, other) >= gamma - 1e-9 for other in others) / len(others)
+                kept += share >= eta - 1e-9
+        score = sum(row["kl"] for row in own)
+        result[type] = {"count": len(own), "score": score, "persistent": len(high), "ccr": kept / len(own)}
+        result[type]["context_score"] = score * kept / len(own)
+    return result

@@ -22,8 +22,21 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "files", "records", "rock_set", "schema", "token_stats", "vocabulary"}
-PURE = {"batching", "detection", "divergence", "figures", "fused_divergence", "statistics", "weighting"}
+GROUND = {"_trl", "files", "occurrences", "records", "rock_set", "schema", "token_stats", "vocabulary"}
+PURE = {
+    "batching",
+    "context",
+    "corpus",
+    "cutoff",
+    "detection",
+    "divergence",
+    "families",
+    "figures",
+    "fused_divergence",
+    "selection",
+    "statistics",
+    "weighting",
+}
 PLUMBING = {
     "arm",
     "continuous_batching",
@@ -47,11 +60,14 @@ EDGE = {"__init__", "__main__", "cli"}
 # layer: its modules, and the modules of ours that each of them may import
 DIAGRAM = {
     "ground": (GROUND, GROUND),
-    "pure": (PURE - {"divergence"}, GROUND),
+    "pure": (PURE - {"divergence", "corpus", "context", "cutoff", "selection"}, GROUND),
+    "corpus": ({"corpus"}, GROUND | {"statistics"}),
+    "of a corpus": ({"context", "cutoff"}, {"corpus"}),
+    "selection": ({"selection"}, GROUND | {"context", "corpus", "cutoff", "detection", "families"}),
     "the op": ({"divergence"}, GROUND | {"fused_divergence"}),
     "alone": ({"opd_config", "finite", "model_shape", "parking", "phases", "prompts"}, set()),
     "planner": ({"memory"}, {"model_shape"}),
-    "report": ({"report"}, GROUND),
+    "report": ({"report"}, GROUND | {"cutoff"}),
     "rollouts": ({"rollouts", "continuous_batching"}, GROUND | PURE),
     "teacher phase": ({"teacher_phase"}, GROUND | PURE | {"parking"}),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),

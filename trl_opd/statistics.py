@@ -51,3 +51,35 @@ def paired_difference(
         rng=np.random.default_rng(seed),
     )
     return estimate, (float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def ratio_interval(
+    parts: np.ndarray, wholes: np.ndarray, *, seed: int, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the bootstrap interval of `sum(parts) / sum(wholes)` over units, such as prompts.
+
+    The percentile interval of 10 000 resamples of units. `None` where there is nothing to resample: fewer than two
+    units, or all of one ratio.
+
+    Args:
+        parts, wholes (`np.ndarray`): What each unit adds above and below, `(N,)`.
+        seed (`int`): Seed of the resamples.
+    """
+    if len(parts) < 2 or wholes.sum() <= 0 or np.ptp(parts * wholes.sum() - wholes * parts.sum()) == 0:
+        return None
+
+    def ratio(part: np.ndarray, whole: np.ndarray, axis: int) -> np.ndarray:
+        below = whole.sum(axis)
+        return np.divide(part.sum(axis), below, out=np.zeros_like(below), where=below > 0)
+
+    result = stats.bootstrap(
+        (np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)),
+        ratio,
+        paired=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2**20 // len(parts)),  # resamples in memory at once
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

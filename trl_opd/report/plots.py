@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..cutoff import LEAST_JACCARD, Sweep
 from ..files import complete_file
 
 ARM_COLOURS = {"uniform": "#0072B2", "rock": "#D55E00", "control": "#009E73", "random": "#CC79A7"}
@@ -55,6 +56,29 @@ def plot_divergence(
             axes.plot(steps, values, style, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=4, label=label)
     axes.set_ylim(bottom=0.0)
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False, fontsize="x-small")
+    _save(figure, path)
+
+
+def plot_sweep(sweep: Sweep, path: str | os.PathLike) -> None:
+    """Draw coverage and stability over the cutoff K, and the K that was chosen.
+
+    Args:
+        sweep (`Sweep`): What each cutoff would mean.
+        path (`str` or `os.PathLike`): The PNG file.
+    """
+    figure, axes = _figure(
+        "How many types are rocks: overlap of two draws, and coverage", "cutoff K (types)", "share (0 to 1)"
+    )
+    colours, markers = list(ARM_COLOURS.values()), list(ARM_MARKERS.values())
+    axes.plot(sweep.cutoffs, sweep.coverage, "--", color="black", label="coverage: share of the divergence")
+    for place, (size, values) in enumerate(sweep.stability.items()):
+        label = f"overlap (Jaccard) of {size} rollouts and {size} others"
+        axes.plot(sweep.cutoffs, values, color=colours[place], marker=markers[place], markersize=3, label=label)
+    axes.axhline(LEAST_JACCARD, color="grey", linewidth=0.8)
+    if sweep.top_k is not None:
+        axes.axvline(sweep.top_k, color="grey", linestyle=":", label=f"chosen: K = {sweep.top_k}")
+    axes.set_ylim(0.0, 1.02)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="x-small")
     _save(figure, path)
 
 
