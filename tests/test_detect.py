@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -66,7 +67,7 @@ def test_the_rock_set_has_the_fields_that_are_promised(path, world, tmp_path, ca
     # Every rollout has a prompt of its own, and the even ones select.
     tokens, kl, kl_pre = world.tokens[::2], world.kl[::2], world.kl_pre[::2]
     assert content["method"]["tau_post"] == pytest.approx(np.quantile(kl, 0.8))
-    assert content["method"]["tau_pre"] == pytest.approx(np.quantile(kl_pre, 0.8))
+    assert content["method"]["tau_pre"] == pytest.approx(np.quantile(kl_pre, 0.7))
     assert content["corpus"] == {"rollouts": 500, "tokens": tokens.size, "kl_sum": pytest.approx(kl.sum(dtype=float))}
     for rock in content["rocks"]:
         where = tokens == rock["id"]
@@ -363,7 +364,7 @@ def test_a_file_that_is_cut_or_foreign_is_a_sentence(content, tmp_path, capsys):
 
 
 def test_damage_in_the_middle_is_a_sentence(path, tmp_path, capsys):
-    content = bytearray(open(path, "rb").read())
+    content = bytearray(Path(path).read_bytes())
     content[2000:60000] = bytes(58000)
     (tmp_path / "o.parquet").write_bytes(content)
     code, _, error = run([tmp_path / "o.parquet", "--output", tmp_path / "r.json"], capsys)
@@ -457,7 +458,8 @@ def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
     code = (
         "import sys; from trl_opd.cli import main; "
         f"assert main(['detect', {path!r}, '--output', {str(tmp_path / 'r.json')!r}]) == 0; "
-        "print([name for name in sys.modules if name.startswith(('trl.trainer', 'bitsandbytes', 'peft', 'accelerate'))])"
+        "heavy = ('trl.trainer', 'bitsandbytes', 'peft', 'accelerate'); "
+        "print([name for name in sys.modules if name.startswith(heavy)])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"

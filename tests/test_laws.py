@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -368,6 +369,10 @@ def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     for name, values in found[1]["stats"].items():
         exact = {} if name in ("seen", "count") else {"rel": 1e-5, "abs": 1e-9}
         assert found[2]["stats"][name] == (pytest.approx(values, **exact) if exact else values), name
+    assert found[2]["occurrences"] == found[1]["occurrences"]
+    assert [kl is None for kl in found[2]["kl"]] == [kl is None for kl in found[1]["kl"]]
+    measured = [np.array(found[count]["kl"], dtype=float) for count in (1, 2)]
+    np.testing.assert_allclose(*measured, rtol=1e-4, atol=1e-6)
     one, two = (torch.tensor(found[count]["moved"], dtype=torch.float64) for count in (1, 2))
     assert torch.linalg.norm(two - one) / torch.linalg.norm(one) < 1e-5
 

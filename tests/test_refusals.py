@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import Controls, OPDConfig, OPDTrainer, RockSet
-from trl_opd.preflight import require_suppressible, warn_of_float32
+from trl_opd.preflight import suppressible, warn_of_float32
 from trl_opd.vocabulary import fingerprint
 
 from .test_laws import rock_file
@@ -189,9 +190,10 @@ def test_vllm_is_refused_for_a_student_with_ids_that_the_teacher_cannot_embed():
     with pytest.raises(
         ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLLM"
     ):
-        require_suppressible(range(64, 72), [2], use_vllm=True)
+        suppressible(SimpleNamespace(_vocab_size=64, eos_token_ids=[2], use_vllm=True), 72)
 
 
 def test_a_student_whose_every_end_is_suppressed_is_warned_of():
     with pytest.warns(UserWarning, match="Every end of a rollout"):
-        require_suppressible(range(64, 72), [70], use_vllm=False)
+        found = suppressible(SimpleNamespace(_vocab_size=64, eos_token_ids=[70], use_vllm=False), 72)
+    assert found == range(64, 72)

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pyarrow.parquet as pq
 import torch
 
 from tests.test_laws import rock_file
@@ -39,6 +40,7 @@ config = make_config(
     save_strategy="steps",
     save_steps=1,
     save_only_model=True,
+    save_occurrences=1,
     per_device_eval_batch_size=2,
     optim="sgd",
     learning_rate=1.0,
@@ -78,10 +80,13 @@ if rank == 0:
         "other/mean_kl",
         "entropy",
     )
+    rows = pq.read_table(out.parent / f"run-{processes}" / "occurrences" / "step-1.parquet")
     content = {
         "processes": trainer.accelerator.num_processes,
         "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")},
         "stats": {name: getattr(stats, name).tolist() for name in NAMES},
+        "occurrences": rows.select(["rollout", "position", "token_id", "prompt"]).to_pydict(),
+        "kl": rows["kl"].to_pylist(),
         "moved": moved[torch.linspace(0, len(moved) - 1, 5000).long()].tolist(),
     }
     out.write_text(json.dumps(content))

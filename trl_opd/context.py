@@ -36,7 +36,7 @@ class ContextSettings:
         seed (`int`): Seed of the sample, and of everything else that a detection draws.
     """
 
-    tau_pre: float | str = "q0.8"
+    tau_pre: float | str = "q0.7"
     tau_post: float | str = "q0.8"
     window: int = 2
     gamma: float = 0.5

@@ -6,17 +6,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from trl import DistillationConfig
+
+from .option_checks import require_choice, require_engine_settings, require_whole
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
 MICRO_BATCHINGS = ("tight", "trl")
 TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 TEACHER_PLACEMENTS = ("resident", "parked")
-# Counts of transformers' engine that are checked here, with the least that it works with.
-ENGINE_COUNTS = {"page_size": 4, "num_blocks": 1, "max_batch_tokens": 1, "max_requests_per_batch": 1}
 
 
 @dataclass
@@ -71,6 +69,9 @@ class OPDConfig(DistillationConfig):
         token_statistics (`bool`, *optional*, defaults to `True`):
             Whether to keep the divergence per token type, and write it into every checkpoint. With `False` and nothing
             else new set the loss is TRL's own, to the bit.
+        save_occurrences (`int`, *optional*):
+            Every how many optimizer steps the step's rollouts are written, token by token, to
+            `output_dir/occurrences/step-S.parquet` (docs/detection.md). Needs `beta=1.0`.
 
         > Parameters that control the teacher
 
@@ -150,6 +151,10 @@ class OPDConfig(DistillationConfig):
         default=True,
         metadata={"help": "Keep the divergence per token type, and write it into every checkpoint."},
     )
+    save_occurrences: int | None = field(
+        default=None,
+        metadata={"help": "Write the rollouts of every N-th optimizer step, token by token."},
+    )
     teacher_quantization: str | None = field(
         default=None,
         metadata={"help": "Quantise the teacher with bitsandbytes: '4bit' or '8bit'."},
@@ -185,9 +190,9 @@ class OPDConfig(DistillationConfig):
         self._check_teacher()
 
     def _check_weights(self):
-        _require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
-        _require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
-        _require_whole("rock_window", self.rock_window, 0)
+        require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
+        require_choice("weight_normalization", self.weight_normalization, WEIGHT_NORMALIZATIONS)
+        require_whole("rock_window", self.rock_window, 0)
         if not isinstance(self.rock_weight, (int, float)):
             raise ValueError(f"rock_weight must be a number, got {self.rock_weight!r}.")
         if not 0.0 <= self.rock_weight <= 1.0:
@@ -205,9 +210,15 @@ class OPDConfig(DistillationConfig):
             )
 
     def _check_batches(self):
-        _require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
-        for name in ("num_generations", "divergence_chunk_bytes"):
-            _require_whole(name, getattr(self, name), 1)
+        require_choice("micro_batching", self.micro_batching, MICRO_BATCHINGS)
+        for name in ("num_generations", "divergence_chunk_bytes", "save_occurrences"):
+            if getattr(self, name) is not None or name != "save_occurrences":
+                require_whole(name, getattr(self, name), 1)
+        if self.save_occurrences is not None and self.beta != 1.0:
+            raise ValueError(
+                "save_occurrences writes KL(student ‖ teacher), which is what is trained with beta=1.0 only, got "
+                f"beta={self.beta}."
+            )
 
     def _check_sampling(self):
         greedy = (self.generation_kwargs or {}).get("do_sample") is False
@@ -227,17 +238,17 @@ class OPDConfig(DistillationConfig):
                 "set that too, or remove it."
             )
         if engine is not None:
-            _check_engine(engine)
+            require_engine_settings(engine)
 
     def _check_teacher(self):
         if self.teacher_quantization is not None:
-            _require_choice("teacher_quantization", self.teacher_quantization, TEACHER_QUANTIZATIONS)
+            require_choice("teacher_quantization", self.teacher_quantization, TEACHER_QUANTIZATIONS)
             if (self.teacher_model_init_kwargs or {}).get("quantization_config") is not None:
                 raise ValueError(
                     "teacher_quantization and a quantization_config in teacher_model_init_kwargs are two ways to "
                     "quantise the teacher: choose one."
                 )
-        _require_choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
+        require_choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.teacher_placement == "parked" and self.teacher_quantization == "8bit":
             raise ValueError(
                 "teacher_placement='parked' cannot move a teacher in 8 bits, whose state stays on the GPU: use "
@@ -257,7 +268,7 @@ class OPDConfig(DistillationConfig):
     def trains_as_trl(self) -> bool:
         """Return whether TRL's own loss serves, to the bit: nothing is weighted, told apart, counted or regrouped."""
         new = self.rock_set or self.mask_truncated_completions or self.token_statistics or self.num_generations > 1
-        moved = self.teacher_placement != "resident" or self.teacher_device
+        moved = self.teacher_placement != "resident" or self.teacher_device or self.save_occurrences
         return self.micro_batching == "trl" and not new and not moved
 
     def to_dict(self):
@@ -270,31 +281,3 @@ class OPDConfig(DistillationConfig):
             self._dict_dtype_to_str(kwargs)
             content["teacher_model_init_kwargs"] = kwargs
         return content
-
-
-def _check_engine(engine: dict) -> None:
-    """Raise `ValueError` for settings on which transformers' engine fails late, waits for ever or looks away."""
-    where = "transformers_continuous_batching_config"
-    if not isinstance(engine, dict):
-        raise ValueError(f"{where} takes a dictionary such as {{'page_size': 256}}, got {engine!r}.")
-    try:
-        config = ContinuousBatchingConfig(**engine)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}.") from error
-    for name, least in ENGINE_COUNTS.items():
-        if getattr(config, name) is not None:
-            _require_whole(f"{where}: {name}", getattr(config, name), least)
-    share = config.max_memory_percent
-    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
-        raise ValueError(f"{where}: max_memory_percent must be a number in (0, 1], got {share!r}.")
-    _require_choice(f"{where}: scheduler_type", config.scheduler_type, tuple(SCHEDULER_MAPPING))
-
-
-def _require_whole(name: str, value: int, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

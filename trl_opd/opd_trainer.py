@@ -31,7 +31,7 @@ from .finite import FiniteGuard, name_the_sampling_student
 from .opd_config import OPDConfig
 from .phases import PhaseClock
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
-from .records import LMHead
+from .run_occurrences import RunOccurrences
 from .run_stats import RunStats, describe_measure
 from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
 from .teacher_phase import TeacherPhase
@@ -83,8 +83,7 @@ class OPDTrainer(DistillationTrainer):
         self._prompts_per_step = preflight.prompts_per_step(args)
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
-        preflight.warn_of_one_process(args)
-        preflight.require_placeable(args)
+        preflight.check_devices(args)
         self.rock_set = preflight.load_rock_set(args)
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
@@ -121,16 +120,14 @@ class OPDTrainer(DistillationTrainer):
         if self.max_completion_length is None:
             self.max_completion_length = self._context  # what TRL's tool loop compares with
         if rows[0] > self._vocab_size:
-            ids = range(self._vocab_size, rows[0])
-            preflight.require_suppressible(ids, self.eos_token_ids, use_vllm=self.use_vllm)
-            suppressed = rollouts.with_suppressed(ids, self.generation_kwargs, self.model)
-            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+            rollouts.suppress(self, preflight.suppressible(self, rows[0]))
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
         self._teacher_phase = TeacherPhase(self, sharded=sharded)
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
         self._stats = RunStats(self._vocab_size, measure, self.accelerator.device, enabled=self.args.token_statistics)
+        self._occurrences = RunOccurrences(self.args, measure, self._vocab_size, self.accelerator)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
         self._as_trl = rows[0] == rows[1] and self.args.trains_as_trl()
 
@@ -198,6 +195,7 @@ class OPDTrainer(DistillationTrainer):
         self._new_completions, self._unsplit = True, self._unsplit or self.model.training
         if self.model.training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
+            self._occurrences.number(batch)
         else:
             rollouts.mask_repeated(batch, self.accelerator)
         self._teacher_phase.prepare(batch)
@@ -253,10 +251,11 @@ class OPDTrainer(DistillationTrainer):
         figures.add_signals(signals, complete)
         if self.model.training:
             self._stats.update(signals)
+            self._occurrences.add(inputs, signals, self.state)
         self._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
         return loss
 
-    def _compared(self, student, inputs, positions) -> tuple[torch.Tensor | LMHead, ...]:
+    def _compared(self, student, inputs, positions) -> tuple:
         """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models."""
         forward, head = forward_inputs(inputs, self._vocab_size), lm_head(student)
         student_hidden = at_positions(self._get_last_hidden_state(student, *forward), positions, head)
@@ -273,6 +272,7 @@ class OPDTrainer(DistillationTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._clock.end_step()
+            self._occurrences.end_step(self.state.global_step + 1)
             self._finite.end_step(self.state.global_step + 1)
             if self.state.global_step == 0:
                 preflight.warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))

@@ -35,6 +35,12 @@ def prompts_per_step(args: OPDConfig) -> int:
     return rollouts // args.num_generations
 
 
+def check_devices(args: OPDConfig) -> None:
+    """Warn of processes that were not started; raise `ValueError` for a teacher that cannot lie where it is told."""
+    warn_of_one_process(args)
+    require_placeable(args)
+
+
 def require_placeable(args: OPDConfig) -> None:
     """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, while FSDP or DeepSpeed shards it."""
     sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
@@ -86,19 +92,27 @@ def require_step(state: TrainerState, dataset, prompts: int) -> None:
     )
 
 
-def require_suppressible(ids: range, eos_token_ids: list[int], *, use_vllm: bool) -> None:
-    """Raise `ValueError` unless sampling can avoid `ids`; warn when no end of a rollout is left."""
-    if use_vllm:
+def suppressible(trainer, rows: int) -> range:
+    """Return the ids of a student of `rows` entries that the teacher lacks, which the trainer's sampling must avoid.
+
+    Warns when no end of a rollout is left.
+
+    Raises:
+        `ValueError`: if the engine cannot avoid them.
+    """
+    ids = range(trainer._vocab_size, rows)
+    if trainer.use_vllm:
         raise ValueError(
             f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
             "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
         )
-    if set(eos_token_ids) <= set(ids):
+    if set(trainer.eos_token_ids) <= set(ids):
         warnings.warn(
-            f"Every end of a rollout (eos_token ids {eos_token_ids}) is a token that the teacher cannot embed, so "
-            "rollouts run up to max_completion_length: use the teacher's eos_token.",
+            f"Every end of a rollout (eos_token ids {trainer.eos_token_ids}) is a token that the teacher cannot embed, "
+            "so rollouts run up to max_completion_length: use the teacher's eos_token.",
             stacklevel=2,
         )
+    return ids
 
 
 def warn_of_one_process(args: OPDConfig) -> None:

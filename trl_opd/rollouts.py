@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
@@ -158,7 +157,8 @@ def grouped_stream(trainer, *, prompts: int, rollouts: int):
         trainer.train_dataset, trainer.shuffle_dataset = stream, shuffle
 
 
-def with_suppressed(ids: range, generation_kwargs: dict, model: PreTrainedModel) -> list[int]:
-    """Return the ids that sampling must leave out: `ids`, and those that the user or the model leaves out already."""
-    own = generation_kwargs.get("suppress_tokens", model.generation_config.suppress_tokens)
-    return sorted({*(own or ()), *ids})
+def suppress(trainer, ids: range) -> None:
+    """Leave `ids` out of the trainer's rollouts, beside those that the user or the model leaves out already."""
+    own = trainer.generation_kwargs.get("suppress_tokens", trainer.model.generation_config.suppress_tokens)
+    suppressed = sorted({*(own or ()), *ids})
+    trainer.generation_config.suppress_tokens = trainer.generation_kwargs["suppress_tokens"] = suppressed

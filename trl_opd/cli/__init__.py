@@ -9,6 +9,7 @@ from importlib import import_module
 
 # Command -> its module here and what it does, in the order of `trl-opd --help`.
 COMMANDS = {
+    "collect": ("collect", "let a student write completions, and score every token of them"),
     "demo": ("demo", "distil tiny models on this machine, find their rock tokens, and freeze them"),
     "detect": ("detect", "find the tokens that did not converge, in rollouts that were collected"),
     "fit": ("fit", "predict whether a distillation fits on a card, from two configurations"),

@@ -19,7 +19,7 @@ options:                  default
   --top_k K               100            largest number of rocks, or auto: the largest stable one
   --score S               context        context (R_ctx) or aggregate (R, the divergence of a type alone)
   --tokenizer PATH        none           names the tokens; else the occurrences' own, where it is on this machine
-  --tau_pre X             q0.8           least divergence under the reference student: nats, or qP for quantile P
+  --tau_pre X             q0.7           least divergence under the reference student: nats, or qP for quantile P
   --tau_post X            q0.8           the same under the student
   --window W              2              tokens on each side that are compared
   --gamma G               0.5            least similarity of two surroundings, above 0, at most 1
@@ -40,7 +40,7 @@ class DetectArguments:
     top_k: str | None = field(default=None, metadata={"help": "Largest number of rocks, or auto."})
     score: str = field(default="context", metadata={"help": "context or aggregate."})
     tokenizer: str | None = field(default=None, metadata={"help": "Names the tokens."})
-    tau_pre: str = field(default="q0.8", metadata={"help": "Least divergence under the reference student."})
+    tau_pre: str = field(default="q0.7", metadata={"help": "Least divergence under the reference student."})
     tau_post: str = field(default="q0.8", metadata={"help": "Least divergence under the student."})
     window: int = field(default=2, metadata={"help": "Tokens on each side that are compared."})
     gamma: float = field(default=0.5, metadata={"help": "Least similarity of two surroundings."})

@@ -14,6 +14,7 @@ OPD_OPTIONS = {
     "micro_batching": ("tight", "tight (rollouts of like length together, trimmed) or trl (TRL's padding and split)"),
     "divergence_chunk_bytes": ("536870912", "memory for the divergence's rows of the vocabulary (not on CUDA)"),
     "token_statistics": ("true", "keep the divergence per token type, and write it into every checkpoint"),
+    "save_occurrences": ("none", "write the rollouts of every N-th optimizer step, token by token"),
     "teacher_quantization": ("none", "quantise the teacher with bitsandbytes: 4bit or 8bit"),
     "teacher_placement": ("resident", "parked: the teacher's weights leave the GPU while nobody needs them"),
     "teacher_device": ("none", "another device for the teacher, such as cuda:1 or cpu"),

@@ -44,14 +44,15 @@ def run(argv: list[str]) -> None:
     train(script_args, training_args, model_args, dataset_args)
 
 
-def make_parser():
-    """Return TRL's parser of its script, dataset and model arguments, with `OPDConfig` for the training arguments."""
+def make_parser(command: str = "train", *own: type):
+    """Return TRL's parser of script, dataset and model arguments, with `OPDConfig` and a command's own dataclass."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from ..opd_config import OPDConfig
 
-    parser = TrlParser((ScriptArguments, OPDConfig, ModelConfig, DatasetMixtureConfig), prog="trl-opd train")
-    parser.usage = "trl-opd train [--config FILE.yaml] [options]; `trl-opd train --help` lists them"
+    kinds = (ScriptArguments, *own, OPDConfig, ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(kinds, prog=f"trl-opd {command}")
+    parser.usage = f"trl-opd {command} [--config FILE.yaml] [options]; `trl-opd {command} --help` lists them"
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
@@ -68,7 +69,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         raise ValueError("A student is required: set --model_name_or_path.")
     if training_args.teacher_model_name_or_path is None:
         raise ValueError("A teacher is required: set --teacher_model_name_or_path.")
-    _set_init_kwargs(training_args, model_args)
+    set_init_kwargs(training_args, model_args)
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args)
     trainer = OPDTrainer(
         model=model_args.model_name_or_path,
@@ -132,7 +133,8 @@ def summary(trainer) -> str:
     return f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
 
 
-def _set_init_kwargs(training_args, model_args) -> None:
+def set_init_kwargs(training_args, model_args) -> None:
+    """Let the flags of `ModelConfig` reach both models, as far as their own init kwargs leave them open."""
     # As in TRL's script: the flags of ModelConfig reach both models, explicit init kwargs win. The student's
     # quantisation is an argument of the trainer; the teacher's only comes through its own init kwargs.
     common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}

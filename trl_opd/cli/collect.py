@@ -1,0 +1,197 @@
+"""`trl-opd collect`: a student's rollouts with the divergence of every token, before and after the distillation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .parsing import parse
+
+HELP = """usage: trl-opd collect --model_name_or_path M --teacher_model_name_or_path T --dataset_name D [...]
+
+Let a student write completions for the prompts of a dataset, in its order, and score every token of them with the
+teacher. Writes DIR/occurrences.parquet and DIR/prompts.parquet, which `trl-opd detect` reads. A run that was killed
+goes on with the next batch. Takes the options of `trl-opd train` for models, sampling and data, and those below.
+
+usual options:
+  --model_name_or_path M              the student: a model, or the folder of a LoRA adapter
+  --teacher_model_name_or_path T      the teacher
+  --dataset_name D                    prompts: a name on the Hub, a folder, or a file of JSON lines
+  --output_dir DIR                    where the two files go
+  --max_completion_length N           tokens of a completion at most
+  --per_device_eval_batch_size N      rollouts of a batch (8)
+  --use_cpu --bf16 false              without a GPU
+
+options of collect:                   default
+  --num_prompts N                     all      prompts to use, from the first on
+  --num_generations N                 1        rollouts per prompt
+  --greedy                            false    take the likeliest token instead of sampling as in training
+  --reference_model_name_or_path P    none     the student before the distillation: a model, or adapter_off for a
+                                               LoRA student without its adapter (no extra memory)
+
+  `trl-opd train --help_all` lists every option of TRL and transformers.
+
+example:
+  trl-opd collect --model_name_or_path student --reference_model_name_or_path adapter_off \\
+      --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit --dataset_name trl-lib/tldr \\
+      --num_prompts 500 --output_dir rollouts"""
+
+INTERRUPTED = ": finished batches are kept, and the same command goes on from there"
+
+# What decides the rows, beside the models and the dataset.
+SETTINGS = (
+    "seed",
+    "num_generations",
+    "per_device_eval_batch_size",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "use_vllm",
+    "use_transformers_continuous_batching",
+    "bf16",
+    "fp16",
+    "teacher_quantization",
+    "teacher_model_revision",
+    "model_init_kwargs",
+    "teacher_model_init_kwargs",
+)
+
+
+@dataclass
+class CollectArguments:
+    """What collecting takes beside models, data and sampling."""
+
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts to use, from the first on."})
+    greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
+    reference_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The student before the distillation, or adapter_off."}
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Parse, collect, and say what was collected; raises `ValueError` or `OSError` for what a user can mend."""
+    from ..collect import is_complete
+    from .train import make_parser, set_init_kwargs
+
+    script_args, own, args, model_args, dataset_args = parse(make_parser("collect", CollectArguments), argv)
+    _check(own, args, model_args)
+    set_init_kwargs(args, model_args)
+    if own.greedy:
+        args.generation_kwargs = {**(args.generation_kwargs or {}), "do_sample": False}
+    settings = _settings(own, args, model_args, script_args, dataset_args)
+    if is_complete(Path(args.output_dir), settings):
+        print(f"{args.output_dir} is complete already: nothing to do.")
+        return
+    dataset = _prompts(script_args, dataset_args, args, own.num_prompts)
+    make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
+    print(summary(Path(args.output_dir)))
+
+
+def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
+    """Return the collector of a dataset's rollouts, with the models loaded."""
+    from transformers import AutoTokenizer
+    from trl import get_quantization_config
+
+    from ..collect import ADAPTER_OFF, Collector
+    from ..opd_trainer import OPDTrainer
+    from ..student import load_reference, load_student
+
+    generations, args.num_generations = args.num_generations, 1  # a batch repeats its prompts itself
+    quantization, kwargs = get_quantization_config(model_args), dict(args.model_init_kwargs)
+    student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization)
+    is_name = isinstance(student, str)
+    if not is_name:
+        args.model_init_kwargs = None
+    trainer = OPDTrainer(
+        model=student,
+        args=args,
+        train_dataset=dataset,
+        processing_class=None if is_name else AutoTokenizer.from_pretrained(tokenizer),
+        quantization_config=quantization if is_name else None,
+    )
+    if reference not in (None, ADAPTER_OFF):
+        reference = load_reference(reference, kwargs, quantization, trainer)
+    folder = Path(args.output_dir)
+    return Collector(trainer, dataset, folder, num_generations=generations, reference=reference, settings=settings)
+
+
+def summary(folder: Path) -> str:
+    """Return the lines that end a collection."""
+    from ..collect import OCCURRENCES
+    from ..occurrences import Occurrences
+
+    file = Occurrences(folder / OCCURRENCES)
+    sums, prompts, last = {"kl": 0.0, "kl_pre": 0.0}, 0, 0
+    for batch in file.batches():
+        last = int(batch["unit"][-1])
+        for name in sums.keys() & batch.keys():
+            sums[name] += float(batch[name].sum(dtype="float64"))
+    prompts = last + 1
+    before = f", {sums['kl_pre'] / file.rows:.4f} before the distillation" if file.has_pre else ""
+    return (
+        f"Collected {file.metadata['num_rollouts']} rollouts of {prompts} prompts, {file.rows} tokens; mean divergence "
+        f"{sums['kl'] / file.rows:.4f} nats per token{before} (no interval).\n"
+        f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES}` finds the rocks."
+    )
+
+
+def _prompts(script_args, dataset_args, args, count: int | None):
+    """Return the first `count` rows of the dataset, all of them when it is `None`."""
+    from datasets import Dataset
+
+    from .train import load_prompts
+
+    dataset, _ = load_prompts(script_args, dataset_args, args)
+    if not isinstance(dataset, Dataset):
+        if count is None:
+            raise ValueError("A streaming dataset has no known end: set --num_prompts.")
+        dataset = Dataset.from_list(list(dataset.take(count)))
+    if count is not None and count > len(dataset):
+        raise ValueError(f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset.")
+    return dataset if count is None else dataset.select(range(count))
+
+
+def _settings(own, args, model_args, script_args, dataset_args) -> dict:
+    """Return what makes the rows what they are, as JSON has it."""
+    settings = {
+        "model_name_or_path": model_args.model_name_or_path,
+        "teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "reference_model_name_or_path": own.reference_model_name_or_path,
+        "dataset": [str(part) for part in dataset_args.datasets or ()] or script_args.dataset_name,
+        "dataset_config": script_args.dataset_config,
+        "split": script_args.dataset_train_split,
+        "num_prompts": own.num_prompts,
+        "load_in_4bit": model_args.load_in_4bit,
+        "load_in_8bit": model_args.load_in_8bit,
+        **{name: getattr(args, name) for name in SETTINGS},
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _check(own: CollectArguments, args, model_args) -> None:
+    """Raise `ValueError` for values that cannot be, before anything is loaded."""
+    for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
+        value = getattr(holder, name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"Student and teacher are required: set --{name}.")
+    if own.num_prompts is not None and (type(own.num_prompts) is not int or own.num_prompts < 1):
+        raise ValueError(f"--num_prompts counts prompts, at least 1, got {own.num_prompts!r}.")
+    reference = own.reference_model_name_or_path
+    if reference is not None and (not isinstance(reference, str) or not reference.strip()):
+        raise ValueError(f"--reference_model_name_or_path takes a model, or adapter_off, got {reference!r}.")
+    if type(own.greedy) is not bool:
+        raise ValueError(f"--greedy is true or false, got {own.greedy!r}.")
+    if own.greedy and args.temperature != 1.0:
+        raise ValueError(f"--greedy knows no temperature: leave it at 1.0, got {args.temperature}.")
+    if model_args.use_peft:
+        raise ValueError("--use_peft makes a new adapter, and collect reads a student: name the adapter's folder.")
+    if args.world_size > 1:
+        raise ValueError(f"collect runs in one process, and there are {args.world_size}: start it without a launcher.")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder.")
