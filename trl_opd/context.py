@@ -10,6 +10,7 @@ rock occurrence. CCR is their number over all occurrences of the type.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -56,7 +57,8 @@ class TypeFigures:
         persistent (`np.ndarray`): Occurrences in O_PH, int64.
         rock_occurrences (`np.ndarray`): |R_v|, float64: estimated where a type was sampled.
         sampled (`np.ndarray`): Ids of the types that were sampled.
-        tau_pre, tau_post (`float`): The thresholds; `tau_pre` is `None` without a reference student.
+        tau_pre, tau_post (`float`, *optional*):
+            The thresholds; `tau_pre` is `None` without a reference student, both where no surroundings were compared.
     """
 
     count: np.ndarray
@@ -66,14 +68,14 @@ class TypeFigures:
     rock_occurrences: np.ndarray
     sampled: np.ndarray
     tau_pre: float | None
-    tau_post: float
+    tau_post: float | None
 
-    @property
+    @cached_property
     def ccr(self) -> np.ndarray:
         """Share of a type's occurrences that are rock occurrences, `(V,)`."""
         return np.minimum(self.rock_occurrences / np.maximum(self.count, 1), 1.0)
 
-    @property
+    @cached_property
     def context_score(self) -> np.ndarray:
         """R_ctx(v) = R(v) x CCR(v), nats, `(V,)`."""
         return self.kl_sum * self.ccr
@@ -88,8 +90,11 @@ def measure_types(corpus: Corpus, settings: ContextSettings, vocab_size: int, *,
         vocab_size (`int`): V; above every id.
         context (`bool`, *optional*, defaults to `True`): Whether to compare surroundings, or leave their figures 0.
     """
-    count = np.bincount(corpus.token_id, minlength=vocab_size)
-    sums = [None if kl is None else np.bincount(corpus.token_id, kl, vocab_size) for kl in (corpus.kl, corpus.kl_pre)]
+    count = _sums(corpus.token_id, vocab_size).astype(np.int64)
+    sums = [None if kl is None else _sums(corpus.token_id, vocab_size, kl) for kl in (corpus.kl, corpus.kl_pre)]
+    if not context:
+        nothing = np.zeros(vocab_size, dtype=np.int64)
+        return TypeFigures(count, *sums, nothing, nothing.astype(float), np.empty(0, dtype=np.int64), None, None)
     tau_post = threshold(settings.tau_post, corpus.kl)
     tau_pre = None if corpus.kl_pre is None else threshold(settings.tau_pre, corpus.kl_pre)
     is_high = corpus.kl >= tau_post
@@ -97,10 +102,18 @@ def measure_types(corpus: Corpus, settings: ContextSettings, vocab_size: int, *,
         is_high &= corpus.kl_pre >= tau_pre
     rows = np.flatnonzero(is_high)
     persistent = np.bincount(corpus.token_id[rows], minlength=vocab_size)
-    found, sampled = np.zeros(vocab_size), np.empty(0, dtype=np.int64)
-    if context:
-        found, sampled = rock_occurrences(corpus, rows, persistent, settings)
-    return TypeFigures(count, *sums, persistent, found, sampled, tau_pre, tau_post)
+    return TypeFigures(
+        count, *sums, persistent, *rock_occurrences(corpus, rows, persistent, settings), tau_pre, tau_post
+    )
+
+
+def _sums(ids: np.ndarray, vocab_size: int, values: np.ndarray | None = None) -> np.ndarray:
+    """Return the sum of the values of every id (or how often it stands there), float64, `(V,)`."""
+    total, step = np.zeros(vocab_size), max(2**16, vocab_size)
+    for first in range(0, len(ids), step):  # in parts, because NumPy makes wider copies of what it counts
+        part = slice(first, first + step)
+        total += np.bincount(ids[part], None if values is None else values[part], vocab_size)
+    return total
 
 
 def threshold(value: float | str, divergences: np.ndarray) -> float:

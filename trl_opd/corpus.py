@@ -90,20 +90,22 @@ def read_selection(occurrences: Occurrences, units: np.ndarray) -> Corpus:
         `ValueError`: as [`Occurrences.batches`] does, and if the file has one rollout only.
     """
     names = ["rollout", "position", "token_id", "kl", *(["kl_pre"] if occurrences.has_pre else [])]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    first, several = None, False
+    # Room for all rows: what is never written to takes no memory.
+    columns = {name: np.empty(occurrences.rows, np.float32 if name.startswith("kl") else np.int32) for name in names}
+    first, several, count = None, False, 0
     for batch in occurrences.batches():
         first = batch["rollout"][0] if first is None else first
         several |= bool(batch["rollout"][-1] != first)
         chosen = is_among(batch["unit"], units)
-        for name in names:
-            parts[name].append(batch[name][chosen])
+        end = count + int(chosen.sum())
+        for name, column in columns.items():
+            column[count:end] = batch[name][chosen]
+        count = end
     if not several:
         raise ValueError(
             f"{occurrences.path} has one rollout only: nothing could be told apart from chance. Collect more prompts."
         )
-    # One column after the other: so no more than one stands twice in memory.
-    return Corpus(**{name: np.concatenate(parts.pop(name)) for name in names})
+    return Corpus(**{name: column[:count] for name, column in columns.items()})
 
 
 def heldout_shares(occurrences: Occurrences, units: np.ndarray, rocks: np.ndarray, seed: int) -> dict | None:

@@ -96,8 +96,8 @@ def mass_matched_controls(stats: TokenStats, rocks: RockSet | Sequence[int] | to
     free[ids] = False
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
     chosen, mass = [], 0
-    for id in order[free[order]].tolist():
-        count = int(seen[id])
+    order = order[free[order]]
+    for id, count in zip(order.tolist(), seen[order].tolist(), strict=True):
         if mass + count > (1 + MASS_TOLERANCE) * wanted:
             continue
         chosen.append(id)

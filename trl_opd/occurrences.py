@@ -40,7 +40,8 @@ REQUIRED, OPTIONAL = ("rollout", "position", "token_id", "kl"), ("kl_pre", "prom
 MAX_VOCABULARY = 2**22
 # KL is at least 0; float32 sums over a vocabulary may fall this far below.
 LEAST_KL = -1e-4
-BATCH_ROWS = 65_536
+# Rows and bytes that a reader has in memory at once, of each column.
+BATCH_ROWS, PAGE_BYTES = 32_768, 2**17
 
 
 def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], metadata: dict[str, Any]) -> None:
@@ -55,14 +56,17 @@ def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], 
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in fields]
     table = pa.Table.from_arrays(arrays, schema=_with_metadata(pa.schema(fields), metadata))
     with complete_file(path) as part:
-        pq.write_table(table, part, compression="zstd")
+        pq.write_table(table, part, compression="zstd", data_page_size=PAGE_BYTES)
 
 
 def join_files(parts: Sequence[Path], path: str | os.PathLike, metadata: dict[str, Any] | None = None) -> None:
     """Write the rows of Parquet files of one schema to one file, a part at a time."""
     schema = pq.read_schema(parts[0])
     schema = schema if metadata is None else _with_metadata(schema, metadata)
-    with complete_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with (
+        complete_file(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", data_page_size=PAGE_BYTES) as writer,
+    ):
         for part in parts:
             writer.write_table(pq.read_table(part).cast(schema))
 
@@ -92,7 +96,8 @@ class Occurrences:
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            self._file = pq.ParquetFile(self.path)
+            # By default Arrow would hold the whole file, compressed, beside what is decoded of it.
+            self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**16)
             schema = self._file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
@@ -134,7 +139,7 @@ class Occurrences:
 
     def _raw_batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         try:
-            yield from self._file.iter_batches(BATCH_ROWS, columns=names)
+            yield from self._file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is cut or damaged: {error}") from error
 

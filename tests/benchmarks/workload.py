@@ -133,6 +133,11 @@ def peak_bytes(function: Callable, *arguments) -> int:
         before = torch.cuda.memory_allocated()
         function(*arguments)
         return torch.cuda.max_memory_allocated() - before
+    return host_peak_bytes(function, *arguments)
+
+
+def host_peak_bytes(function: Callable, *arguments) -> int:
+    """Return the most memory of this process that a call held above what there was before."""
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()
     with open("/proc/self/clear_refs", "w") as file:

@@ -1,0 +1,111 @@
+"""How the context filter depends on its parameters: share of planted rocks among the highest scores, as a plot.
+
+    python -m tests.benchmarks.detection_sensitivity [OCCURRENCES.parquet] [--output PLOT.png]
+
+Each parameter is varied alone, the others at their defaults, on ten planted worlds (tests/planted.py) and, where
+occurrences of the demo's models are given (docs/detection.md), on those.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from trl_opd.context import ContextSettings
+from trl_opd.demo.arithmetic import PLANTED_ROCKS
+from trl_opd.demo.arms import load
+from trl_opd.selection import select_rocks
+
+from ..planted import EACH, make_world, save_world
+
+QUANTILES = ("q0", "q0.3", "q0.5", "q0.6", "q0.7", "q0.8", "q0.9", "q0.95")
+VALUES = {
+    "tau_pre": QUANTILES,
+    "tau_post": QUANTILES,
+    "window": (1, 2, 3, 4, 5, 8),
+    "gamma": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "eta": (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+}
+TITLES = {
+    "tau_pre": "tau_pre (quantile)",
+    "tau_post": "tau_post (quantile)",
+    "window": "window (tokens on each side)",
+    "gamma": "gamma (least similarity)",
+    "eta": "eta (least share similar)",
+}
+LINES = {"planted": ("#0072B2", "o", "planted worlds, least of ten"), "demo": ("#D55E00", "s", "the demo's models")}
+
+
+def share(path: str, planted: set[int], count: int, settings: ContextSettings) -> float:
+    """Return the share of the planted rocks among as many types of the highest score."""
+    try:
+        found = select_rocks(path, top_k=count, settings=settings).rock_set.rocks
+    except ValueError:  # nothing is left
+        return 0.0
+    return len({rock.id for rock in found} & planted) / count
+
+
+def sweep(files: list[tuple[str, set[int], int]]) -> dict[str, list[float]]:
+    """Return, for each parameter, the least share over files at each of its values."""
+    found = {}
+    for name, values in tqdm(VALUES.items(), leave=False):
+        settings = [replace(ContextSettings(), **{name: value}) for value in values]
+        found[name] = [min(share(*file, one) for file in files) for one in settings]
+    return found
+
+
+def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw a panel for each parameter, its default dashed."""
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(VALUES), sharey=True)
+    for axes, (name, values) in zip(panels, VALUES.items(), strict=True):
+        places = [float(str(value).removeprefix("q")) for value in values]
+        for kind, found in lines.items():
+            colour, marker, label = LINES[kind]
+            axes.plot(places, found[name], color=colour, marker=marker, markersize=4, label=label)
+        default = float(str(getattr(ContextSettings(), name)).removeprefix("q"))
+        axes.axvline(default, color="grey", linestyle="--", linewidth=0.8)
+        axes.set_xlabel(TITLES[name], fontsize="small")
+        axes.set_ylim(0, 1.03)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("share of planted rocks found")
+    figure.suptitle("What the context filter finds when one parameter moves (default dashed)", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demo", nargs="?", help="occurrences of the demo's models")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/detection_sensitivity.png"))
+    parser.add_argument("--worlds", type=int, default=10)
+    options = parser.parse_args()
+    lines = {}
+    with tempfile.TemporaryDirectory() as folder:
+        worlds = [make_world(seed) for seed in range(options.worlds)]
+        paths = [save_world(world, Path(folder) / f"{place}.parquet") for place, world in enumerate(worlds)]
+        files = [(path, set(world.ids["rock"].tolist()), EACH) for path, world in zip(paths, worlds, strict=True)]
+        lines["planted"] = sweep(files)
+    if options.demo:
+        _, tokenizer = load("teacher")
+        planted = set(tokenizer.convert_tokens_to_ids(list(PLANTED_ROCKS)))
+        lines["demo"] = sweep([(options.demo, planted, len(planted))])
+    for name, values in VALUES.items():
+        for kind, found in lines.items():
+            print(
+                f"{name:<9}{kind:<8}"
+                + "".join(f"{value!s:>7}={one:.2f}" for value, one in zip(values, found[name], strict=True))
+            )
+    draw(lines, options.output)
+    print(f"The plot is in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
