@@ -32,8 +32,20 @@ class World:
     ids: dict[str, np.ndarray]
 
 
-def make_world(seed: int, *, vocab: int = 400, rollouts: int = 1000, length: int = 120, window: int = 2) -> World:
-    """Return a world whose special tokens stand apart from each other, in a background of Zipf's frequencies."""
+def make_world(
+    seed: int,
+    *,
+    vocab: int = 400,
+    rollouts: int = 1000,
+    length: int = 120,
+    window: int = 2,
+    surroundings: int = SURROUNDINGS,
+    shuffled: bool = False,
+) -> World:
+    """Return a world whose special tokens stand apart from each other, in a background of Zipf's frequencies.
+
+    With `shuffled` the tokens of a recurring surrounding change places.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.permutation(vocab)
     kinds = {kind: ids[place * EACH : (place + 1) * EACH] for place, kind in enumerate(KINDS)}
@@ -55,8 +67,10 @@ def make_world(seed: int, *, vocab: int = 400, rollouts: int = 1000, length: int
             parts *= rng.uniform(0.9, 1.1) * TOTAL / parts.sum()
             kl[rows, places], kl_pre[rows, places] = parts, parts * 1.3
             if kind in ("rock", "learned"):
-                known = rng.choice(background, size=(SURROUNDINGS, len(offsets)), p=shares)
-                around = known[rng.integers(SURROUNDINGS, size=count)]
+                known = rng.choice(background, size=(surroundings, len(offsets)), p=shares)
+                around = known[rng.integers(surroundings, size=count)]
+                if shuffled:
+                    around = rng.permuted(around, axis=1)
                 other = rng.random(around.shape) < NOISE
                 around[other] = rng.choice(background, size=other.sum(), p=shares)
                 for column, offset in enumerate(offsets):

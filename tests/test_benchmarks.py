@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from trl_opd import opd_trainer
+from trl_opd.context import ContextSettings
 
-from .benchmarks import divergence_op, memory_gpu, profile_step, step_time
+from .benchmarks import detection, detection_sensitivity, divergence_op, memory_gpu, profile_step, step_time
 from .benchmarks.workload import LONGEST, MEAN_SHARE, ROCK_SHARE, ROCKS, make_rollouts, peak_bytes
+from .planted import make_world
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
 
@@ -58,3 +60,22 @@ def test_the_script_for_a_card_runs_on_tiny_shapes():
     assert memory_gpu.predicted(options, "parked")["student"] > 0
     peaks = memory_gpu.peaks_of(True, options, four_bit=True, placement="parked")
     assert peaks.keys() == set(memory_gpu.PHASES)
+
+
+def test_detection_and_the_dicts_rank_the_same_types(tmp_path):
+    detection.make_file(tmp_path / "o.parquet", 20_000, 200)
+    assert detection.by_dicts(tmp_path / "o.parquet") == detection.ours(tmp_path / "o.parquet", "aggregate")
+    seconds, _, rocks = detection.run("context", tmp_path / "o.parquet")
+    assert seconds > 0
+    assert rocks
+
+
+def test_the_sensitivity_of_detection_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detection_sensitivity, "VALUES", {"eta": (0.05, 0.9), "gamma": (0.5,)})
+    plot = tmp_path / "plot.png"
+    monkeypatch.setattr("sys.argv", ["detection_sensitivity", "--worlds", "1", "--output", str(plot)])
+    detection_sensitivity.main()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "0.05=1.00" in capsys.readouterr().out
+    shares = detection_sensitivity.shares_by_features(make_world(0, rollouts=1000), ContextSettings(), (0.5,))
+    assert shares["offsets"] == [1.0]  # a third implementation of the filter agrees

@@ -1,7 +1,9 @@
 """`trl-opd detect`: the rock set it writes, the halves, and a sentence for every file and value that cannot be."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from trl_opd import RockSet
 from trl_opd.cli import detect, main
 from trl_opd.context import ContextSettings
 from trl_opd.corpus import halves, read_selection
+from trl_opd.demo.arithmetic import PLANTED_ROCKS
 from trl_opd.occurrences import SCHEMA, Occurrences, write_occurrences
 from trl_opd.selection import select_rocks
 from trl_opd.statistics import ratio_interval
@@ -483,3 +486,21 @@ def test_a_ratio_of_one_unit_or_of_equal_units_has_no_interval():
     assert ratio_interval(np.array([1.0]), np.array([2.0]), seed=0) is None
     assert ratio_interval(np.array([1.0, 2.0]), np.array([2.0, 4.0]), seed=0) is None
     assert ratio_interval(np.array([0.0, 0.0]), np.array([0.0, 0.0]), seed=0) is None
+
+
+def test_the_commands_of_the_page_find_the_demos_rocks(tmp_path):
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "detection.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands.strip().splitlines():
+        words = shlex.split(command.replace("python examples", f"{sys.executable} {root / 'examples'}"))
+        run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+    found = RockSet.load(tmp_path / "rock_set.json")
+    planted = {rock.text for rock in found.rocks} & set(PLANTED_ROCKS)
+    assert len(planted) / len(found.rocks) >= 0.9  # precision
+    assert len(planted) / len(PLANTED_ROCKS) >= 0.9  # recall
+    assert found.controls.matched
+    assert 0.15 < found.heldout["token_share"] < 0.25
+    assert "rocks: the highest scores" in run.stdout
