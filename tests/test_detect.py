@@ -185,6 +185,9 @@ def test_the_default_cutoff_is_cut_to_the_types_and_an_explicit_one_is_not(path,
     code, printed, _ = run([tmp_path / "o.parquet", "--output", output, *NO_CONTEXT], capsys)
     assert code == 0
     assert "There are 3 token types only: --top_k 100 is cut to that." in printed
+    code, printed, _ = run([path, "--output", output, "--top_k", "399"], capsys)
+    assert code == 0
+    assert re.search(r"No more than \d+ types have a score above 0: the list is shorter than --top_k 399\.", printed)
     code, _, error = run(
         [tmp_path / "o.parquet", "--output", tmp_path / "no.json", "--top_k", "4", *NO_CONTEXT], capsys
     )
@@ -405,6 +408,7 @@ def test_metadata_that_cannot_be_is_a_sentence(metadata, message, tmp_path, caps
         (["--tau_post", "q1.5"], "--tau_post takes nats"),
         (["--tau_post", "nan"], "--tau_post takes nats"),
         (["--window", "0"], "--window must be a whole number of at least 1"),
+        (["--window", "100000000"], "--window must be a whole number of at least 1, at most 64"),
         (["--gamma", "0"], "--gamma must lie between 0 and 1 and be above 0"),
         (["--eta", "2"], "--eta must lie between 0 and 1"),
         (["--max_occurrences", "1"], "--max_occurrences must be a whole number of at least 2"),
@@ -438,6 +442,14 @@ def test_an_output_that_cannot_be_written_is_told_first_and_an_old_one_stays(pat
     assert "is a folder: name a file" in error
     assert run([path, "--output", tmp_path / "r.json", "--tau_post", "1000"], capsys)[0] == 1
     assert (tmp_path / "r.json").read_text() == "old"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(path, tmp_path):
+    command = [sys.executable, "-u", "-m", "trl_opd", "detect", path, "--output", str(tmp_path / "r.json")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 0
 
 
 def test_no_file_is_bad_usage(capsys):

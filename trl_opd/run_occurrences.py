@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import TrainerState
 
 from .occurrences import write_occurrences
@@ -64,8 +63,8 @@ class RunOccurrences:
         self._last = step
         if step % self._every:
             return
-        kept, self._kept = gather_object(self._kept), []
-        if not self._accelerator.is_main_process or not kept:
+        kept, self._kept = self._gathered(self._kept), []
+        if not self._accelerator.is_main_process:
             return
         rollout, position, token_id, kl, entropy, weight = (
             np.concatenate(column) for column in zip(*kept, strict=True)
@@ -78,6 +77,16 @@ class RunOccurrences:
         write_occurrences(
             self._folder / f"step-{step}.parquet", {name: column[order] for name, column in columns.items()}, metadata
         )
+
+    def _gathered(self, kept: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+        """Return what all processes kept. A collective."""
+        if self._accelerator.num_processes == 1:
+            return kept
+        # One table of numbers that float64 holds exactly; rows of rollout -1 fill it up to the longest process's.
+        table = np.concatenate([np.stack(columns, axis=1, dtype=np.float64) for columns in kept])
+        rows = torch.from_numpy(table).to(self._accelerator.device)
+        rows = self._accelerator.gather(self._accelerator.pad_across_processes(rows, pad_index=-1)).cpu().numpy()
+        return [list(rows[rows[:, 0] >= 0].T)]
 
     def _drop_after(self, step: int) -> None:
         """Remove the files of steps that a resumed run does again, or that an earlier run left."""

@@ -83,7 +83,7 @@ def select_rocks(
     stages = _stages(figures, order, limit, context=score == "context")
     if len(order) == 0:
         raise ValueError(_nothing_left(stages, figures[0], settings, score))
-    notes += _notes_on_samples(figures, settings, tokenizer)
+    notes += [*_notes_on_samples(figures, settings, tokenizer), *_notes_on_length(len(order), limit)]
     rocks = [_rock(int(id), values, figures[0], score) for id in order[:limit]]
     method = _method(score, limit, top_k, settings, figures, joint)
     rock_set = RockSet(rocks, known, _measure(files[0]), method, _corpus(corpora[0], figures[0]))
@@ -272,6 +272,11 @@ def _notes_of(files: Sequence[Occurrences], corpora: Sequence[Corpus]) -> list[s
                 "smaller one decides most ranks."
             )
     return notes
+
+
+def _notes_on_length(found: int, limit: int) -> list[str]:
+    short = f"No more than {found} types have a score above 0: the list is shorter than --top_k {limit}."
+    return [short] if found < limit else []
 
 
 def _notes_on_samples(figures: Sequence[TypeFigures], settings: ContextSettings, tokenizer) -> list[str]:

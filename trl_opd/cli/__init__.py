@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ntrl-opd {name}: interrupted{getattr(module, 'INTERRUPTED', '')}.", file=sys.stderr)
         return 130  # as shells have it
+    except BrokenPipeError:  # the reader has seen enough: `trl-opd detect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:  # Hub errors are OSErrors
         return _fail(name, error)
     except ImportError as error:

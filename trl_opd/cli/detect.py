@@ -32,6 +32,10 @@ example:
   trl-opd detect rollouts/occurrences.parquet --top_k auto --tokenizer student"""
 
 
+# Wider surroundings hardly differ: the farthest of these tokens counts 1 / 64 of the nearest.
+MOST_WINDOW = 64
+
+
 @dataclass
 class DetectArguments:
     """What detection takes."""
@@ -81,11 +85,11 @@ def run(argv: list[str]) -> None:
     found = select_rocks(
         given.occurrences, joint=args.joint, score=args.score, top_k=top_k, settings=settings, tokenizer=tokenizer
     )
+    found.rock_set.save(output)
     if found.sweep is not None:
         from ..report.plots import plot_sweep
 
         plot_sweep(found.sweep, sweep_path(output))
-    found.rock_set.save(output)
     print("\n".join([*lines(found), *note, *found.notes, f"The rock set is in {output}"]))
 
 
@@ -215,10 +219,10 @@ def _check(args: DetectArguments) -> None:
     """Raise `ValueError` for values that cannot be, before any file is read."""
     if args.score not in ("context", "aggregate"):
         raise ValueError(f"--score must be context or aggregate, got {args.score!r}.")
-    for name, least in (("window", 1), ("max_occurrences", 2), ("seed", 0)):
+    for name, least, most in (("window", 1, MOST_WINDOW), ("max_occurrences", 2, 2**31), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
-        if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(f"--{name} must be a whole number of at least {least}, got {value!r}.")
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"--{name} must be a whole number of at least {least}, at most {most}, got {value!r}.")
     for name in ("gamma", "eta"):
         value = getattr(args, name)
         if type(value) not in (int, float) or not 0 <= value <= 1 or (name == "gamma" and value == 0):

@@ -87,6 +87,8 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if trainer.accelerator.is_main_process:
         print(summary(trainer))
+    # A process that ends while another is at work is aborted by gloo now and then (torch 2.13).
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
