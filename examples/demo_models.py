@@ -1,4 +1,4 @@
-"""Put the demo's teacher, its untrained student and fresh prompts into a folder, for the other commands.
+"""Put the demo's teacher, its untrained student, fresh prompts and held-out problems into a folder, for other commands.
 
     python examples/demo_models.py --output_dir demo_models
 
@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from trl_opd.demo.arithmetic import draw_problems
-from trl_opd.demo.arms import MODELS
+from trl_opd.demo.arms import MODELS, eval_problems
 
 
 def main() -> None:
@@ -23,9 +23,14 @@ def main() -> None:
     for name in ("student", "teacher"):
         shutil.copytree(MODELS / name, options.output_dir / name, dirs_exist_ok=True)
     problems = draw_problems(options.num_prompts, options.seed, held_out=False)
-    lines = (json.dumps({"prompt": problem.question}) for problem in problems)
-    (options.output_dir / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"The teacher, the student before distillation and {len(problems)} prompts are in {options.output_dir}")
+    rows = {
+        "prompts": [{"prompt": problem.question} for problem in problems],
+        "problems": [{"prompt": problem.question, "answer": str(problem.answer)} for problem in eval_problems()],
+    }
+    for name, content in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (options.output_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    print(f"The teacher, the student before distillation, prompts and problems are in {options.output_dir}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
+from trl_opd import TokenSignals
 from trl_opd.cli import main
 from trl_opd.collect import Collector
 from trl_opd.occurrences import Occurrences
@@ -56,7 +57,7 @@ def read(output) -> tuple[dict, dict]:
     return tuple(pq.read_table(output / name).to_pydict() for name in ("occurrences.parquet", "prompts.parquet"))
 
 
-def divergences(student, teacher, rows: dict, prompts: dict, *, per_prompt: int) -> list[float]:
+def divergences(student, teacher, rows: dict, prompts: dict, *, per_prompt: int, temperature=1.0) -> list[float]:
     """Return the divergence of every row by the slow twin, in float64, each rollout alone."""
     found = []
     for rollout in sorted(set(rows["rollout"])):
@@ -68,7 +69,7 @@ def divergences(student, teacher, rows: dict, prompts: dict, *, per_prompt: int)
             for kind in ("ids", "mask")
         }
         with torch.no_grad():
-            values = reference.token_divergences(student, teacher, inputs, beta=1.0, temperature=1.0, vocab=300)
+            values = reference.token_divergences(student, teacher, inputs, beta=1.0, temperature=temperature, vocab=300)
         found += [value.item() for value in values[0]]
     return found
 
@@ -106,6 +107,8 @@ def test_sampled_rollouts_of_a_prompt_differ_and_greedy_ones_are_generate(world,
     rows, _ = collect(world, tmp_path / "sampled", "--num_generations", 4, "--num_prompts", 2)
     texts = {tuple(id for id, row in zip(rows["token_id"], rows["rollout"], strict=True) if row == k) for k in range(4)}
     assert len(texts) > 1
+    other, _ = collect(world, tmp_path / "other", "--num_generations", 4, "--num_prompts", 2, "--seed", 7)
+    assert other["token_id"] != rows["token_id"]
     rows, prompts = collect(world, tmp_path / "greedy", "--greedy", "--num_prompts", 3)
     student = AutoModelForCausalLM.from_pretrained(world / "student").eval()
     for rollout, prompt in enumerate(prompts["token_ids"]):
@@ -116,7 +119,11 @@ def test_sampled_rollouts_of_a_prompt_differ_and_greedy_ones_are_generate(world,
 
 
 def test_the_metadata_tells_models_tokenizer_and_numbers(world, tmp_path):
-    collect(world, tmp_path / "o", "--num_prompts", 3, "--temperature", "0.7", "--seed", 5)
+    rows, prompts = collect(world, tmp_path / "o", "--num_prompts", 3, "--temperature", "0.7", "--seed", 5)
+    expected = divergences(
+        load(world / "student"), load(world / "teacher"), rows, prompts, per_prompt=1, temperature=0.7
+    )
+    np.testing.assert_allclose(rows["kl"], expected, rtol=2e-4, atol=1e-5)
     metadata = Occurrences(tmp_path / "o" / "occurrences.parquet").metadata
     tokenizer = metadata["tokenizer"]
     assert tokenizer["fingerprint"] == fingerprint(make_tokenizer())
@@ -327,6 +334,7 @@ def test_training_writes_the_rollouts_of_every_nth_step(tmp_path, micro_batching
     rows = [
         row for step in steps(tmp_path / "every").values() for row in zip(step["token_id"], step["kl"], strict=True)
     ]
+    assert {step: steps(tmp_path / "every")[step] for step in (2, 4)} == found  # each step's own rollouts
     stats = every.token_stats
     assert len(rows) == int(stats.seen.sum())
     for id in {row[0] for row in rows}:
@@ -347,6 +355,18 @@ def test_a_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
     assert [kl is None for kl in first["kl"]] == frozen
     assert None not in second["kl"]  # a step that logs measures everything
     assert main(["detect", str(tmp_path / "occurrences" / "step-1.parquet"), "--output", str(tmp_path / "r.json")]) == 1
+
+
+def test_what_a_broken_step_left_is_not_written(tmp_path):
+    settings = {"save_occurrences": 1, "max_steps": 1}
+    trainer = build(tmp_path / "whole", **settings)
+    trainer.train()
+    trainer = build(tmp_path / "broken", **settings)
+    inputs = {"positions": torch.tensor([0]), "completion_ids": torch.tensor([[7]]), "rollout": torch.tensor([3])}
+    signals = TokenSignals(torch.tensor([7]), torch.ones(1), torch.ones(1), torch.ones(1))
+    trainer._occurrences.add(inputs, signals, TrainerState(global_step=5))
+    trainer.train()
+    assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
 
 
 def test_files_after_the_checkpoint_are_dropped_on_resume(tmp_path):

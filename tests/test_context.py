@@ -85,12 +85,18 @@ def test_a_window_ends_with_the_completion_and_at_a_gap():
     corpus = make_corpus(
         [
             {"rollout": rollout, "position": position, "token_id": id, "kl": 1.0}
-            for rollout, position, id in [(0, 0, 5), (0, 1, 6), (0, 2, 7), (1, 0, 8), (1, 1, 9), (1, 3, 4)]
+            for rollout, position, id in [(0, 0, 5), (0, 1, 6), (0, 2, 7), (1, 0, 8), (1, 1, 9), (1, 3, 4), (2, 4, 3)]
         ]
     )
-    found = corpus.windows(np.array([1, 2, 3, 4]), 2)  # columns: -1, -2, 1, 2
+    found = corpus.windows(np.array([1, 2, 3, 4, 5]), 2)  # columns: -1, -2, 1, 2
     none = NO_TOKEN
-    assert found.tolist() == [[5, none, 7, none], [6, 5, none, none], [none, none, 9, none], [8, none, none, none]]
+    assert found.tolist() == [
+        [5, none, 7, none],
+        [6, 5, none, none],
+        [none, none, 9, none],
+        [8, none, none, none],
+        [none, none, none, none],
+    ]
 
 
 def test_an_occurrence_alone_is_no_rock_and_an_empty_window_is_similar_to_nothing():
@@ -131,6 +137,17 @@ def test_of_a_type_with_too_many_occurrences_a_seeded_sample_is_compared_and_sca
     exact = measure_types(corpus, ContextSettings(tau_post=0.5), vocab)
     assert len(exact.sampled) == 0
     assert exact.ccr[1] == 0.75
+
+
+def test_a_sample_holds_no_occurrence_twice():
+    alone = [  # in surroundings of its own each; twice in a sample it would be like itself
+        {"rollout": rollout, "position": place, "token_id": id, "kl": float(id == 1)}
+        for rollout in range(60)
+        for place, id in enumerate((10 + 2 * rollout, 1, 11 + 2 * rollout))
+    ]
+    found = measure_types(make_corpus(alone), ContextSettings(tau_post=0.5, max_occurrences=50), 200)
+    assert found.sampled.tolist() == [1]
+    assert found.ccr[1] == 0.0
 
 
 def test_the_sample_of_a_type_does_not_depend_on_other_types():
@@ -213,6 +230,8 @@ def test_count_times_mean_divergence_gives_the_authors_order_and_scores(tmp_path
 
 def test_ranks_go_by_score_and_ties_by_id_and_zero_is_no_rank():
     assert ranked(np.array([0.0, 2.0, 3.0, 2.0, -1.0])).tolist() == [2, 1, 3]
+    many = np.where(np.arange(5000) % 3, 1.0, 2.0)
+    assert ranked(many).tolist() == [*range(0, 5000, 3), *(id for id in range(5000) if id % 3)]
     assert jaccard(np.array([1, 2, 3]), np.array([2, 3, 4])) == 0.5
     assert jaccard(np.array([]), np.array([])) == 0.0
 
@@ -249,6 +268,13 @@ def test_the_sweep_takes_the_largest_cutoff_up_to_which_disjoint_draws_agree():
     assert found == sweep_cutoffs([corpus], total, seed=0)
 
 
+def test_a_part_of_a_corpus_keeps_its_order():
+    part = steep_world(300, 9, length=3).take(np.array([7, 2]))
+    assert part.rollout.tolist() == [2, 2, 2, 7, 7, 7]
+    assert part.position.tolist() == [0, 1, 2, 0, 1, 2]
+    assert part.rollouts == 2
+
+
 def test_draws_are_disjoint_and_of_rollouts(monkeypatch):
     corpus = steep_world(300, 240)
     seen = []
@@ -257,7 +283,7 @@ def test_draws_are_disjoint_and_of_rollouts(monkeypatch):
         seen.append(set(corpora[0].rollout.tolist()))
         return total(corpora)
 
-    sweep_cutoffs([corpus], spy, seed=1)
+    assert list(sweep_cutoffs([corpus], spy, seed=1).stability) == [50, 100]
     pairs = list(zip(seen[::2], seen[1::2], strict=False))[: 2 * 10]
     assert {len(one) for one, _ in pairs} == {50, 100}  # 200 and 200 others are more than there are
     assert all(not one & other for one, other in pairs)

@@ -17,7 +17,7 @@ from trl_opd import RockSet
 from trl_opd.cli import detect, main
 from trl_opd.context import ContextSettings
 from trl_opd.corpus import halves, read_selection
-from trl_opd.demo.arithmetic import PLANTED_ROCKS
+from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
 from trl_opd.occurrences import SCHEMA, Occurrences, write_occurrences
 from trl_opd.selection import select_rocks
 from trl_opd.statistics import ratio_interval
@@ -144,6 +144,22 @@ def test_the_joint_score_is_the_smaller_of_two(tmp_path):
     assert [(rock.id, rock.score) for rock in found.rocks] == [(6, 3.0), (5, 2.0), (4, 1.0)]
     assert [rock.mean_kl for rock in found.rocks] == [2.0, 1.0, 3.0]  # of the first file
     assert found.method["joint"] == "b"
+
+
+def test_two_files_of_unlike_size_or_tokenizer_are_noted_or_refused(tmp_path, capsys):
+    def write(name, rows, print_):
+        section = {"name": None, "vocab_size": 3, "fingerprint": print_}
+        write_occurrences(tmp_path / name, columns(rows), {"tokenizer": section})
+        return tmp_path / name
+
+    files = write("a", 8, "sha256:1"), write("b", 16, "sha256:1"), write("c", 8, "sha256:2")
+    assert any(
+        "differ in size (4 and 8 tokens)" in note
+        for note in select_rocks(files[0], joint=files[1], score="aggregate").notes
+    )
+    code, _, error = run([files[0], "--joint", files[2], "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
+    assert code == 1
+    assert "were collected with different tokenizers" in error
 
 
 def test_the_joint_context_score_is_the_smaller_of_two(worlds_of_two):
@@ -500,19 +516,35 @@ def test_a_ratio_of_one_unit_or_of_equal_units_has_no_interval():
     assert ratio_interval(np.array([0.0, 0.0]), np.array([0.0, 0.0]), seed=0) is None
 
 
-def test_the_commands_of_the_page_find_the_demos_rocks(tmp_path):
+def test_a_ratio_is_resampled_by_units_that_keep_part_and_whole_together():
+    wholes = np.geomspace(1, 1000, 200)
+    parts = wholes * np.where(np.arange(200) % 2, 0.45, 0.55)  # of very unlike sizes, and all near one half
+    low, high = ratio_interval(parts, wholes, seed=0)
+    assert 0.48 < low < high < 0.52
+
+
+def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
     root = Path(__file__).parents[1]
-    page = (root / "docs" / "detection.md").read_text()
-    commands = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in commands.strip().splitlines():
-        words = shlex.split(command.replace("python examples", f"{sys.executable} {root / 'examples'}"))
-        run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
+    printed = []
+    for page in ("detection", "evidence"):
+        text = (root / "docs" / f"{page}.md").read_text()
+        commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+        for command in commands.strip().splitlines():
+            words = shlex.split(command.replace("python examples", f"{sys.executable} {root / 'examples'}"))
+            run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr[-3000:]
+            printed.append(run.stdout)
     found = RockSet.load(tmp_path / "rock_set.json")
     planted = {rock.text for rock in found.rocks} & set(PLANTED_ROCKS)
     assert len(planted) / len(found.rocks) >= 0.9  # precision
     assert len(planted) / len(PLANTED_ROCKS) >= 0.9  # recall
     assert found.controls.matched
     assert 0.15 < found.heldout["token_share"] < 0.25
-    assert "rocks: the highest scores" in run.stdout
+    assert "rocks: the highest scores" in printed[3]
+    result = json.loads((tmp_path / "knockout.json").read_text())
+    labels = {arm["texts"][0]: arm["label"] for arm in result["arms"] if len(arm["ids"]) == 1}
+    assert {labels[token] for token in PLANTED_PILLARS} == {"pillar"}
+    assert {labels[token] for token in planted} == {"neutral"}
+    assert result["decoded_tokens"] <= result["naive_tokens"] / 5
+    assert {rock.role for rock in RockSet.load(tmp_path / "knockout_roles.json").rocks} == {"neutral"}

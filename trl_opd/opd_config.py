@@ -38,6 +38,8 @@ class OPDConfig(DistillationConfig):
             Weight of the chosen positions, in [0, 1]: `0.0` freezes them, `1.0` changes nothing.
         rock_window (`int`, *optional*, defaults to `0`):
             Positions on each side of a rock (or control), within the completion, that get the same weight.
+        rock_exclude_pillars (`bool`, *optional*, defaults to `False`):
+            Whether to leave alone the rocks that `trl-opd probe` found to be pillars (role "pillar" in `rock_set`).
         weight_normalization (`str`, *optional*, defaults to `"tokens"`):
             What the weighted sum is divided by: `"tokens"` (all positions of the loss mask, as TRL: freezing some
             leaves the gradient of the others as it was) or `"weights"` (the sum of the weights: the others' gradient
@@ -112,6 +114,10 @@ class OPDConfig(DistillationConfig):
     rock_window: int = field(
         default=0,
         metadata={"help": "Positions on each side of a rock that get the same weight."},
+    )
+    rock_exclude_pillars: bool = field(
+        default=False,
+        metadata={"help": "Leave alone the rocks that `trl-opd probe` found to be pillars."},
     )
     weight_normalization: str = field(
         default="tokens",

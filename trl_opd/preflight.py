@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import warnings
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from .opd_config import OPDConfig
 from .rock_set import RockSet
 
+logger = logging.getLogger(__name__)
 # Two unrelated distributions over 150 000 tokens differ by about 12 nats; a teacher of the same family by 0.1 to 2.
 FIRST_STEP_LIMIT = 10.0
 
@@ -134,6 +137,8 @@ def load_rock_set(args: OPDConfig) -> RockSet | None:
     if args.rock_set is None:
         return None
     rock_set = RockSet.load(args.rock_set)
+    if args.rock_exclude_pillars:
+        rock_set = _without_pillars(rock_set, args)
     if args.token_weighting == "control" and (rock_set.controls is None or not rock_set.controls.matched):
         raise ValueError(
             f"token_weighting='control' needs controls that match the rocks' token mass, and {args.rock_set} has none: "
@@ -145,6 +150,17 @@ def load_rock_set(args: OPDConfig) -> RockSet | None:
             "token_weighting='random' cannot draw that share of the positions."
         )
     return rock_set
+
+
+def _without_pillars(rock_set: RockSet, args: OPDConfig) -> RockSet:
+    if all(rock.role is None for rock in rock_set.rocks):
+        raise ValueError(
+            f"rock_exclude_pillars needs the roles of a probe, and {args.rock_set} has none: take the copy that "
+            "`trl-opd probe` writes."
+        )
+    rocks = [rock for rock in rock_set.rocks if rock.role != "pillar"]
+    logger.warning("rock_exclude_pillars spares %d of %d rocks.", len(rock_set.rocks) - len(rocks), len(rock_set.rocks))
+    return dataclasses.replace(rock_set, rocks=rocks)
 
 
 def warn_of_float32(device: torch.device, student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .counters import hashed
+
 
 def token_weights(
     token_ids: torch.Tensor,
@@ -77,9 +79,7 @@ def random_weights(
     """
     batch, places = mask.shape
     rollout = torch.arange(first_rollout, first_rollout + batch, device=mask.device)[:, None]
-    key = _mix(torch.full_like(rollout, seed))  # mixed alone: seed 0 in step 1 is not seed 1 in step 0
-    for counter in (torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None]):
-        key = _mix(key + counter)
+    key = hashed(seed, torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None])
     uniform = (key & 0xFFFFFF).float() / 2**24
     return _weights((uniform < share) & mask.bool(), rock_weight, mask)
 
@@ -98,19 +98,3 @@ def _look_up(token_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _weights(chosen: torch.Tensor, rock_weight: float, mask: torch.Tensor | None) -> torch.Tensor:
     weights = torch.ones(chosen.shape, dtype=torch.float32, device=chosen.device).masked_fill(chosen, rock_weight)
     return weights if mask is None else weights.masked_fill(~mask.bool(), 0.0)
-
-
-def _mix(key: torch.Tensor) -> torch.Tensor:
-    """Return the SplitMix64 finaliser of int64 keys (Steele, Lea and Flood 2014); int64 arithmetic wraps."""
-    key = key + _int64(0x9E3779B97F4A7C15)
-    key = (key ^ _shift(key, 30)) * _int64(0xBF58476D1CE4E5B9)
-    key = (key ^ _shift(key, 27)) * _int64(0x94D049BB133111EB)
-    return key ^ _shift(key, 31)
-
-
-def _shift(key: torch.Tensor, bits: int) -> torch.Tensor:
-    return (key >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift keeps the sign: the mask makes it a logical one
-
-
-def _int64(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word

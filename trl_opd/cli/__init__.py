@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("demo", "distil tiny models on this machine, find their rock tokens, and freeze them"),
     "detect": ("detect", "find the tokens that did not converge, in rollouts that were collected"),
     "fit": ("fit", "predict whether a distillation fits on a card, from two configurations"),
+    "probe": ("probe", "forbid tokens while decoding, and see whether it matters"),
     "train": ("train", "distil a teacher into a student, on the student's own rollouts"),
 }
 

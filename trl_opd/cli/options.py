@@ -6,6 +6,7 @@ OPD_OPTIONS = {
     "rock_set": ("none", "path or Hub repository of a rock set; required unless uniform"),
     "rock_weight": ("0.0", "weight of the chosen positions, in [0, 1]: 0 freezes them, 1 changes nothing"),
     "rock_window": ("0", "positions on each side of a rock that get the same weight"),
+    "rock_exclude_pillars": ("false", "leave alone the rocks that `trl-opd probe` found to be pillars"),
     "weight_normalization": ("tokens", "divide by all tokens of the loss (as TRL), or by the sum of the weights"),
     "num_generations": ("1", "rollouts per prompt; divides the number of rollouts of an optimizer step"),
     "mask_truncated_completions": ("false", "leave rollouts that were cut at the length limit out of the loss"),

@@ -132,9 +132,13 @@ def worked_answer(problem: Problem, marks: list[str]) -> str:
 
 def is_right(problem: Problem, completion: str) -> bool:
     """Return whether the number after the first answer mark of a completion is the sum."""
-    _, _, last = completion.partition(ANSWER)
-    digits = re.match(r"[\s\d]*", last)[0]
-    return "".join(digits.split()) == str(problem.answer)
+    return solved([completion], [str(problem.answer)]) == [1.0]
+
+
+def solved(completions: list[str], answer: list[str], **_) -> list[float]:
+    """Return 1 where the number after the first answer mark of a completion is the answer: a reward as TRL has them."""
+    found = (re.match(r"[\s\d]*", completion.partition(ANSWER)[2])[0] for completion in completions)
+    return [float("".join(digits.split()) == one) for digits, one in zip(found, answer, strict=True)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,6 +12,14 @@ from ..cutoff import LEAST_JACCARD, Sweep
 from ..files import complete_file
 
 ARM_COLOURS = {"uniform": "#0072B2", "rock": "#D55E00", "control": "#009E73", "random": "#CC79A7"}
+KIND_STYLES = {
+    "rock": ("#D55E00", "s"),
+    "rocks": ("#D55E00", "D"),
+    "control": ("#009E73", "^"),
+    "controls": ("#009E73", "v"),
+    "other": ("#0072B2", "o"),
+}
+MOST_ROWS = 60  # of a forest plot
 ARM_MARKERS = {"uniform": "o", "rock": "s", "control": "^", "random": "D"}
 
 
@@ -79,6 +87,38 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike) -> None:
         axes.axvline(sweep.top_k, color="grey", linestyle=":", label=f"chosen: K = {sweep.top_k}")
     axes.set_ylim(0.0, 1.02)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="x-small")
+    _save(figure, path)
+
+
+def plot_forest(result: dict, path: str | os.PathLike) -> None:
+    """Draw the effects of forbidding tokens with their intervals, the largest at the ends.
+
+    Args:
+        result (`dict`): Result of the probe.
+        path (`str` or `os.PathLike`): The PNG file.
+    """
+    arms = [arm for arm in result["arms"] if arm["ci95"] is not None]
+    arms = arms if len(arms) <= MOST_ROWS else [*arms[: MOST_ROWS // 2], *arms[-MOST_ROWS // 2 :]]
+    figure, axes = _figure(
+        "What forbidding a token does to the reward",
+        f"difference of the mean reward, {result['problems']} problems",
+        "",
+    )
+    figure.set_figheight(1.6 + 0.22 * max(len(arms), 4))
+    for place, arm in enumerate(reversed(arms)):
+        colour, marker = KIND_STYLES[arm["kind"]]
+        low, high = arm["ci95"]
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.2)
+        axes.plot(arm["effect"], place, marker, color=colour, markersize=5)
+    names = [ascii("".join(arm["texts"])) if len(arm["ids"]) == 1 else f"all {arm['kind']}" for arm in reversed(arms)]
+    axes.set_yticks(range(len(arms)), names, fontsize="x-small")
+    axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.set_ylim(-1, len(arms))
+    for kind in sorted({arm["kind"] for arm in arms}):
+        colour, marker = KIND_STYLES[kind]
+        axes.plot([], [], marker, color=colour, label=kind)
+    if arms:
+        axes.legend(frameon=False, fontsize="x-small")
     _save(figure, path)
 
 

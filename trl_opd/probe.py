@@ -1,0 +1,236 @@
+"""The causal probe: forbid a token at every step of decoding and see what that does to the rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .evidence import (
+    Effect,
+    benjamini_hochberg,
+    correlation,
+    effect_of,
+    holm,
+    label,
+    minimal_effect,
+    rocks_against_controls,
+)
+from .knockout import Job, Sampling, baseline_jobs, decode, knockout_jobs
+from .rewards import reward_completions
+from .statistics import accuracy_interval
+
+FORMAT, VERSION = "trl_opd.knockout", 1
+BASELINE, ROCKS, CONTROLS = "baseline", "rocks", "controls"
+
+
+class Probe:
+    """Decodes the arms of a probe, resumes what was decoded before, and rewards them.
+
+    Args:
+        model (`transformers.PreTrainedModel`): The student, in eval mode.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        rows (`Sequence[Mapping]`): Problems with a `prompt` and whatever the reward takes.
+        reward (`Callable`): With TRL's signature.
+        sampling (`Sampling`): How to decode.
+        journal (`Path`): Completions as they come; an interrupted probe goes on from them.
+        settings (`dict`): What makes the completions what they are.
+
+    Attributes:
+        decoded (`int`): Tokens that were decoded, those of an interrupted probe included.
+        baseline (`list[list[int]]`): Completions with nothing forbidden.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Mapping[str, Any]],
+        reward: Callable,
+        sampling: Sampling,
+        *,
+        journal: Path,
+        settings: dict[str, Any],
+    ):
+        self._model, self._tokenizer, self._rows, self._reward = model, tokenizer, rows, reward
+        self._sampling, self._journal = sampling, journal
+        self._prompts = [tokenize(row["prompt"], tokenizer) for row in rows]
+        own = model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own]
+        self._eos = sorted({id for id in (*own, tokenizer.eos_token_id) if id is not None})
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos[0]
+        self._known = self._read(settings)
+        self.decoded = 0
+        found = self._complete(baseline_jobs(self._prompts, sampling), "baseline")
+        self.baseline = [found[BASELINE, problem] for problem in range(len(rows))]
+
+    def rewards_of(self, arms: Mapping[str, frozenset[int]]) -> dict[str, list[float]]:
+        """Return the rewards of all problems for each arm, and for the baseline."""
+        jobs = knockout_jobs(self._prompts, self.baseline, arms, self._sampling)
+        found = self._complete(jobs, "knockouts")
+        base = self._reward_all(dict(enumerate(self.baseline)))
+        rewards = {BASELINE: [base[problem] for problem in range(len(self._rows))]}
+        for arm in arms:
+            changed = {job.problem: found[arm, job.problem] for job in jobs if job.arm == arm}
+            new = self._reward_all({p: ids for p, ids in changed.items() if ids != self.baseline[p]})
+            rewards[arm] = [new.get(problem, value) for problem, value in enumerate(rewards[BASELINE])]
+        return rewards
+
+    def naive_tokens(self, arms: Mapping[str, frozenset[int]]) -> int:
+        """Return how many tokens the arms would take from scratch, after `rewards_of`."""
+        lengths = [len(ids) for ids in self.baseline]
+        total = sum(lengths)
+        for arm in arms:
+            total += sum(len(self._known.get((arm, p), self.baseline[p])) for p in range(len(lengths)))
+        return total
+
+    def close(self) -> None:
+        """Forget the journal: the probe is complete."""
+        self._journal.unlink(missing_ok=True)
+
+    def _reward_all(self, completions: Mapping[int, list[int]]) -> dict[int, float]:
+        problems = list(completions)
+        texts = [self._tokenizer.decode(completions[problem], skip_special_tokens=True) for problem in problems]
+        rows = [self._rows[problem] for problem in problems]
+        return dict(zip(problems, reward_completions(self._reward, rows, texts, problems), strict=True))
+
+    def _complete(self, jobs: Sequence[Job], what: str) -> dict[tuple[str, int], list[int]]:
+        missing = [job for job in jobs if (job.arm, job.problem) not in self._known]
+        self.decoded += sum(
+            len(self._known[job.arm, job.problem]) - len(job.prefix)
+            for job in jobs
+            if (job.arm, job.problem) in self._known
+        )
+        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="completion", desc=what) as bar:
+            for batch in decode(self._model, missing, self._sampling, pad_id=self._pad, eos_ids=self._eos):
+                lines = []
+                for job, ids in batch:
+                    self._known[job.arm, job.problem] = ids
+                    self.decoded += len(ids) - len(job.prefix)
+                    lines.append(json.dumps([job.arm, job.problem, ids]) + "\n")
+                with self._journal.open("a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+                bar.update(len(batch))
+        return {(job.arm, job.problem): self._known[job.arm, job.problem] for job in jobs}
+
+    def _read(self, settings: dict[str, Any]) -> dict[tuple[str, int], list[int]]:
+        """Return the completions of the journal, or begin one."""
+        if not self._journal.is_file():
+            self._journal.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            return {}
+        lines = self._journal.read_text(encoding="utf-8").split("\n")
+        if lines[0] != json.dumps(settings):
+            raise ValueError(
+                f"{self._journal} is of an interrupted probe with other settings: finish that one, or remove the file."
+            )
+        known = {}
+        for line in lines[1:-1]:  # what follows the last line break was cut while it was written
+            arm, problem, ids = json.loads(line)
+            known[arm, problem] = ids
+        with self._journal.open("w", encoding="utf-8") as file:
+            file.write("\n".join(lines[:-1]) + "\n")
+        return known
+
+
+def tokenize(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the token ids of a prompt, a text or a conversation, as TRL's trainers do."""
+    if isinstance(prompt, str):
+        return tuple(tokenizer(prompt)["input_ids"])
+    found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(found["input_ids"])
+
+
+def arms_of(
+    rocks: Sequence[int], controls: Sequence[int], candidates: Sequence[int]
+) -> dict[str, tuple[str, frozenset[int]]]:
+    """Return the arms of a probe: name -> kind and forbidden ids.
+
+    Args:
+        rocks (`Sequence[int]`): Rocks that are candidates.
+        controls (`Sequence[int]`): Their mass-matched controls.
+        candidates (`Sequence[int]`): Every single token to forbid; rocks and controls among them keep their kind.
+    """
+    kinds = dict.fromkeys(candidates, "other") | dict.fromkeys(controls, "control") | dict.fromkeys(rocks, "rock")
+    arms = {f"token {id}": (kind, frozenset([id])) for id, kind in kinds.items()}
+    for name, ids in ((ROCKS, rocks), (CONTROLS, controls)):
+        if len(ids) > 1:
+            arms[name] = (name, frozenset(ids))
+    return arms
+
+
+def evaluate(
+    arms: Mapping[str, tuple[str, frozenset[int]]],
+    rewards: Mapping[str, list[float]],
+    figures: Mapping[str, Mapping[int, float]],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the effects of all arms, corrected over the single tokens, and what they say together.
+
+    Args:
+        arms (`Mapping`): Kind and forbidden ids of each.
+        rewards (`Mapping`): Of all problems, for each arm and the baseline.
+        figures (`Mapping`): What is known of the tokens, by name and id, that effects are correlated with.
+        seed (`int`): Of resamples and draws.
+    """
+    baseline = rewards[BASELINE]
+    effects = {arm: effect_of(rewards[arm], baseline, seed=seed) for arm in arms}
+    single = [arm for arm, (kind, _) in arms.items() if kind not in (ROCKS, CONTROLS)]
+    p = [effects[arm].p for arm in single]
+    adjusted = {arm: (float(b), float(h)) for arm, b, h in zip(single, benjamini_hochberg(p), holm(p), strict=True)}
+    found = [
+        {"arm": arm, "kind": arms[arm][0], "ids": sorted(arms[arm][1]), **_figures(effect, adjusted.get(arm))}
+        for arm, effect in effects.items()
+    ]
+    discordance = float(np.mean([_discordance(effects[arm], len(baseline)) for arm in single])) if single else 0.0
+    groups = [[effects[arm].estimate for arm in single if arms[arm][0] == kind] for kind in ("rock", "control")]
+    binary = set(baseline) <= {0.0, 1.0}
+    return {
+        "problems": len(baseline),
+        "baseline": {
+            "reward": float(np.mean(baseline)),
+            "ci95": list(accuracy_interval([value == 1.0 for value in baseline])) if binary else None,
+        },
+        "rocks_against_controls": {
+            "p": rocks_against_controls(*groups),
+            "rocks": len(groups[0]),
+            "controls": len(groups[1]),
+        },
+        "correlations": {
+            name: correlation(
+                [effects[arm].estimate for arm in single], [known.get(min(arms[arm][1])) for arm in single]
+            )
+            for name, known in figures.items()
+        },
+        "discordance": discordance,
+        "minimal_effect": minimal_effect(len(baseline), len(single), discordance),
+        "arms": sorted(found, key=lambda arm: arm["effect"]),
+    }
+
+
+def _discordance(effect: Effect, problems: int) -> float:
+    return (effect.better + effect.worse) / problems
+
+
+def _figures(effect: Effect, adjusted: tuple[float, float] | None) -> dict[str, Any]:
+    """Return an effect's figures; corrected p values and labels are of single tokens."""
+    figures = {
+        "effect": effect.estimate,
+        "ci95": None if effect.ci95 is None else list(effect.ci95),
+        "better": effect.better,
+        "worse": effect.worse,
+        "p": effect.p,
+    }
+    if adjusted is None:
+        return figures | dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
+    return figures | {
+        "p_bh": adjusted[0],
+        "p_holm": adjusted[1],
+        "label": label(effect.estimate, adjusted[0]),
+        "label_as_published": label(effect.estimate, effect.p_bootstrap),
+    }
