@@ -24,7 +24,7 @@ from trl_opd.vocabulary import fingerprint
 from . import reference
 from .test_models import save
 from .test_opd_trainer import build
-from .tiny import PROMPTS, make_model, make_tokenizer
+from .tiny import AS_TRL, PROMPTS, make_model, make_tokenizer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
 CPU = ["--use_cpu", "--bf16", "false", "--max_completion_length", "10", "--report_to", "none"]
@@ -386,6 +386,11 @@ def test_occurrences_of_another_divergence_are_refused(tmp_path):
         build(tmp_path, save_occurrences=1, beta=0.5)
     with pytest.raises(ValueError, match="save_occurrences must be a whole number of at least 1"):
         build(tmp_path, save_occurrences=0)
+
+
+def test_occurrences_need_no_statistics(tmp_path):
+    build(tmp_path, **AS_TRL, save_occurrences=2).train()
+    assert list(steps(tmp_path)) == [2]
 
 
 def test_saving_occurrences_changes_no_step(tmp_path):

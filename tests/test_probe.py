@@ -171,6 +171,30 @@ def test_an_interrupted_probe_goes_on_and_ends_alike(world, tmp_path, monkeypatc
     assert json.loads((tmp_path / "k.json").read_text()) == whole
 
 
+def test_in_half_precision_the_share_that_a_batch_changes_is_told(world, tmp_path, capsys):
+    assert main(arguments(world, tmp_path, "--dtype", "bfloat16")) == 0
+    share = json.loads((tmp_path / "k.json").read_text())["unstable_share"]
+    assert 0.0 <= share <= 1.0
+    assert f"In this precision {share:.0%} of up to 64 completions change" in capsys.readouterr().out
+    probe = make_probe(world, tmp_path / "journal", even)
+    assert probe.unstable_share() == 0.0  # float32
+    probe.baseline[3] = [1]
+    assert probe.unstable_share() == 1 / len(PROMPTS)
+
+
+def test_the_entropy_of_a_token_is_that_of_the_distributions_that_chose_it(world, tmp_path):
+    probe = make_probe(world, tmp_path / "journal", even)
+    model, expected = AutoModelForCausalLM.from_pretrained(world / "student").double().eval(), {}
+    for prompt, completion in zip(PROMPTS, probe.baseline, strict=True):
+        prefix = make_tokenizer()(prompt).input_ids
+        for id in completion:
+            with torch.no_grad():
+                p = model(input_ids=torch.tensor([prefix])).logits[0, -1].softmax(-1)
+            expected.setdefault(id, []).append(-(p * p.log()).sum().item())
+            prefix = [*prefix, id]
+    assert probe.entropies() == pytest.approx({id: sum(v) / len(v) for id, v in expected.items()}, rel=1e-4)
+
+
 def test_arms_are_single_tokens_and_all_together():
     found = arms_of([1, 2], [3, 4], [1, 2, 3, 4, 5])
     assert [(arm, kind) for arm, (kind, _) in found.items()] == [

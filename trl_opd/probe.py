@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ from .rewards import reward_completions
 from .statistics import accuracy_interval
 
 FORMAT, VERSION = "trl_opd.knockout", 1
+UNSTABLE_PROBLEMS = 64
 BASELINE, ROCKS, CONTROLS = "baseline", "rocks", "controls"
 
 
@@ -88,6 +91,30 @@ class Probe:
         for arm in arms:
             total += sum(len(self._known.get((arm, p), self.baseline[p])) for p in range(len(lengths)))
         return total
+
+    def unstable_share(self) -> float:
+        """Return the share of the first 64 problems whose completion is another one when decoded alone.
+
+        In half precision the shape of a batch moves logits, so suffixes are not exactly those of whole completions.
+        """
+        jobs = baseline_jobs(self._prompts[:UNSTABLE_PROBLEMS], self._sampling)
+        alone = replace(self._sampling, batch_size=1)
+        batches = decode(self._model, jobs, alone, pad_id=self._pad, eos_ids=self._eos)
+        return float(np.mean([ids != self.baseline[job.problem] for batch in batches for job, ids in batch]))
+
+    @torch.no_grad()
+    def entropies(self) -> dict[int, float]:
+        """Return the student's mean entropy where it chose each token of the baseline, nats, at temperature 1."""
+        found: dict[int, list[float]] = {}
+        device = self._model.get_input_embeddings().weight.device
+        pairs = list(zip(self._prompts, self.baseline, strict=True))
+        for prompt, completion in tqdm(pairs, unit="completion", desc="entropy", leave=False):
+            ids = torch.tensor([[*prompt, *completion[:-1]]], device=device)
+            logits = self._model(input_ids=ids, logits_to_keep=len(completion)).logits[0, -len(completion) :]
+            logs = logits.float().log_softmax(-1)
+            for id, entropy in zip(completion, (-(logs.exp() * logs).sum(-1)).tolist(), strict=True):
+                found.setdefault(id, []).append(entropy)
+        return {id: sum(values) / len(values) for id, values in found.items()}
 
     def close(self) -> None:
         """Forget the journal: the probe is complete."""

@@ -108,9 +108,11 @@ def run(argv: list[str]) -> None:
     ids = {arm: forbidden for arm, (_, forbidden) in arms.items()}
     rewards = probe.rewards_of(ids)
     result = {"format": FORMAT, "version": VERSION, "settings": asdict(args)}
-    result |= evaluate(arms, rewards, _figures(rock_set, probe.baseline), seed=args.seed)
+    result |= evaluate(arms, rewards, _figures(rock_set, probe), seed=args.seed)
     result |= {"exact_reuse": _sampling(args).reuses, "decoded_tokens": probe.decoded}
     result["naive_tokens"] = probe.naive_tokens(ids)
+    exact = args.dtype == "float32" and not args.load_in_4bit
+    result["unstable_share"] = None if exact else probe.unstable_share()
     for arm in result["arms"]:
         arm["texts"] = [tokenizer.decode([id]) for id in arm["ids"]]
     with complete_file(output) as part:
@@ -229,11 +231,12 @@ def _candidates(args: ProbeArguments, rock_set, baseline: list[list[int]]) -> tu
     return rocks, controls, singles
 
 
-def _figures(rock_set, baseline: list[list[int]]) -> dict[str, dict[int, float]]:
-    """Return what is known of tokens: the logarithm of their count in the baseline, and the rocks' mean divergence."""
-    counts = Counter(id for ids in baseline for id in ids)
+def _figures(rock_set, probe) -> dict[str, dict[int, float]]:
+    """Return what is known of tokens: entropy and log count in the baseline, and the rocks' mean divergence."""
+    counts = Counter(id for ids in probe.baseline for id in ids)
     rocks = [] if rock_set is None else rock_set.rocks
     return {
+        "entropy": probe.entropies(),
         "log_count": {id: math.log(count) for id, count in counts.items()},
         "mean_kl": {rock.id: rock.mean_kl for rock in rocks},
     }

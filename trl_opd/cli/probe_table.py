@@ -30,7 +30,7 @@ def lines(result: dict) -> list[str]:
     tests = sum(arm["label"] is not None for arm in result["arms"])
     for name, found in result["correlations"].items():
         if found is not None:
-            what = {"log_count": "log count", "mean_kl": "mean KL"}[name]
+            what = {"log_count": "log count", "mean_kl": "mean KL", "entropy": "entropy"}[name]
             text.append(
                 f"Effect and {what}: Spearman's rho {found['rho']:+.2f}, p = {found['p']:.2g}, {found['n']} tokens."
             )
@@ -40,6 +40,7 @@ def lines(result: dict) -> list[str]:
         f"Found with power 0.8: effects of at least {result['minimal_effect']:.3f} (discordance "
         f"{result['discordance']:.3f} in the mean); smaller ones may be there unseen.",
         *_too_few(result, tests),
+        *_unstable(result),
         f"Decoded {result['decoded_tokens']} tokens of {result['naive_tokens']} from scratch"
         + ("." if result["exact_reuse"] else ": top_p, top_k and min_p allow no reuse."),
     ]
@@ -54,6 +55,16 @@ def _too_few(result: dict, tests: int) -> list[str]:
         return []
     needed = problems_for(asked, tests, result["discordance"])
     return [f"For an effect of {asked} there are too few problems: {result['problems']}, and about {needed} would do."]
+
+
+def _unstable(result: dict) -> list[str]:
+    share = result["unstable_share"]
+    if share is None:
+        return []
+    return [
+        f"In this precision {share:.0%} of up to 64 completions change with the shape of the batch alone: small "
+        "effects may be that. --dtype float32 is exact."
+    ]
 
 
 def _number(value: float | None) -> str:
