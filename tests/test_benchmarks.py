@@ -9,8 +9,16 @@ import torch
 from trl_opd import opd_trainer
 from trl_opd.context import ContextSettings
 
-from .benchmarks import detection, detection_sensitivity, divergence_op, memory_gpu, profile_step, step_time
-from .benchmarks.workload import LONGEST, MEAN_SHARE, ROCK_SHARE, ROCKS, make_rollouts, peak_bytes
+from .benchmarks import (
+    detection,
+    detection_sensitivity,
+    divergence_op,
+    gradients_memory,
+    memory_gpu,
+    profile_step,
+    step_time,
+)
+from .benchmarks.workload import LONGEST, MEAN_SHARE, ROCK_SHARE, ROCKS, host_peak_bytes, make_rollouts, peak_bytes
 from .planted import make_world
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
@@ -79,3 +87,8 @@ def test_the_sensitivity_of_detection_is_drawn(tmp_path, monkeypatch, capsys):
     assert "0.05=1.00" in capsys.readouterr().out
     shares = detection_sensitivity.shares_by_features(make_world(0, rollouts=1000), ContextSettings(), (0.5,))
     assert shares["offsets"] == [1.0]  # a third implementation of the filter agrees
+
+
+def test_the_memory_of_the_gradients_is_two_vectors_for_each_type():
+    sizes = [host_peak_bytes(gradients_memory.study, 20_000, types, 64) for types in (20, 520)]
+    assert sizes[1] - sizes[0] == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)

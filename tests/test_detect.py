@@ -529,7 +529,7 @@ def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
     printed = []
     for page in ("detection", "evidence"):
         text = (root / "docs" / f"{page}.md").read_text()
-        commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+        commands = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
         for command in commands.strip().splitlines():
             words = shlex.split(command.replace("python examples", f"{sys.executable} {root / 'examples'}"))
             run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -548,3 +548,11 @@ def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
     assert {labels[token] for token in planted} == {"neutral"}
     assert result["decoded_tokens"] <= result["naive_tokens"] / 5
     assert {rock.role for rock in RockSet.load(tmp_path / "knockout_roles.json").rocks} == {"neutral"}
+    table = pq.read_table(tmp_path / "gradients.parquet").to_pydict()
+    norms = {
+        (group, name): np.median([v for v, own in zip(table[name], table["group"], strict=True) if own == group])
+        for group in ("rock", "rare")
+        for name in ("norm", "norm_matched")
+    }
+    assert norms["rock", "norm"] < norms["rare", "norm"] / 2  # as the paper has it
+    assert norms["rock", "norm_matched"] > norms["rare", "norm_matched"]  # and from equally many positions

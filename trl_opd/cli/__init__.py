@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("demo", "distil tiny models on this machine, find their rock tokens, and freeze them"),
     "detect": ("detect", "find the tokens that did not converge, in rollouts that were collected"),
     "fit": ("fit", "predict whether a distillation fits on a card, from two configurations"),
+    "gradients": ("gradients", "norm and direction of the gradient of each token type, on collected rollouts"),
     "probe": ("probe", "forbid tokens while decoding, and see whether it matters"),
     "train": ("train", "distil a teacher into a student, on the student's own rollouts"),
 }
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 after a user's error, 2 on bad usage."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
-        commands = "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
+        commands = "\n".join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())
         wanted = bool(argv) and argv[0] in ("-h", "--help")
         print(USAGE.format(commands=commands), file=sys.stdout if wanted else sys.stderr)
         if argv and not wanted:

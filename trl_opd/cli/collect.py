@@ -37,6 +37,7 @@ example:
       --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit --dataset_name trl-lib/tldr \\
       --num_prompts 500 --output_dir rollouts"""
 
+PROMPTS = "prompts.parquet"
 INTERRUPTED = ": finished batches are kept, and the same command goes on from there"
 
 # What decides the rows, beside the models and the dataset.
@@ -95,14 +96,26 @@ def run(argv: list[str]) -> None:
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
     """Return the collector of a dataset's rollouts, with the models loaded."""
+    from ..collect import ADAPTER_OFF, Collector
+    from ..student import load_reference
+
+    generations = args.num_generations
+    trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
+    if reference not in (None, ADAPTER_OFF):
+        reference = load_reference(reference, kwargs, quantization, trainer)
+    folder = Path(args.output_dir)
+    return Collector(trainer, dataset, folder, num_generations=generations, reference=reference, settings=settings)
+
+
+def make_trainer(dataset, args, model_args):
+    """Return a trainer whose student is only read, and what the student was loaded with."""
     from transformers import AutoTokenizer
     from trl import get_quantization_config
 
-    from ..collect import ADAPTER_OFF, Collector
     from ..opd_trainer import OPDTrainer
-    from ..student import load_reference, load_student
+    from ..student import load_student
 
-    generations, args.num_generations = args.num_generations, 1  # a batch repeats its prompts itself
+    args.num_generations = 1  # batches repeat their prompts themselves
     quantization, kwargs = get_quantization_config(model_args), dict(args.model_init_kwargs)
     student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization)
     is_name = isinstance(student, str)
@@ -115,10 +128,7 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
         processing_class=None if is_name else AutoTokenizer.from_pretrained(tokenizer),
         quantization_config=quantization if is_name else None,
     )
-    if reference not in (None, ADAPTER_OFF):
-        reference = load_reference(reference, kwargs, quantization, trainer)
-    folder = Path(args.output_dir)
-    return Collector(trainer, dataset, folder, num_generations=generations, reference=reference, settings=settings)
+    return trainer, kwargs, quantization
 
 
 def summary(folder: Path) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..cutoff import LEAST_JACCARD, Sweep
 from ..files import complete_file
+from ..gradient_study import GROUPS, Study
 
 ARM_COLOURS = {"uniform": "#0072B2", "rock": "#D55E00", "control": "#009E73", "random": "#CC79A7"}
 KIND_STYLES = {
@@ -19,6 +21,7 @@ KIND_STYLES = {
     "controls": ("#009E73", "v"),
     "other": ("#0072B2", "o"),
 }
+GROUP_STYLES = {"rock": ("#D55E00", "s"), "rare": ("#0072B2", "o"), "random": ("#999999", "^")}
 MOST_ROWS = 60  # of a forest plot
 ARM_MARKERS = {"uniform": "o", "rock": "s", "control": "^", "random": "D"}
 
@@ -119,6 +122,55 @@ def plot_forest(result: dict, path: str | os.PathLike) -> None:
         axes.plot([], [], marker, color=colour, label=kind)
     if arms:
         axes.legend(frameon=False, fontsize="x-small")
+    _save(figure, path)
+
+
+def plot_gradients(found: Study, path: str | os.PathLike) -> None:
+    """Draw four panels: norm over count, norms by group, cosines by group, and divergence early against late.
+
+    Args:
+        found (`Study`): Result of the gradient study.
+        path (`str` or `os.PathLike`): The PNG file.
+    """
+    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    (scatter, norms), (cosines, change) = figure.subplots(2, 2)
+    figure.suptitle("Gradients of the logits by token type", x=0.01, ha="left")
+    for group, (colour, marker) in GROUP_STYLES.items():
+        chosen = found.columns["group"] == group
+        points = {"color": colour, "marker": marker, "s": 14, "alpha": 0.7, "label": GROUPS[group]}
+        scatter.scatter(found.columns["count"][chosen], found.columns["norm"][chosen], **points)
+        if found.has_early:
+            change.scatter(found.columns["mean_kl_early"][chosen], found.columns["mean_kl"][chosen], **points)
+    scatter.set(xscale="log", yscale="log", xlabel="occurrences n", ylabel="norm of the mean gradient")
+    count, norm = found.columns["count"], found.columns["norm"]
+    edge = np.array([count.min(), count.max()])
+    noise = np.median(norm * np.sqrt(count)) / np.sqrt(edge)
+    scatter.plot(edge, noise, "--", color="grey", label="1/sqrt(n): noise alone")
+    scatter.legend(frameon=False, fontsize="x-small")
+    for axes, names, title in (
+        (norms, ("norm", "norm_unbiased", "norm_matched"), "norm of the mean gradient"),
+        (cosines, ("cos_balanced", "cos_balanced_without", "cos_matched"), "cosine to G_balanced"),
+    ):
+        for place, group in enumerate(GROUP_STYLES):
+            boxes = axes.boxplot(
+                [found.of(group, name) for name in names],
+                positions=[column + 0.25 * (place - 1) for column in range(3)],
+                widths=0.2,
+                showfliers=False,
+                medianprops={"color": "black"},
+                patch_artist=True,
+            )
+            for box in boxes["boxes"]:
+                box.set_facecolor(GROUP_STYLES[group][0])
+        axes.set_xticks(range(3), ["as published", "corrected", "equal n"])
+        axes.set_ylabel(title)
+    if found.has_early:
+        top = np.nanmax([found.columns["mean_kl_early"], found.columns["mean_kl"]])
+        change.plot([0, top], [0, top], color="grey", linewidth=0.8)
+        change.set(xlabel="mean KL, early (nats)", ylabel="mean KL, late (nats)")
+    else:
+        change.set_axis_off()
+        change.text(0.0, 0.5, "No earlier occurrences were given (--early).", fontsize="small")
     _save(figure, path)
 
 

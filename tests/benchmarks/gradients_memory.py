@@ -1,0 +1,47 @@
+"""Memory and time of the gradient sums at the size of a real vocabulary, on random logits.
+
+    python -m tests.benchmarks.gradients_memory [--vocab 151936] [--types 400] [--rows 256]
+
+The public scripts of the paper keep a dense matrix of types and vocabulary in float64 and more: 3.6 GB.
+"""
+
+import argparse
+import time
+
+import torch
+
+from trl_opd.gradients import ROWS, GradientSums, logit_gradient
+
+from .workload import host_peak_bytes, machine
+
+
+def study(vocab: int, types: int, rows: int) -> None:
+    """Add the gradients of random rows in chunks, and take the figures."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2 * types, (rows,), generator=generator)
+    counts = torch.bincount(ids, minlength=vocab)
+    sums = GradientSums(counts, torch.arange(types))
+    for start in range(0, rows, ROWS):
+        chunk = ids[start : start + ROWS]
+        student, teacher = (torch.randn(len(chunk), vocab, generator=generator) for _ in range(2))
+        gradients = logit_gradient(student, teacher)
+        del student, teacher
+        sums.add(chunk, gradients, chunk % 2 == 0)
+    sums.figures()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--types", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=256)
+    options = parser.parse_args()
+    print(machine())
+    started = time.perf_counter()
+    peak = host_peak_bytes(study, options.vocab, options.types, options.rows)
+    seconds = time.perf_counter() - started
+    print(f"{options.types} types, {options.vocab} entries, {options.rows} rows: {peak / 1e9:.2f} GB, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
