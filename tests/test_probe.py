@@ -165,6 +165,17 @@ def test_an_interrupted_probe_goes_on_and_ends_alike(world, tmp_path, monkeypatc
     journal = next(tmp_path.glob(".*journal*"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[: len(lines) // 2]) + '["token 5", 0, [1, ')  # cut while a line was written
+    content = json.loads((world / "rock_set.json").read_text())
+    content["rocks"] = content["rocks"][:3]
+    (tmp_path / "fewer.json").write_text(json.dumps(content))
+    kept = journal.read_text()
+    given = [str(tmp_path / "fewer.json") if word == str(world / "rock_set.json") else word for word in run]
+    journal.write_text(
+        kept.replace(str(world / "rock_set.json"), str(tmp_path / "fewer.json"))
+    )  # another file's content
+    assert main(given) == 1
+    assert "is of an interrupted probe with other settings" in capsys.readouterr().err
+    journal.write_text(kept)
     assert main([*run, "--seed", "9"] if not more else [*run[:-1], "9"]) == 1
     assert "is of an interrupted probe with other settings" in capsys.readouterr().err
     assert main(run) == 0

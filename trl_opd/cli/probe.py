@@ -102,6 +102,8 @@ def run(argv: list[str]) -> None:
     settings = {
         name: value for name, value in asdict(args).items() if name not in ("output", "batch_size", "reward", "effect")
     }
+    if rock_set is not None:  # its file may change before an interrupted probe goes on
+        settings["ids"] = [rock_set.ids.tolist(), [] if rock_set.controls is None else list(rock_set.controls.ids)]
     journal = output.with_name(f".{output.name}.journal.jsonl")
     probe = Probe(model, tokenizer, rows, reward, _sampling(args), journal=journal, settings=settings)
     arms = arms_of(*_candidates(args, rock_set, probe.baseline))
