@@ -69,6 +69,8 @@ def test_an_effect_tells_what_changed(binary):
     assert found.ci95[0] < found.estimate < found.ci95[1] < 0
     if binary:
         assert found.p == pytest.approx(stats.binomtest(2, 22).pvalue)
+    else:  # a fall by 0.6 weighs less than a rise by 1
+        assert found.p == sign_flips(np.subtract(arm, baseline), seed=0) != pytest.approx(stats.binomtest(2, 22).pvalue)
     assert found.p_bootstrap >= 2e-4
 
 

@@ -91,10 +91,11 @@ def test_where_a_cut_depends_on_the_others_everything_is_decoded_again(cut):
     assert not sampling.reuses
     model = student("qwen3")
     baseline = baseline_of(model, sampling)
-    jobs = knockout_jobs(prompts(), baseline, {"one": frozenset([299])}, sampling)
-    assert [job.prefix for job in jobs] == [()] * len(PROMPTS)
-    found = complete(model, jobs, sampling)
-    assert all(299 not in ids for ids in found.values())
+    arms = {"late": frozenset([baseline[0][-1]]), "absent": frozenset([299])}
+    jobs = knockout_jobs(prompts(), baseline, arms, sampling)
+    assert [job.prefix for job in jobs] == [()] * 2 * len(PROMPTS)
+    for (arm, _), ids in complete(model, jobs, sampling).items():
+        assert not arms[arm] & set(ids)
 
 
 def test_sampled_completions_follow_the_students_distribution():
@@ -135,6 +136,14 @@ def test_logits_that_are_not_finite_are_named(value):
     with torch.no_grad():
         model.lm_head.weight[7] = value
     with pytest.raises(ValueError, match="Problem 0, arm 'baseline': the student's logits are not finite"):
+        complete(model, baseline_jobs(prompts()[:1], GREEDY), GREEDY)
+
+
+def test_a_logit_that_is_infinite_is_named():
+    model = make_model("phi", seed=0).eval()
+    with torch.no_grad():
+        model.lm_head.bias[7] = float("inf")
+    with pytest.raises(ValueError, match="the student's logits are not finite"):
         complete(model, baseline_jobs(prompts()[:1], GREEDY), GREEDY)
 
 

@@ -12,7 +12,7 @@ from trl_opd.cli import main
 from trl_opd.cli import probe as command
 from trl_opd.knockout import Sampling
 from trl_opd.preflight import load_rock_set
-from trl_opd.probe import Probe, arms_of, tokenize
+from trl_opd.probe import Probe, arms_of, evaluate, tokenize
 from trl_opd.rewards import exact_match, last_number, reward_completions
 from trl_opd.rock_set import Controls
 
@@ -131,6 +131,21 @@ def test_every_label_stands_beside_the_uncorrected_one_and_roles_are_written(wor
     labels = {arm["ids"][0]: (arm["label"], arm["label_as_published"]) for arm in single}
     assert [(rock.role, rock.role_uncorrected) for rock in roles.rocks] == [labels[rock.id] for rock in roles.rocks]
     assert RockSet.load(world / "rock_set.json").rocks[0].role is None
+
+
+def test_a_label_is_that_of_the_corrected_p():
+    baseline = [1.0] * 100
+    worse = [0.0] * 6 + [1.0] * 94  # p = 0.03 alone
+    arms = {f"token {id}": ("other", frozenset([id])) for id in range(40)}
+    rewards = {"baseline": baseline, "token 0": worse} | {f"token {id}": baseline for id in range(1, 40)}
+    found = evaluate(arms, rewards, {}, seed=0)
+    first = found["arms"][0]
+    assert (first["arm"], first["p"]) == ("token 0", 0.03125)
+    assert first["p_bh"] == first["p_holm"] == 1.0
+    assert (first["label"], first["label_as_published"]) == ("neutral", "pillar")
+    alone = evaluate({"token 0": arms["token 0"]}, rewards, {}, seed=0)["arms"][0]
+    assert (alone["p_bh"], alone["label"]) == (0.03125, "pillar")
+    assert found["discordance"] == pytest.approx(0.06 / 40)
 
 
 def test_pillars_may_be_left_alone_in_training(world, tmp_path):

@@ -146,13 +146,11 @@ def _decode_batch(
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     rooms = [sampling.max_new_tokens - len(job.prefix) for job in jobs]
-    # Greedy to `generate`: what is sampled is decided by the noise that is added to the logits.
+    # Greedy to `generate`: what is sampled is decided by the noise that is added to the logits. What is left open here
+    # (suppressed tokens, penalties) is as the student's own configuration has it.
     config = GenerationConfig(
         max_new_tokens=max(rooms), do_sample=False, pad_token_id=pad_id, eos_token_id=list(eos_ids), use_cache=True
     )
-    own = model.generation_config
-    for name in ("suppress_tokens", "repetition_penalty", "no_repeat_ngram_size"):
-        setattr(config, name, getattr(own, name, None) or getattr(config, name))
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
