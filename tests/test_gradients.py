@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -229,7 +230,13 @@ def test_what_cannot_be_is_a_sentence(world, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     pq.write_table(table, tmp_path / "broken" / "occurrences.parquet")
     (tmp_path / "broken" / "prompts.parquet").write_bytes(b"nothing")
+    for name, ids in (("outside", [[5000]] * 8), ("texts", ["x"] * 8)):
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "occurrences.parquet")
+        pq.write_table(pa.table({"prompt": range(8), "token_ids": ids}), tmp_path / name / "prompts.parquet")
     for more, file, message in (
+        ([], tmp_path / "outside" / "occurrences.parquet", "hold ids outside of the 300 that the two models share"),
+        ([], tmp_path / "texts" / "occurrences.parquet", "column 'token_ids' must hold lists of whole numbers"),
         (["--rock_set", tmp_path / "absent.json"], "rollouts/occurrences.parquet", "No rock occurs in these rollouts"),
         ([], tmp_path / "cut" / "occurrences.parquet", "Rollout 0 of"),
         ([], tmp_path / "occurrences.parquet", "the gradients need the prompts"),

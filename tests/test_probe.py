@@ -292,6 +292,8 @@ def test_a_reward_gets_prompts_completions_and_columns_as_trl_has_them():
         (["--rock_set", "/nowhere.json"], "/nowhere.json"),
         (["--model_name_or_path", "/nowhere"], "There is no student in /nowhere"),
         (["--num_prompts", "9"], "--num_prompts 9 is more than the 8 rows"),
+        (["--num_prompts", "0"], "--num_prompts counts problems, at least 1"),
+        (["--max_completion_length", "1000"], "more than the 256 positions of the models"),
     ],
 )
 def test_a_value_that_cannot_be_is_a_sentence(more, message, world, tmp_path, capsys):
@@ -307,6 +309,10 @@ def test_problems_without_answers_and_candidates_that_nobody_wrote_are_sentences
     given = arguments(world, tmp_path, "--dataset_name", tmp_path / "p.jsonl")
     assert main([*given, "--reward", "exact_match"]) == 1
     assert "The problems have no column 'answer' (they have prompt)" in capsys.readouterr().err
+    for prompt, message in (("", "row 0 of the dataset of problems is empty"), (5, "is neither a text nor a list")):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
+        assert main(given) == 1
+        assert message in capsys.readouterr().err
     content = json.loads((world / "rock_set.json").read_text())
     chosen = {id for ids in make_probe(world, tmp_path / "journal", even).baseline for id in ids}
     absent = next(id for id in range(3, 300) if id not in chosen)

@@ -75,9 +75,10 @@ def study(
     Raises:
         `ValueError`: if a token is outside of what student and teacher share, or no rock occurs.
     """
-    _, token_ids, kl = rollouts
-    if token_ids.max() >= trainer._vocab_size:
-        raise ValueError(f"Token id {token_ids.max()} is outside of the {trainer._vocab_size} ids of the two models.")
+    pairs, token_ids, kl = rollouts
+    largest = max(int(token_ids.max()), *(max(prompt) for prompt, _ in pairs))
+    if largest >= trainer._vocab_size or min(min(prompt) for prompt, _ in pairs) < 0:
+        raise ValueError(f"The rollouts hold ids outside of the {trainer._vocab_size} that the two models share.")
     counts = np.bincount(token_ids, minlength=trainer._vocab_size)
     mean_kl = np.bincount(token_ids, kl, trainer._vocab_size) / np.maximum(counts, 1)
     groups = choose_types(counts, mean_kl, rock_set.ids.tolist(), most=rare, seed=seed)

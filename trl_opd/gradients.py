@@ -214,6 +214,8 @@ def read_rollouts(
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(f"{prompts} does not hold prompts: {error}") from error
     known = dict(zip(table["prompt"], table["token_ids"], strict=True))
+    if not all(isinstance(ids, list) and all(type(id) is int for id in ids) for ids in known.values()):
+        raise ValueError(f"{prompts}: column 'token_ids' must hold lists of whole numbers.")
     starts = np.flatnonzero(np.concatenate([[True], rollout[1:] != rollout[:-1]]))
     found = []
     for start, end in zip(starts, [*starts[1:], len(rollout)], strict=True):

@@ -140,15 +140,16 @@ class Probe:
                     self._known[job.arm, job.problem] = ids
                     self.decoded += len(ids) - len(job.prefix)
                     lines.append(json.dumps([job.arm, job.problem, ids]) + "\n")
+                begun = self._journal.is_file()
                 with self._journal.open("a", encoding="utf-8") as file:
-                    file.write("".join(lines))
+                    file.write(("" if begun else self._head) + "".join(lines))
                 bar.update(len(batch))
         return {(job.arm, job.problem): self._known[job.arm, job.problem] for job in jobs}
 
     def _read(self, settings: dict[str, Any]) -> dict[tuple[str, int], list[int]]:
-        """Return the completions of the journal, or begin one."""
+        """Return the completions of the journal, if there is one."""
+        self._head = json.dumps(settings) + "\n"
         if not self._journal.is_file():
-            self._journal.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             return {}
         lines = self._journal.read_text(encoding="utf-8").split("\n")
         if lines[0] != json.dumps(settings):

@@ -99,6 +99,7 @@ def run(argv: list[str]) -> None:
     reward, rows = load_reward(args.reward), _problems(args)
     rock_set = None if args.rock_set is None else RockSet.load(args.rock_set)
     model, tokenizer = _load(args, rock_set)
+    _require_fit(rows, model, tokenizer, args)
     settings = {
         name: value for name, value in asdict(args).items() if name not in ("output", "batch_size", "reward", "effect")
     }
@@ -170,6 +171,7 @@ def load_reward(name: str) -> Callable:
 def _problems(args: ProbeArguments) -> list[dict]:
     from types import SimpleNamespace
 
+    from ..prompts import require_prompts
     from ..rewards import BUILT_IN
     from .collect import _prompts
 
@@ -180,7 +182,9 @@ def _problems(args: ProbeArguments) -> list[dict]:
         dataset_test_split=None,
         dataset_streaming=False,
     )
-    rows = list(_prompts(script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts))
+    found = _prompts(script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts)
+    require_prompts(found, "dataset of problems")
+    rows = list(found)
     for name in ("prompt", *(["answer"] if args.reward in BUILT_IN else [])):
         if not rows or name not in rows[0]:
             raise ValueError(
@@ -213,6 +217,17 @@ def _load(args: ProbeArguments, rock_set):
     if rock_set is not None:
         rock_set.check(tokenizer, output_rows(student))
     return student.eval(), tokenizer
+
+
+def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> None:
+    """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context."""
+    from ..preflight import context_length
+    from ..probe import tokenize
+    from ..prompts import require_fit
+
+    prompts = [row["prompt"] for row in rows]
+    ids = [tokenize(prompt, tokenizer) for prompt in prompts]
+    require_fit(prompts, ids, args.max_completion_length, context_length(model), None)
 
 
 def _sampling(args: ProbeArguments):
@@ -255,6 +270,8 @@ def _check(args: ProbeArguments) -> None:
     for name, least in (("top_n", 1), ("max_completion_length", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
         if type(getattr(args, name)) is not int or getattr(args, name) < least:
             raise ValueError(f"--{name} must be a whole number of at least {least}, got {getattr(args, name)!r}.")
+    if args.num_prompts is not None and (type(args.num_prompts) is not int or args.num_prompts < 1):
+        raise ValueError(f"--num_prompts counts problems, at least 1, got {args.num_prompts!r}.")
     if type(args.temperature) not in (int, float) or not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature must be above 0 (or --greedy), got {args.temperature!r}.")
     if type(args.top_p) not in (int, float) or not 0 < args.top_p <= 1:
