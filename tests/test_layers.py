@@ -22,7 +22,8 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "files", "occurrences", "records", "rock_set", "schema", "token_stats", "vocabulary"}
+GROUND = {"_trl", "files", "hub", "occurrences", "records", "rock_set", "rollout_file", "schema"}
+GROUND |= {"token_stats", "vocabulary"}
 PURE = {
     "batching",
     "context",
@@ -40,6 +41,7 @@ PURE = {
     "weighting",
 }
 PLUMBING = {
+    "accuracy",
     "arm",
     "collect",
     "continuous_batching",
@@ -48,6 +50,7 @@ PLUMBING = {
     "gradients",
     "knockout",
     "memory",
+    "merging",
     "model_shape",
     "option_checks",
     "opd_config",
@@ -57,11 +60,15 @@ PLUMBING = {
     "preflight",
     "probe",
     "prompts",
+    "publishing",
     "report",
     "rewards",
+    "rollout_samples",
     "rollouts",
     "run_occurrences",
+    "run_record",
     "run_stats",
+    "scoring",
     "student",
     "teacher",
     "teacher_phase",
@@ -78,17 +85,24 @@ DIAGRAM = {
     "selection": ({"selection"}, GROUND | {"context", "corpus", "cutoff", "detection", "families"}),
     "the op": ({"divergence"}, GROUND | {"fused_divergence"}),
     "knockout": ({"knockout"}, {"counters"}),
-    "gradient sums": ({"gradients"}, GROUND | {"batching"}),
+    "scoring": ({"scoring"}, GROUND | {"batching", "divergence"}),
+    "gradient sums": ({"gradients"}, GROUND | {"batching", "scoring"}),
     "gradient study": ({"gradient_study"}, GROUND | {"gradients"}),
     "probe": ({"probe"}, {"evidence", "knockout", "rewards", "statistics"}),
-    "alone": ({"finite", "model_shape", "option_checks", "parking", "phases", "prompts", "rewards"}, set()),
+    "alone": ({"finite", "merging", "model_shape", "option_checks", "parking", "phases", "prompts", "rewards"}, set()),
     "configuration": ({"opd_config"}, {"option_checks"}),
     "planner": ({"memory"}, {"model_shape"}),
-    "report": ({"report"}, GROUND | {"cutoff", "gradient_study"}),
+    "report": ({"report"}, GROUND | {"cutoff", "families", "gradient_study"}),
+    "for others to see": ({"publishing"}, GROUND | {"report"}),
+    "record": ({"run_record"}, GROUND | {"report"}),
+    "callbacks": (
+        {"accuracy", "rollout_samples"},
+        GROUND | PURE | {"arm", "gradients", "knockout", "option_checks", "prompts", "rewards", "rollouts", "scoring"},
+    ),
     "rollouts": ({"rollouts", "continuous_batching"}, GROUND | PURE),
     "teacher phase": ({"teacher_phase"}, GROUND | PURE | {"parking"}),
     "student": ({"student"}, GROUND | {"teacher"}),
-    "collector": ({"collect"}, GROUND | PURE | {"opd_trainer", "rollouts", "run_stats"}),
+    "collector": ({"collect"}, GROUND | PURE | {"opd_trainer", "rollouts", "run_stats", "scoring"}),
     "teacher": ({"teacher"}, GROUND | {"opd_config"}),
     "one arm": ({"arm", "preflight", "run_occurrences", "run_stats"}, GROUND | PURE | {"opd_config"}),
     "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),

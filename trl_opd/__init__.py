@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "AccuracyCallback": "accuracy",
     "Controls": "rock_set",
     "LMHead": "records",
     "OPDConfig": "opd_config",
     "OPDTrainer": "opd_trainer",
     "Rock": "rock_set",
     "RockSet": "rock_set",
+    "RolloutSamples": "rollout_samples",
     "TokenSignals": "records",
     "TokenStats": "token_stats",
     "detect_rocks": "detection",
@@ -23,12 +25,14 @@ _HOME = {
     "weighted_divergence": "divergence",
 }
 __all__ = [
+    "AccuracyCallback",
     "Controls",
     "LMHead",
     "OPDConfig",
     "OPDTrainer",
     "Rock",
     "RockSet",
+    "RolloutSamples",
     "TokenSignals",
     "TokenStats",
     "detect_rocks",
@@ -38,12 +42,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .accuracy import AccuracyCallback
     from .detection import detect_rocks, mass_matched_controls
     from .divergence import weighted_divergence
     from .opd_config import OPDConfig
     from .opd_trainer import OPDTrainer
     from .records import LMHead, TokenSignals
     from .rock_set import Controls, Rock, RockSet
+    from .rollout_samples import RolloutSamples
     from .token_stats import TokenStats
     from .weighting import token_weights
 

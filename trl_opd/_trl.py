@@ -45,6 +45,7 @@ __all__ = [
     "ChunkedDivergenceFunction",
     "RepeatSampler",
     "create_model_from_path",
+    "distillation_paper",
     "lm_head",
     "logit_scale",
     "output_rows",
@@ -52,6 +53,13 @@ __all__ = [
     "repeat_iterable_dataset",
     "unwrap_model_for_generation",
 ]
+
+
+def distillation_paper() -> dict[str, str]:
+    """Return what TRL cites for its trainer: `title`, `id` and `citation`."""
+    from trl import DistillationTrainer
+
+    return dict(DistillationTrainer._paper)
 
 
 def lm_head(model: torch.nn.Module) -> LMHead:

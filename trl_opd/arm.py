@@ -74,12 +74,7 @@ class Arm:
 
         Frozen positions are measured, without gradient, in the optimizer steps that end in a log.
         """
-        if not self._freezes:
-            return True
-        step = state.global_step + 1
-        if self._args.logging_strategy != "steps":
-            return step % MEASURE_EVERY == 0
-        return step % state.logging_steps == 0 or (step == 1 and self._args.logging_first_step)
+        return not self._freezes or ends_in_log(self._args, state)
 
     def _mask_truncated(self, batch: dict[str, torch.Tensor], step: int) -> None:
         cut = is_truncated(batch["completion_ids"], batch["completion_mask"], self._stop_ids)
@@ -106,3 +101,11 @@ class Arm:
             step=step,
             first_rollout=self._accelerator.process_index * len(mask),
         )
+
+
+def ends_in_log(args: OPDConfig, state: TrainerState) -> bool:
+    """Return whether the current optimizer step ends in a log; without a fixed rhythm of logs, every tenth counts."""
+    step = state.global_step + 1
+    if args.logging_strategy != "steps":
+        return step % MEASURE_EVERY == 0
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)

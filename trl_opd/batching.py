@@ -15,6 +15,14 @@ def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
 
 
+def completions_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Return the token ids of the completions of a batch that have a position of the loss, without padding."""
+    rows = zip(batch["completion_ids"].tolist(), batch["completion_mask"].sum(1).tolist(), strict=True)
+    return [
+        ids[:length] for (ids, length), counts in zip(rows, loss_mask(batch).any(1).tolist(), strict=True) if counts
+    ]
+
+
 def is_truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, stop_ids: Sequence[int]) -> torch.Tensor:
     """Return which rollouts were cut at the length limit, bool, shape `(B,)`: those that end in no stop token.
 
@@ -46,6 +54,12 @@ def tight_micro_batches(
     order = lengths.sum(0).argsort(descending=True, stable=True)
     groups = order.chunk(len(batches))
     return [_trimmed(whole, rows, *lengths[:, rows].amax(1).tolist(), multiple or 1) for rows in groups]
+
+
+def take_rollouts(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return some rollouts of a batch, int64 `(b,)` on the host, trimmed to their longest prompt and completion."""
+    lengths = (batch[name][rows.to(batch[name].device)].sum(1).amax() for name in ("prompt_mask", "completion_mask"))
+    return _trimmed(batch, rows, *(int(length) for length in lengths), 1)
 
 
 def _joined(parts: list) -> torch.Tensor | list:

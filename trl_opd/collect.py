@@ -28,6 +28,7 @@ from .occurrences import PROMPT_SCHEMA, Occurrences, join_files, write_occurrenc
 from .opd_trainer import OPDTrainer
 from .rollouts import own_random_stream
 from .run_stats import describe_measure
+from .scoring import compared
 
 ADAPTER_OFF = "adapter_off"
 OCCURRENCES, PROMPTS, PARTS, SETTINGS = "occurrences.parquet", "prompts.parquet", "parts", "settings.json"
@@ -143,7 +144,7 @@ class Collector:
         if "teacher_hidden" not in inputs:
             inputs["teacher_hidden"] = trainer._teacher_phase.score(inputs)
         _, signals = score(
-            *trainer._compared(student, inputs, positions),
+            *compared(trainer, student, inputs, positions),
             inputs["completion_ids"].flatten()[positions],
             torch.ones(len(positions)),
             1.0,

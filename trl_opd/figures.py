@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from .records import TokenSignals
 
 OTHER, ROCK, CONTROL = range(3)
+N_GRAM = 4
 
 
 class FigureSums:
@@ -24,7 +25,8 @@ class FigureSums:
 
     # Places in the vector: three divergence sums and three counts by group, then the rest.
     _DIVERGENCE, _MEASURED = slice(0, 3), slice(3, 6)
-    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _ENTROPY, _PROJECTED_KL, _PROJECTED, _SIZE = range(6, 14)
+    _ZERO_WEIGHT, _WEIGHTED, _PADDING, _FORWARDED, _ENTROPY, _PROJECTED_KL, _PROJECTED = range(6, 13)
+    _REPETITION, _COMPLETIONS, _SIZE = range(13, 16)
 
     def __init__(self, groups: torch.Tensor | None, device: torch.device):
         # MPS has no float64.
@@ -63,6 +65,12 @@ class FigureSums:
             self._sums[self._PADDING] += (mask == 0).sum()
             self._sums[self._FORWARDED] += mask.numel()
 
+    def add_completions(self, completions: Iterable[Sequence[int]]) -> None:
+        """Count the repetition of completions, token ids each; one without a 4-gram has none, and does not count."""
+        shares = [share for ids in completions if (share := repetition(ids)) is not None]
+        self._sums[self._REPETITION] += sum(shares)
+        self._sums[self._COMPLETIONS] += len(shares)
+
     def clear(self) -> None:
         """Forget every sum."""
         self._sums.zero_()
@@ -92,6 +100,7 @@ class FigureSums:
             "kl/mean": (total, positions),
             "weight/zero_share": (sums[self._ZERO_WEIGHT], sums[self._WEIGHTED]),
             "batch/padding_share": (sums[self._PADDING], sums[self._FORWARDED]),
+            "completions/repetition": (sums[self._REPETITION], sums[self._COMPLETIONS]),
         }
         if self._groups is not None:
             figures |= {
@@ -106,6 +115,15 @@ class FigureSums:
                     "control/mean_kl": (divergence[CONTROL], measured[CONTROL]),
                 }
         return {name: part / whole for name, (part, whole) in figures.items() if whole > 0}
+
+
+def repetition(token_ids: Sequence[int]) -> float | None:
+    """Return the share of the 4-grams of a completion that occurred before in it; `None` where it has none.
+
+    Collapse shows here first: rollouts that run up to the length limit repeat themselves.
+    """
+    grams = list(zip(*(token_ids[shift:] for shift in range(N_GRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else None
 
 
 def token_groups(rock_ids: torch.Tensor, control_ids: list[int], vocab_size: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from .batching import locate
 from .occurrences import Occurrences
 from .records import LMHead
+from .scoring import compared
 
 ROWS = 32  # of a chunk of logits
 
@@ -131,7 +132,7 @@ def add_rollouts(
     student = trainer.accelerator.unwrap_model(trainer.model)
     trainer.model.eval()
     with trainer._teacher_phase.resident():
-        hidden, teacher_hidden, head, teacher_head = trainer._compared(student, inputs, inputs["positions"])
+        hidden, teacher_hidden, head, teacher_head = compared(trainer, student, inputs, inputs["positions"])
     ids = inputs["completion_ids"].flatten()[inputs["positions"]].to(hidden.device)
     matched = torch.tensor([flag for *_, flags in rollouts for flag in flags], device=hidden.device)
     for start in range(0, len(ids), ROWS):

@@ -9,7 +9,7 @@ be drawn (top_p, top_k, min_p): there everything is decoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,10 @@ class Job:
     expected: int
 
 
-def baseline_jobs(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Job]:
-    """Return the completions of all problems with nothing forbidden."""
+def baseline_jobs(prompts: Sequence[Sequence[int]], sampling: Sampling, *, forbidden: Iterable[int] = ()) -> list[Job]:
+    """Return the completions of all problems, with nothing forbidden, or what no arm may choose."""
     return [
-        Job("baseline", problem, tuple(prompt), (), frozenset(), sampling.max_new_tokens)
+        Job("baseline", problem, tuple(prompt), (), frozenset(forbidden), sampling.max_new_tokens)
         for problem, prompt in enumerate(prompts)
     ]
 

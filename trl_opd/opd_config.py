@@ -1,14 +1,15 @@
 """OPDConfig: TRL's DistillationConfig and what is new."""
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
+from transformers.trainer_utils import HubStrategy
 from trl import DistillationConfig
 
-from .option_checks import require_choice, require_engine_settings, require_whole
+from .option_checks import require_choice, require_device, require_engine_settings, require_whole
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
@@ -74,6 +75,9 @@ class OPDConfig(DistillationConfig):
         save_occurrences (`int`, *optional*):
             Every how many optimizer steps the step's rollouts are written, token by token, to
             `output_dir/occurrences/step-S.parquet` (docs/detection.md). Needs `beta=1.0`.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether `save_model` and `push_to_hub` write a LoRA student as a whole model, in the place of its adapter.
+            Checkpoints keep the adapter, and nothing is pushed before the end. Not with FSDP or DeepSpeed.
 
         > Parameters that control the teacher
 
@@ -161,6 +165,10 @@ class OPDConfig(DistillationConfig):
         default=None,
         metadata={"help": "Write the rollouts of every N-th optimizer step, token by token."},
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Save and push a LoRA student as a whole model, in the place of its adapter."},
+    )
     teacher_quantization: str | None = field(
         default=None,
         metadata={"help": "Quantise the teacher with bitsandbytes: '4bit' or '8bit'."},
@@ -194,6 +202,17 @@ class OPDConfig(DistillationConfig):
         self._check_batches()
         self._check_sampling()
         self._check_teacher()
+        if self.merge_adapter and self.hub_strategy == HubStrategy.EVERY_SAVE:  # the default
+            self.hub_strategy = HubStrategy.END  # else the adapters of checkpoints would stay beside the merged model
+
+    def __getstate__(self):
+        # Pickled into training_args.bin, which is pushed.
+        return {**self.__dict__, "hub_token": None}
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _check_weights(self):
         require_choice("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
@@ -261,15 +280,7 @@ class OPDConfig(DistillationConfig):
                 "teacher_quantization='4bit', or leave the teacher resident."
             )
         if self.teacher_device is not None:
-            try:
-                kind = torch.device(self.teacher_device).type
-            except (RuntimeError, TypeError):
-                kind = None
-            if kind not in ("cpu", "cuda", self.device.type) or kind == "meta":
-                raise ValueError(
-                    f"teacher_device must be 'cpu', a GPU such as 'cuda:1', or of the student's kind "
-                    f"({self.device.type}), got {self.teacher_device!r}."
-                )
+            require_device("teacher_device", self.teacher_device, self.device.type)
 
     def trains_as_trl(self) -> bool:
         """Return whether TRL's own loss serves, to the bit: nothing is weighted, told apart, counted or regrouped."""

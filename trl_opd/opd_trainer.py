@@ -8,6 +8,7 @@ forward), and the loss is divided by the token count of the whole generation bat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -20,19 +21,22 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
-from . import preflight, rollouts
-from ._trl import lm_head, output_rows
+from . import preflight, publishing, rollouts
+from ._trl import output_rows
 from .arm import Arm
-from .batching import at_positions, forward_inputs, locate, tight_micro_batches
+from .batching import completions_of, locate, tight_micro_batches
 from .continuous_batching import generate_continuously
-from .divergence import score
 from .figures import FigureSums
 from .finite import FiniteGuard, name_the_sampling_student
+from .hub import hub_errors
+from .merging import replace_by_merged
 from .opd_config import OPDConfig
 from .phases import PhaseClock
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
 from .run_occurrences import RunOccurrences
-from .run_stats import RunStats, describe_measure
+from .run_record import RunRecord
+from .run_stats import RunStats, describe_measure, is_checkpoint
+from .scoring import weighted_loss
 from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
 from .teacher_phase import TeacherPhase
 from .token_stats import TokenStats
@@ -54,6 +58,7 @@ class OPDTrainer(DistillationTrainer):
     Attributes:
         rock_set ([`RockSet`] or `None`): The rock set of `args.rock_set`.
         teacher_model ([`~transformers.PreTrainedModel`]): The frozen teacher.
+        run_record ([`RunRecord`]): What is run, for report and card.
 
     Raises:
         `ValueError`: for settings that contradict each other, a teacher with another vocabulary, a rock set that does
@@ -88,20 +93,11 @@ class OPDTrainer(DistillationTrainer):
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
         teacher_model = load_teacher(teacher_model, model, args)
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-        )
+        models = model, None
+        data = train_dataset, eval_dataset, processing_class
+        super().__init__(*models, args, *data, callbacks, optimizers, quantization_config, peft_config, tools)
         preflight.require_text(self._is_vlm, self._tokenizer)
+        preflight.require_mergeable(args, self.model)
         make_readable(self.model)
         self._attach_teacher(teacher_model)
         if self.rock_set is not None:
@@ -124,8 +120,9 @@ class OPDTrainer(DistillationTrainer):
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
-        self._teacher_phase = TeacherPhase(self, sharded=sharded)
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
+        self.run_record = RunRecord(self, measure)
+        self._teacher_phase = TeacherPhase(self, sharded=sharded)
         self._stats = RunStats(self._vocab_size, measure, self.accelerator.device, enabled=self.args.token_statistics)
         self._occurrences = RunOccurrences(self.args, measure, self._vocab_size, self.accelerator)
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
@@ -151,9 +148,14 @@ class OPDTrainer(DistillationTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._figures["train"].clear()  # of a run that broke off
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "attach"):  # ours take the trainer, whose rollouts they need
+                callback.attach(self)
         self._stats.start(resumed=bool(resume_from_checkpoint))
+        self.run_record.start()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
+        self.run_record.write_results()
         return output
 
     def evaluation_loop(
@@ -192,12 +194,15 @@ class OPDTrainer(DistillationTrainer):
             require_prompt(row.get("prompt"), "a row of the dataset")
         with self._clock.time("generate", on=self.model.training):
             batch = super()._generate_and_score_completions(inputs)
-        self._new_completions, self._unsplit = True, self._unsplit or self.model.training
-        if self.model.training:  # evaluation is never weighted, and counts every position
+        training = self.model.training
+        self._new_completions, self._unsplit = True, self._unsplit or training
+        if not training:
+            rollouts.mask_repeated(batch, self.accelerator)
+        self._figures["train" if training else "eval"].add_completions(completions_of(batch))
+        if training:  # evaluation is never weighted, and counts every position
             self._arm.prepare(batch, self.state.global_step)
             self._occurrences.number(batch)
-        else:
-            rollouts.mask_repeated(batch, self.accelerator)
+            self._generation_batch = batch
         self._teacher_phase.prepare(batch)
         return batch
 
@@ -219,7 +224,8 @@ class OPDTrainer(DistillationTrainer):
         if self.model.training and inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         student = self.accelerator.unwrap_model(model)
-        loss = self._forward_redirection(model, student, self._weighted_loss, student, inputs, num_items_in_batch)
+        weigh = partial(weighted_loss, self)
+        loss = self._forward_redirection(model, student, weigh, student, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
@@ -230,37 +236,6 @@ class OPDTrainer(DistillationTrainer):
         figures.add_totals(loss.detach() * denominator, entropy_sum, positions)
         self._finite.note(entropy_sum, loss.detach())
         return loss, entropy_sum, positions
-
-    def _weighted_loss(self, unwrapped_student, inputs, num_items_in_batch) -> torch.Tensor:
-        inputs = inputs if "positions" in inputs else locate(inputs)
-        positions, weights = inputs["positions"], inputs["position_weights"]
-        denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
-        complete = "weights" not in inputs or self._arm.measures_all(self.state)
-        loss, signals = score(
-            *self._compared(unwrapped_student, inputs, positions),
-            inputs["completion_ids"].flatten()[positions],
-            weights,
-            inputs.get("weight_denominator", denominator),
-            measure_frozen=complete,
-            beta=self.beta,
-            temperature=self.temperature,
-            chunk_bytes=self.args.divergence_chunk_bytes,
-        )
-        figures = self._figures["train" if self.model.training else "eval"]
-        figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
-        figures.add_signals(signals, complete)
-        if self.model.training:
-            self._stats.update(signals)
-            self._occurrences.add(inputs, signals, self.state)
-        self._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
-        return loss
-
-    def _compared(self, student, inputs, positions) -> tuple:
-        """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models."""
-        forward, head = forward_inputs(inputs, self._vocab_size), lm_head(student)
-        student_hidden = at_positions(self._get_last_hidden_state(student, *forward), positions, head)
-        teacher_hidden, teacher_head = self._teacher_phase.compared(inputs, forward, positions, head)
-        return student_hidden, teacher_hidden, head, teacher_head
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
@@ -295,6 +270,31 @@ class OPDTrainer(DistillationTrainer):
         # Here the file is in the checkpoint before the Trainer pushes it; `push_to_hub` saves without a folder.
         if _internal_call and output_dir is not None:
             self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.args.merge_adapter and self.args.should_save and not is_checkpoint(folder):
+            replace_by_merged(self.accelerator.unwrap_model(self.model), folder)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        with hub_errors(f"create the repository {self.args.hub_model_id or self.args.output_dir}"):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, *args, **kwargs):
+        self.run_record.write_results()
+        if self.is_world_process_zero():
+            publishing.add_report(self.args.output_dir)
+        with hub_errors(f"push {self.args.output_dir} to {self.hub_model_id or self.args.hub_model_id or 'the Hub'}"):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        publishing.warn_of_failed_pushes(getattr(self, "push_in_progress", None))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            publishing.write_card_of(self, model_name, dataset_name, tags)
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
@@ -39,3 +40,15 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise `ValueError` unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def require_device(name: str, value: Any, own: str) -> None:
+    """Raise `ValueError` unless a value names the CPU, a GPU, or a device of the kind `own`."""
+    try:
+        kind = torch.device(value).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind not in ("cpu", "cuda", own) or kind == "meta":
+        raise ValueError(
+            f"{name} must be 'cpu', a GPU such as 'cuda:1', or of the student's kind ({own}), got {value!r}."
+        )

@@ -48,6 +48,11 @@ def require_placeable(args: OPDConfig) -> None:
     """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, while FSDP or DeepSpeed shards it."""
     sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
     sharding += [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if sharding and args.merge_adapter:
+        raise ValueError(
+            f"merge_adapter does not go with {sharding[0].upper()}, which shards the weights: save the adapter, and "
+            "merge it in one process afterwards."
+        )
     moved = [name for name in ("teacher_placement", "teacher_device") if getattr(args, name) not in (None, "resident")]
     if sharding and moved:
         raise ValueError(
@@ -63,6 +68,12 @@ def require_placeable(args: OPDConfig) -> None:
         )
     if args.n_gpu > 1:
         args._n_gpu = 1  # TRL takes a second visible GPU for one to replicate the student on
+
+
+def require_mergeable(args: OPDConfig, model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a student without an adapter that is to be merged."""
+    if args.merge_adapter and not is_peft_model(model):
+        raise ValueError("merge_adapter is for a student with a LoRA adapter, and this one has none: leave it out.")
 
 
 def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -27,7 +27,7 @@ from .knockout import Job, Sampling, baseline_jobs, decode, knockout_jobs
 from .rewards import reward_completions
 from .statistics import accuracy_interval
 
-FORMAT, VERSION = "trl_opd.knockout", 1
+VERSION = 1
 UNSTABLE_PROBLEMS = 64
 BASELINE, ROCKS, CONTROLS = "baseline", "rocks", "controls"
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import schema
 from .files import complete_file
+from .hub import hub_errors
 from .vocabulary import fingerprint
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = "trl_opd.rock_set"
@@ -98,7 +100,7 @@ class RockSet:
 
         Raises:
             `ValueError`: if the file is no rock set of a known version, with the file and the reason.
-            `OSError`: if there is no such file or repository.
+            `OSError`: if there is no such file or repository, or the Hub cannot be reached.
         """
         path = _find(path_or_repo)
         if path.stat().st_size > MAX_BYTES:
@@ -114,14 +116,42 @@ class RockSet:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rock set as JSON; the file appears under its name only when it is complete."""
+        text = self._json()
+        with complete_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> CommitInfo:
+        """Upload the rock set to a Hub repository, from which `load` reads it, and return the client's commit.
+
+        Args:
+            repo_id (`str`): `"user/name"`: a model repository, which is created if there is none.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            token (`str`, *optional*): One that may write; defaults to HF_TOKEN, or that of `hf auth login`.
+            commit_message (`str`, *optional*): Defaults to the client's, which names the file.
+
+        Raises:
+            `ValueError`: if the set is none that `load` would read; nothing is uploaded then.
+            `OSError`: if the Hub refuses it or cannot be reached.
+        """
+        content = self._json().encode()
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"push the rock set to {repo_id}"):
+            api = HfApi(token=token, library_name="trl_opd")
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # a bare name gets the user's
+            return api.upload_file(
+                path_or_fileobj=content, path_in_repo=FILE_NAME, repo_id=repo, commit_message=commit_message
+            )
+
+    def _json(self) -> str:
         content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
         content["rocks"] = [asdict(rock) for rock in self.rocks]
         if self.controls is not None:  # seed and texts are left out where they are not known
             content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
         _parse(content)
-        text = json.dumps(content, indent=1, allow_nan=False)
-        with complete_file(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def check(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Raise `ValueError` unless the ids of this set mean the same tokens for `tokenizer`.
@@ -177,18 +207,13 @@ def _find(path_or_repo: str | os.PathLike) -> Path:
         path = path / FILE_NAME
     if path.is_file():
         return path
-    parts = str(path_or_repo).split("/")
-    if (
-        path.name == FILE_NAME
-        or len(parts) != 2
-        or not all(parts)
-        or parts[-1].endswith(".json")
-        or parts[0] in (".", "..")
-    ):
+    owner, _, name = str(path_or_repo).partition("/")
+    if path.name == FILE_NAME or owner in ("", ".", "..") or not name or "/" in name or name.endswith(".json"):
         raise FileNotFoundError(f"No rock set at {path}: no such file, and not the name of a Hub repository.")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(str(path_or_repo), FILE_NAME))
+    with hub_errors(f"load the rock set {path_or_repo}, which is no file or folder here, from the Hub"):
+        return Path(hf_hub_download(str(path_or_repo), FILE_NAME))
 
 
 def _parse(content: Any) -> RockSet:

@@ -26,13 +26,16 @@ class RunOccurrences:
         measure (`dict`): What is measured (see [`TokenStats`]).
         vocab_size (`int`): The range of ids that student and teacher share.
         accelerator (`accelerate.Accelerator`): Gathers over processes.
+
+    Attributes:
+        metadata (`dict`): What a file of this run's rollouts says of itself.
     """
 
     def __init__(self, args: OPDConfig, measure: dict[str, Any], vocab_size: int, accelerator: Accelerator):
         self._every, self._accelerator = args.save_occurrences, accelerator
         self._folder, self._generations = Path(args.output_dir) / FOLDER, args.num_generations
         names = ("student", "teacher", "tokenizer", "temperature", "beta")
-        self._metadata = {"vocab_size": vocab_size, "reference": None, **{name: measure[name] for name in names}}
+        self.metadata = {"vocab_size": vocab_size, "reference": None, **{name: measure[name] for name in names}}
         self._kept: list[list[np.ndarray]] = []
         self._step_of_kept, self._last = None, None
 
@@ -73,7 +76,7 @@ class RunOccurrences:
         columns = {"rollout": rollout, "position": position, "token_id": token_id, "kl": kl, "entropy": entropy}
         columns |= {"prompt": rollout // self._generations, "weight": weight}
         self._folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self._metadata, "step": step, "num_rollouts": len(np.unique(rollout))}
+        metadata = {**self.metadata, "step": step, "num_rollouts": len(np.unique(rollout))}
         write_occurrences(
             self._folder / f"step-{step}.parquet", {name: column[order] for name, column in columns.items()}, metadata
         )

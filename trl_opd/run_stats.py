@@ -87,7 +87,7 @@ class RunStats:
 
         Does nothing for a folder that is no checkpoint: `push_to_hub` saves the model elsewhere.
         """
-        if self._enabled and Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        if self._enabled and is_checkpoint(folder):
             window = self.close_window()
             if folder == self._folder:  # saved again, by a callback or before a shutdown: the window goes on
                 window = self._new().merge(self._written).merge(window)
@@ -96,6 +96,11 @@ class RunStats:
             if is_main:
                 os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
                 total.save(os.path.join(folder, FILE_NAME))
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
+    return Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:

@@ -85,7 +85,7 @@ def select_rocks(
         raise ValueError(_nothing_left(stages, figures[0], settings, score))
     notes += [*_notes_on_samples(figures, settings, tokenizer), *_notes_on_length(len(order), limit)]
     rocks = [_rock(int(id), values, figures[0], score) for id in order[:limit]]
-    method = _method(score, limit, top_k, settings, figures, joint)
+    method = _method(score, limit, sweep, settings, figures, joint)
     rock_set = RockSet(rocks, known, _measure(files[0]), method, _corpus(corpora[0], figures[0]))
     shares = heldout_shares(files[0], judging, order[:limit], settings.seed)
     rock_set = replace(rock_set, heldout=shares, controls=_controls(rock_set, figures[0], settings.seed, notes))
@@ -202,11 +202,15 @@ def _rock(id: int, values: np.ndarray, figures: TypeFigures, score: str) -> Rock
     )
 
 
-def _method(score, limit, top_k, settings: ContextSettings, figures: Sequence[TypeFigures], joint) -> dict[str, Any]:
+def _method(
+    score, limit, sweep: Sweep | None, settings: ContextSettings, figures: Sequence[TypeFigures], joint
+) -> dict[str, Any]:
     names = ("tau_pre", "tau_post", "window", "gamma", "eta")
     method = {"score": score, "top_k": limit, **dict.fromkeys(names), "half": "even prompts"}
-    if top_k == "auto":
+    if sweep is not None:
         method["cutoff"] = "auto"
+        stability = {str(size): values for size, values in sweep.stability.items()}  # names in JSON are texts
+        method["sweep"] = {"cutoffs": sweep.cutoffs, "coverage": sweep.coverage, "stability": stability}
     if joint is not None:
         method["joint"] = Path(joint).name
     if score == "context":

@@ -43,8 +43,29 @@ def paired_difference(
     estimate = float(difference.mean())
     if np.ptp(difference) == 0.0:
         return estimate, None
+    return estimate, _bootstrap_mean(difference, seed, confidence)
+
+
+def mean_interval(
+    values: Sequence[float], *, seed: int, confidence: float = 0.95
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the mean of rewards and its interval: Wilson's of 0/1 rewards, else a bootstrap over the problems.
+
+    The percentile interval of 10 000 resamples. `None` where all are equal, and not 0 or 1.
+
+    Raises:
+        `ValueError`: if there is no reward.
+    """
+    if set(values) <= {0.0, 1.0}:
+        interval = accuracy_interval([value == 1.0 for value in values], confidence)
+        return sum(values) / len(values), interval
+    array = np.asarray(values, dtype=float)
+    return float(array.mean()), None if np.ptp(array) == 0.0 else _bootstrap_mean(array, seed, confidence)
+
+
+def _bootstrap_mean(values: np.ndarray, seed: int, confidence: float) -> tuple[float, float]:
     result = stats.bootstrap(
-        (difference,),
+        (values,),
         np.mean,
         n_resamples=RESAMPLES,
         batch=500,  # resamples in memory at once
@@ -52,7 +73,7 @@ def paired_difference(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return estimate, (float(result.confidence_interval.low), float(result.confidence_interval.high))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def ratio_interval(

@@ -53,3 +53,21 @@ def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTraine
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def load_tokenizer(name: object, known: object):
+    """Return the tokenizer of a name where it is on this machine and has the fingerprint `known`, else `None`.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub that is in the local cache.
+        known (`str`): Fingerprint of the tokenizer that is meant.
+    """
+    if not isinstance(name, str) or not name.strip():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:  # of a broken file a tokenizer raises whatever it meets
+        return None
+    return tokenizer if fingerprint(tokenizer) == known else None

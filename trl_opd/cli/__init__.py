@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": ("fit", "predict whether a distillation fits on a card, from two configurations"),
     "gradients": ("gradients", "norm and direction of the gradient of each token type, on collected rollouts"),
     "probe": ("probe", "forbid tokens while decoding, and see whether it matters"),
+    "report": ("report", "one HTML page of what a run, a demo or a collection wrote"),
     "train": ("train", "distil a teacher into a student, on the student's own rollouts"),
 }
 

@@ -43,6 +43,7 @@ def run(argv: list[str]) -> None:
     from trl import TrlParser
 
     from ..demo.run import ARMS, run_demo
+    from ..publishing import REPORT
 
     parser = TrlParser((DemoArguments,), prog="trl-opd demo")
     (args,) = parse(parser, argv)
@@ -63,7 +64,8 @@ def run(argv: list[str]) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
     summary, notes = run_demo(output_dir, seed=args.seed, steps=args.steps, arms=arms)
-    print("\n".join([*lines(summary), *notes, f"Students, rock_set.json, summary.json and plots are in {output_dir}"]))
+    where = f"Students, rock_set.json, summary.json and plots are in {output_dir}"
+    print("\n".join([*lines(summary), *notes, where, f"Open {output_dir / REPORT} in a browser: the report"]))
 
 
 def lines(summary: dict) -> list[str]:

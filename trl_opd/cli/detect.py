@@ -87,9 +87,10 @@ def run(argv: list[str]) -> None:
     )
     found.rock_set.save(output)
     if found.sweep is not None:
-        from ..report.plots import plot_sweep
+        from ..report.canvas import save_png
+        from ..report.rock_plots import plot_sweep
 
-        plot_sweep(found.sweep, sweep_path(output))
+        save_png(plot_sweep(found.sweep), sweep_path(output))
     print("\n".join([*lines(found), *note, *found.notes, f"The rock set is in {output}"]))
 
 
@@ -112,19 +113,17 @@ def find_tokenizer(path: str | None, section) -> tuple[object | None, list[str]]
         return None, unnamed
     if path is not None and path.startswith((".", "/", "~")) and not Path(path).exists():
         raise FileNotFoundError(f"There is no tokenizer in {path}: no such folder.")
+    if path is None:
+        from ..vocabulary import load_tokenizer
+
+        found = load_tokenizer(name, section.get("fingerprint"))
+        return found, unnamed if found is None else []
     from transformers import AutoTokenizer
 
-    from ..vocabulary import fingerprint
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=path is None)
+        return AutoTokenizer.from_pretrained(name), []
     except Exception as error:  # of a broken file a tokenizer raises whatever it meets
-        if path is not None:
-            raise ValueError(f"--tokenizer {path} holds no tokenizer: {error}") from error
-        return None, unnamed
-    if path is None and fingerprint(tokenizer) != section.get("fingerprint"):
-        return None, unnamed
-    return tokenizer, []
+        raise ValueError(f"--tokenizer {path} holds no tokenizer: {error}") from error
 
 
 def lines(found) -> list[str]:

@@ -54,7 +54,8 @@ def run(argv: list[str]) -> None:
     from ..gradient_study import lines, study, write_table
     from ..gradients import read_rollouts
     from ..occurrences import Occurrences
-    from ..report.plots import plot_gradients
+    from ..report.canvas import save_png
+    from ..report.evidence_plots import plot_gradients
     from .collect import PROMPTS, make_trainer
 
     output, path = Path(own.output), Path(given.occurrences)
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> None:
     trainer = make_trainer(_no_prompts(), args, model_args)[0]
     found = study(trainer, trainer.rock_set, rollouts, early, matched=own.matched, rare=own.rare, seed=args.seed)
     write_table(found, trainer._tokenizer, output)
-    plot_gradients(found, output.with_suffix(".png"))
+    save_png(plot_gradients(found), output.with_suffix(".png"))
     print("\n".join([*lines(found), f"The types are in {output}, the plot in {output.with_suffix('.png')}"]))
 
 

@@ -16,6 +16,7 @@ OPD_OPTIONS = {
     "divergence_chunk_bytes": ("536870912", "memory for the divergence's rows of the vocabulary (not on CUDA)"),
     "token_statistics": ("true", "keep the divergence per token type, and write it into every checkpoint"),
     "save_occurrences": ("none", "write the rollouts of every N-th optimizer step, token by token"),
+    "merge_adapter": ("false", "save and push a LoRA student as a whole model, in the place of its adapter"),
     "teacher_quantization": ("none", "quantise the teacher with bitsandbytes: 4bit or 8bit"),
     "teacher_placement": ("resident", "parked: the teacher's weights leave the GPU while nobody needs them"),
     "teacher_device": ("none", "another device for the teacher, such as cuda:1 or cpu"),

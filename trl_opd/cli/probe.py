@@ -90,8 +90,10 @@ def run(argv: list[str]) -> None:
     _check(args)
 
     from ..files import complete_file, require_writable
-    from ..probe import FORMAT, VERSION, Probe, arms_of, evaluate
-    from ..report.plots import plot_forest
+    from ..probe import VERSION, Probe, arms_of, evaluate
+    from ..report.canvas import save_png
+    from ..report.evidence_plots import plot_forest
+    from ..report.reading import KNOCKOUT_FORMAT
     from ..rock_set import RockSet
 
     output = Path(args.output)
@@ -110,7 +112,7 @@ def run(argv: list[str]) -> None:
     arms = arms_of(*_candidates(args, rock_set, probe.baseline))
     ids = {arm: forbidden for arm, (_, forbidden) in arms.items()}
     rewards = probe.rewards_of(ids)
-    result = {"format": FORMAT, "version": VERSION, "settings": asdict(args)}
+    result = {"format": KNOCKOUT_FORMAT, "version": VERSION, "settings": asdict(args)}
     result |= evaluate(arms, rewards, _figures(rock_set, probe), seed=args.seed)
     result |= {"exact_reuse": _sampling(args).reuses, "decoded_tokens": probe.decoded}
     result["naive_tokens"] = probe.naive_tokens(ids)
@@ -120,7 +122,7 @@ def run(argv: list[str]) -> None:
         arm["texts"] = [tokenizer.decode([id]) for id in arm["ids"]]
     with complete_file(output) as part:
         part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    plot_forest(result, output.with_suffix(".png"))
+    save_png(plot_forest(result), output.with_suffix(".png"))
     roles = output.with_name(f"{output.stem}_roles.json")
     if rock_set is not None:
         with_roles(rock_set, result).save(roles)

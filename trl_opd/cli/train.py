@@ -81,10 +81,12 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         peft_config=get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
+    trainer.run_record.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
+    if training_args.push_to_hub:  # saves, too
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    else:
+        trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         print(summary(trainer))
     # A process that ends while another is at work is aborted by gloo now and then (torch 2.13).

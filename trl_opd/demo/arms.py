@@ -22,16 +22,19 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..accuracy import AccuracyCallback
 from ..files import complete_file
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
+from ..rollout_samples import RolloutSamples
 from ..token_stats import TokenStats
-from .arithmetic import Problem, draw_problems, is_right
+from .arithmetic import Problem, draw_problems, is_right, solved
 
 MODELS = Path(__file__).parent / "models"
 ROLLOUTS = 64  # of an optimizer step
 MAX_COMPLETION = 56  # tokens; a right answer has about 40
 EVAL_PROBLEMS, CURVE_PROBLEMS, EVAL_SEED = 500, 100, 20260523
+SAMPLES = 2  # rollouts that are kept of each log
 WINDOWS = 8  # of token statistics, and points of the curves
 RESULT, MARKER = "result.json", ".trl_opd_demo"
 
@@ -78,10 +81,11 @@ def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bo
 
 def windows(folder: Path) -> list[tuple[int, TokenStats]]:
     """Return the statistics that an arm's checkpoints hold, with the last step of each, in order."""
-    return [(step, TokenStats.load(path)) for step, path in _checkpoints(folder)]
+    return [(step, TokenStats.load(path)) for step, path in checkpoints(folder)]
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints of an arm with the last step of each, in order."""
     found = [
         (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir()
     ]
@@ -108,16 +112,18 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
     if (
         finished is not None
         and finished.settings == settings
-        and [step for step, _ in _checkpoints(folder)][-1:] == [steps]
+        and [step for step, _ in checkpoints(folder)][-1:] == [steps]
     ):
         return finished
     _clear(folder)
     started = time.perf_counter()
-    trainer, curve = _distil(arm, folder, seed=seed, steps=steps, rock_set=rock_set, label=label)
+    trainer = distil(arm, folder, seed=seed, steps=steps, rock_set=rock_set, label=label)
     trainer.save_model()
     correct = solve(trainer.model, trainer.processing_class, eval_problems())
     # Lines of the log have the same number of steps, but for the last.
-    shares = [line["weight/zero_share"] for line in trainer.state.log_history if "weight/zero_share" in line]
+    lines = trainer.state.log_history
+    curve = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    shares = [line["weight/zero_share"] for line in lines if "weight/zero_share" in line]
     result = ArmResult(settings, correct, curve, time.perf_counter() - started, sum(shares) / len(shares))
     write_json(folder / RESULT, asdict(result))
     return result
@@ -131,7 +137,7 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
     (folder / RESULT).unlink(missing_ok=True)
-    for _, checkpoint in _checkpoints(folder):
+    for _, checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
@@ -154,7 +160,8 @@ def write_json(path: Path, content: dict) -> None:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str):
+def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> OPDTrainer:
+    """Return the trainer of an arm, trained; as [`run_arm`] takes them."""
     student, tokenizer = load("student")
     teacher, _ = load("teacher")
     every = max(1, steps // WINDOWS)
@@ -165,6 +172,7 @@ def _distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=ROLLOUTS,
+        per_device_eval_batch_size=CURVE_PROBLEMS,
         max_completion_length=MAX_COMPLETION,
         max_steps=steps,
         learning_rate=2e-3,
@@ -179,41 +187,43 @@ def _distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
         token_weighting=arm,
         rock_set=None if rock_set is None else str(rock_set),
     )
-    watch = _Watch(tokenizer, every, label)
+    solving = Dataset.from_list(
+        [{"prompt": one.question, "answer": str(one.answer)} for one in eval_problems()[:CURVE_PROBLEMS]]
+    )
+    bar = _Bar(label)
     trainer = OPDTrainer(
         model=student,
         teacher_model=teacher,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [problem.question for problem in problems]}),
         processing_class=tokenizer,
-        callbacks=[watch],
+        callbacks=[bar, AccuracyCallback(solving, solved, eval_steps=every), RolloutSamples(SAMPLES)],
     )
+    trainer.run_record.dataset_name = "generated word problems"
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()
     finally:
-        watch.bar.close()
-    return trainer, watch.curve
+        bar.close()
+    return trainer
 
 
-class _Watch(TrainerCallback):
-    """A progress bar, and the accuracy on some of the held-out problems every few steps."""
+class _Bar(TrainerCallback):
+    """A progress bar that shows the accuracy on some of the held-out problems."""
 
-    def __init__(self, tokenizer, every: int, label: str):
-        self._tokenizer, self._every, self._label = tokenizer, every, label
-        self._problems = eval_problems()[:CURVE_PROBLEMS]
-        self.curve: list[tuple[int, float]] = []
-        self.bar = tqdm(desc=label, unit="step")
+    def __init__(self, label: str):
+        self._bar = tqdm(desc=label, unit="step")
 
-    def _measure(self, step: int, model) -> None:
-        self.curve.append((step, sum(solve(model, self._tokenizer, self._problems)) / len(self._problems)))
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar.total = state.max_steps
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.bar.total = state.max_steps
-        self._measure(0, model)
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update()
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.bar.update()
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._measure(state.global_step, model)
-            self.bar.set_postfix(accuracy=f"{self.curve[-1][1]:.2f}")
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_accuracy" in (logs or {}):
+            self._bar.set_postfix(accuracy=f"{logs['eval_accuracy']:.2f}")
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()

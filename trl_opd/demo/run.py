@@ -6,23 +6,37 @@ import dataclasses
 import time
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
 from ..detection import detect_rocks, mass_matched_controls, with_texts
-from ..report.plots import plot_accuracy, plot_divergence
+from ..publishing import REPORT, write_card
+from ..report.build import write_report
+from ..report.canvas import save_png
+from ..report.run_plots import plot_accuracy, plot_divergence
+from ..report.token_types import kind_means
 from ..rock_set import RockSet
 from ..statistics import accuracy_interval, paired_difference
 from ..token_stats import TokenStats
 from .arithmetic import PLANTED_ROCKS
-from .arms import CURVE_PROBLEMS, EVAL_PROBLEMS, ArmResult, eval_problems, load, run_arm, solve, windows, write_json
+from .arms import (
+    CURVE_PROBLEMS,
+    EVAL_PROBLEMS,
+    ArmResult,
+    checkpoints,
+    eval_problems,
+    load,
+    run_arm,
+    solve,
+    windows,
+    write_json,
+)
 
 ARMS = ("uniform", "rock", "control", "random")
 TASK = "word problems of three-digit addition, answered in worked steps"
 
 
 def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tuple[dict, list[str]]:
-    """Run the demo, or what is missing of it, and write `summary.json` and two plots.
+    """Run the demo, or what is missing of it, and write `summary.json`, two plots, cards and the report.
 
     Args:
         output_dir (`Path`): Where everything goes; arms that are finished there with the same settings are kept.
@@ -64,6 +78,9 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
     }
     write_json(output_dir / "summary.json", summary)
     _plot(output_dir, results, found)
+    for arm in results:  # again, now that the arms can be compared
+        write_card(output_dir / arm, name=f"trl_opd-demo-{arm}")
+    write_report(output_dir, output_dir / REPORT)
     return summary, notes
 
 
@@ -125,21 +142,14 @@ def _rock_summary(found: RockSet) -> dict:
 
 
 def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> None:
-    plot_accuracy({arm: result.curve for arm, result in results.items()}, CURVE_PROBLEMS, output_dir / "accuracy.png")
-    curves = {arm: [_means(*window, found) for window in windows(output_dir / arm)] for arm in results}
-    plot_divergence(curves, "KL(student ‖ teacher)", output_dir / "divergence.png")
+    accuracy = {arm: [_with_interval(*point) for point in result.curve] for arm, result in results.items()}
+    save_png(plot_accuracy(accuracy, CURVE_PROBLEMS), output_dir / "accuracy.png")
+    # Controls are of the rest: a line of their own for each arm would be too many.
+    ids = found.ids.tolist()
+    curves = {arm: kind_means(checkpoints(output_dir / arm), ids, []) for arm in results}
+    save_png(plot_divergence(curves, "KL(student ‖ teacher)"), output_dir / "divergence.png")
 
 
-def _means(step: int, stats: TokenStats, found: RockSet) -> tuple[int, float | None, float | None]:
-    """Return the step and the mean divergence of rocks and of the rest.
-
-    Each type counts as often as it was seen: a frozen type is measured in some steps only.
-    """
-    seen = stats.seen.where(stats.count > 0, 0).double()
-    total = stats.mean_kl.nan_to_num(0.0) * seen
-    is_rock = torch.zeros(stats.vocab_size, dtype=torch.bool)
-    is_rock[found.ids] = True
-    means = [
-        float(total[group].sum() / seen[group].sum()) if seen[group].any() else None for group in (is_rock, ~is_rock)
-    ]
-    return step, *means
+def _with_interval(step: int, accuracy: float) -> tuple[int, float, float, float]:
+    right = round(accuracy * CURVE_PROBLEMS)
+    return step, accuracy, *accuracy_interval([True] * right + [False] * (CURVE_PROBLEMS - right))

@@ -1,0 +1,696 @@
+"""Tests of the plots: what is drawn is what was given, as a PNG and as an SVG of a page, whatever the tokens' texts."""
+
+import functools
+import re
+import unicodedata
+from html.parser import HTMLParser
+from itertools import combinations
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from trl_opd.cutoff import Sweep
+from trl_opd.gradient_study import Study
+from trl_opd.report import canvas, evidence_plots, run_plots
+from trl_opd.report.canvas import save_png, to_svg
+from trl_opd.report.evidence_plots import plot_forest, plot_gradients
+from trl_opd.report.rock_plots import plot_before_after, plot_families, plot_funnel, plot_sweep
+from trl_opd.report.run_plots import plot_accuracy, plot_arms, plot_curves, plot_divergence, plot_phases
+from trl_opd.report.svg import inline_svg
+
+# Nothing that a plot does may reach its user as a warning; those of Matplotlib's own dependencies no user sees.
+pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
+
+NAN = float("nan")
+LARGEST = 150_000  # bytes of an SVG
+SVG = "{http://www.w3.org/2000/svg}"
+TAGS = {"svg", "g", "path", "use", "text", "defs", "clipPath", "rect", "pattern", "image"}
+ATTRIBUTES = {"id", "href", "d", "x", "y", "width", "height", "transform", "fill", "stroke", "opacity", "clip-path"}
+ATTRIBUTES |= {"fill-opacity", "fill-rule", "font-size", "text-anchor", "patternUnits"}
+ATTRIBUTES |= {f"stroke-{what}" for what in ("width", "opacity", "linecap", "linejoin", "dasharray", "dashoffset")}
+COLOURS = {colour.lower() for colour in canvas.COLOURS}
+# What a model can write: each must end as a short text that shows what it is.
+HOSTILE = {
+    "</text><script>alert(1)</script>": "</text><script>alert…",
+    "$x$": "$x$",
+    "$\\frac{1": "$\\frac{1",
+    "a\x00\x1b[31m": "a\\x00\\x1b[31m",
+    "\u202eevil\u2066": "\\u202eevil\\u2066",
+    "\ud800": "\\ud800",
+    "x" * 100_000: "x" * 20 + "…",
+    "\u202e" * 100_000: "\\u202e\\u202e\\u202e\\u…",
+    " the\n": "␣the↵",
+    "中文": "中文",
+    "]]>&amp;<!--": "]]>&amp;<!--",
+}
+
+
+def world(types: int = 300, rocks: int = 20):
+    """Counts, mean KL and rocks of types."""
+    rng = np.random.default_rng(0)
+    count = np.floor(20 * types / np.arange(1, types + 1)).astype(int)
+    mean_kl = np.exp(rng.normal(-2, 1, types))
+    is_rock = np.zeros(types, bool)
+    is_rock[np.argsort(-count * mean_kl)[:rocks]] = True
+    return count, mean_kl, is_rock
+
+
+def forbidden(id: int, kind: str, effect: float, text: str = "a") -> dict:
+    """An arm of a probe."""
+    return {"kind": kind, "ids": [id], "effect": effect, "ci95": [effect - 0.1, effect + 0.2], "texts": [text]}
+
+
+PROBE = {
+    "problems": 50,
+    "arms": [
+        {**forbidden(0, "rocks", -0.5), "ids": [1, 2], "texts": ["b", "c"]},
+        forbidden(1, "rock", -0.2, " b"),
+        forbidden(3, "control", -0.1, "d"),
+        {**forbidden(4, "other", 0.0), "ci95": None},
+        forbidden(5, "other", 0.3, "�"),
+    ],
+}
+
+
+def study(sizes=(40, 30, 50), *, early: bool = True) -> Study:
+    """A gradient study with so many types of each group."""
+    rng, total = np.random.default_rng(0), sum(sizes)
+    columns = {"group": np.repeat(["rock", "rare", "random"], sizes), "count": rng.integers(1, 5000, total)}
+    for name in ("norm", "norm_unbiased", "norm_matched", "mean_kl", "mean_kl_early"):
+        columns[name] = np.exp(rng.normal(-1, 1, total))
+    for name in ("cos_balanced", "cos_balanced_without", "cos_matched"):
+        columns[name] = rng.normal(0, 0.1, total)
+    return Study(columns, 3, early)
+
+
+SWEEP = Sweep([10, 20, 30], [0.3, 0.5, 0.6], {50: [0.9, 0.8, 0.6], 100: [0.95, 0.9, 0.7]}, 20)
+ACCURACY = {
+    "uniform": [(0, 0.1, 0.05, 0.2), (5, 0.6, 0.5, 0.7), (10, 0.7, 0.6, 0.8)],
+    "rock": [(0, 0.1, None, None), (10, 0.5, None, None)],
+}
+DIVERGENCE = {
+    "uniform": [(5, 0.9, 0.4, 0.5), (10, 0.8, None, 0.1)],
+    "control": [(5, 0.9, None, 0.4), (10, 0.7, None, 0.2)],
+}
+ENTROPY = {"uniform": [(1, 1.5), (2, None), (3, 1.2)], "random": [(1, 1.4), (2, 1.3), (3, 1.1)]}
+PHASES = {"uniform": {"generate": 3.0, "teacher": 1.0, "student": 2.0}, "rock": {"generate": 2.5, "student": 1.5}}
+RESULTS = {"uniform": (0.6, 0.5, 0.7), "rock": (0.5, 0.4, 0.6)}
+DIFFERENCES = {"rock": (-0.1, -0.15, 0.01)}
+FAMILIES = (["math", "digit"], [0.2, 0.5], [0.6, 0.1])
+FIGURES = {
+    "accuracy": lambda: plot_accuracy(ACCURACY, 100),
+    "divergence": lambda: plot_divergence(DIVERGENCE, "KL(student ‖ teacher)"),
+    "curves": lambda: plot_curves(ENTROPY, "Entropy of the student", "mean entropy (nats per token)"),
+    "phases": lambda: plot_phases(PHASES),
+    "arms": lambda: plot_arms(RESULTS, DIFFERENCES, "greedy accuracy on 500 problems"),
+    "funnel": lambda: plot_funnel(*world(), texts={id: f"t{id}" for id in range(300)}),
+    "before_after": lambda: plot_before_after(world()[1], world()[1] / 2, world()[2]),
+    "sweep": lambda: plot_sweep(SWEEP),
+    "families": lambda: plot_families(*FAMILIES),
+    "forest": lambda: plot_forest(PROBE),
+    "gradients": lambda: plot_gradients(study()),
+}
+every_figure = pytest.mark.parametrize("name", FIGURES)
+
+
+@functools.cache
+def svg_of(name: str, prefix: str = "a") -> str:
+    return to_svg(FIGURES[name](), prefix)
+
+
+def elements(svg: str, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(svg).iter(f"{SVG}{tag}"))
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text for element in elements(svg, "text")]
+
+
+def rows(figure, names: list[str]) -> list[str]:
+    """Return those of the names that are shown, from the top."""
+    shown = [element for element in elements(to_svg(figure, "a"), "text") if element.text in names]
+    return [element.text for element in sorted(shown, key=lambda element: float(element.get("y")))]
+
+
+def drawn(axes, label: str):
+    """Return x and y of the line of that name."""
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+# What a figure becomes
+
+
+@every_figure
+def test_a_figure_becomes_a_png_that_is_dark_on_white(name, tmp_path):
+    figure = FIGURES[name]()
+    save_png(figure, tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    pixels = imread(tmp_path / "plot.png")
+    assert pixels.shape[:2] == tuple(int(144 * side) for side in figure.get_size_inches()[::-1])
+    assert (pixels[:, 0] == 1).all(), "the left edge is white, and not transparent"
+    assert (pixels[..., :3].max(-1) < 0.15).sum() > 500, "text is dark"
+    assert any(len(np.unique(pixels[..., channel])) > 50 for channel in range(3))
+
+
+@every_figure
+def test_an_svg_is_one_harmless_element_that_takes_the_colours_of_its_page(name):
+    svg = svg_of(name)
+    assert svg.startswith("<svg ")
+    assert svg.endswith("</svg>")
+    assert len(svg.encode()) < LARGEST
+    assert "<!" not in svg
+    assert "<?" not in svg
+    root = ElementTree.fromstring(svg)
+    assert re.fullmatch(r"0 0 [\d.]+ [\d.]+", root.get("viewBox"))
+    assert (root.get("width"), root.get("height")) == ("100%", None)
+    assert root.get("fill") == "currentColor", "what Matplotlib leaves out because it is black"
+    assert root.get("font-family") == "system-ui, sans-serif"
+    assert len(texts(svg)) > 5, "text is text"
+    for element in list(root.iter())[1:]:
+        assert element.tag.removeprefix(SVG) in TAGS
+        assert element.attrib.keys() <= ATTRIBUTES, "neither styles nor event handlers"
+        for paint in {element.get("fill"), element.get("stroke")} - {None}:
+            assert paint in {"none", "currentColor"} | COLOURS or re.fullmatch(r"url\(#a-\d+\)", paint)
+        if element.tag == f"{SVG}text":
+            assert element.get("fill") in (None, "currentColor")
+    assert COLOURS & set(re.findall("#[0-9a-f]{6}", svg)), "the series have colours of their own"
+
+
+@every_figure
+def test_two_svgs_share_no_id_and_each_refers_to_its_own(name):
+    seen = set()
+    for prefix in ("a", "b"):
+        svg = svg_of(name, prefix)
+        ids = re.findall(r' id="([^"]*)"', svg)
+        assert len(ids) == len(set(ids))
+        assert all(id.startswith(f"{prefix}-") for id in ids)
+        used = re.findall(r'href="#([^"]*)"', svg) + re.findall(r"url\(#([^)]*)\)", svg)
+        assert used
+        assert set(used) == set(ids), "and none is left over"
+        assert not seen & set(ids)
+        seen |= set(ids)
+
+
+@every_figure
+def test_an_svg_is_the_same_each_time(name, tmp_path):
+    figure = FIGURES[name]()
+    first = to_svg(figure, "a")
+    save_png(figure, tmp_path / "plot.png")
+    assert to_svg(figure, "a") == first == svg_of(name)
+
+
+@every_figure
+def test_every_axis_says_what_it_shows(name):
+    figure = FIGURES[name]()
+    titles = [figure.get_suptitle(), *(axes.get_title("left") for axes in figure.axes)]
+    assert any(len(title) > 15 for title in titles)
+    for axes in figure.axes:
+        named = isinstance(axes.yaxis.get_major_formatter(), matplotlib.ticker.FixedFormatter)
+        assert axes.get_ylabel() or named
+        assert axes.get_xlabel() or axes.get_xticklabels()[0].get_text() == "as published"
+
+
+@pytest.mark.parametrize("second", ["#0072b2", "#009e73"])
+def test_a_look_is_said_once_for_markers_that_share_it(second):
+    marker = '<use xmlns="http://www.w3.org/2000/svg" href="#m" x="1.23456" y="2" style="fill: {}; opacity: 0.5"/>'
+    group = f"<g>{marker.format('#0072b2')}{marker.format(second)}</g>"
+    content = f'<svg xmlns="{SVG[1:-1]}" viewBox="0 0 72 36"><path id="m" d="M 0 0"/>{group}</svg>'
+    svg = inline_svg(content.encode(), "a", neutral="#000000")
+    assert 'viewBox="0 0 72 36"' in svg
+    uses, (group,) = elements(svg, "use"), elements(svg, "g")
+    looks = [(use.get("fill") or group.get("fill"), use.get("opacity") or group.get("opacity")) for use in uses]
+    assert looks == [("#0072b2", "0.5"), (second, "0.5")]
+    assert [use.get("x") for use in uses] == ["1.23", "1.23"]
+    assert ("fill" in group.attrib) == (second == "#0072b2")
+
+
+def test_a_prefix_must_be_one():
+    for prefix in ("", "1a", 'a"', "a b", "é"):
+        with pytest.raises(ValueError, match="A prefix of ids starts with a letter"):
+            to_svg(FIGURES["phases"](), prefix)
+
+
+@pytest.mark.parametrize("name", ["curves", "funnel", "gradients"])
+def test_what_a_notebook_set_for_its_plots_changes_nothing_and_stays(name, tmp_path):
+    svg = svg_of(name)
+    save_png(FIGURES[name](), tmp_path / "plot.png")
+    with matplotlib.style.context(["dark_background", {"font.size": 20, "svg.fonttype": "path", "svg.hashsalt": "x"}]):
+        before = dict(matplotlib.rcParams)
+        assert to_svg(FIGURES[name](), "a") == svg
+        save_png(FIGURES[name](), tmp_path / "again.png")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
+
+
+def test_the_colours_can_be_read_on_white_and_on_black():
+    def luminance(colour: str) -> float:
+        parts = np.array(matplotlib.colors.to_rgb(colour))
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for colour in canvas.COLOURS:
+        assert 1.05 / (luminance(colour) + 0.05) >= 3, "WCAG's contrast of graphics"
+        assert (luminance(colour) + 0.05) / (luminance("#121212") + 0.05) >= 3
+
+
+def test_series_differ_without_their_colours():
+    looks = [canvas.look_of(place) for place in range(25)]
+    assert len(set(looks)) == 25
+    for one, other in combinations(looks[:5], 2):
+        assert one.marker != other.marker
+        assert one.dash != other.dash
+        assert one.hatch != other.hatch
+    for kinds in (evidence_plots.KINDS, evidence_plots.GROUP_LOOKS):
+        assert len({look[1] for look in kinds.values()}) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (0.01, "0.01"),
+        (1000, "1000"),
+        (-2, "−2"),
+        (1e5, "10⁵"),
+        (2e6, "2·10⁶"),
+        (1e-7, "10⁻⁷"),
+        (-1e5, "−10⁵"),
+    ],
+)
+def test_numbers_of_axes_are_plain_text(number, text):
+    assert canvas.plain_number(number) == text
+
+
+# Texts of others
+
+
+def hostile_figures(text: str) -> list:
+    """Return every plot that shows a text of others, with that text."""
+    count, mean_kl, is_rock = world()
+    return [
+        plot_funnel(count, mean_kl, is_rock, texts=dict.fromkeys(range(300), text)),
+        plot_forest({"problems": 5, "arms": [forbidden(1, "rock", 0.1, text)]}),
+        plot_families([text], [0.5], [0.5]),
+        plot_phases({text: {"generate": 1.0}}),
+        plot_phases({"uniform": {text: 1.0}}),
+        plot_arms({text: (0.5, 0.4, 0.6)}, {}, text),
+        plot_accuracy({text: [(0, 0.5, None, None)]}, None),
+        plot_curves({text: [(0, 0.5)]}, "A title", "a unit"),
+        plot_divergence({text: [(0, 0.5, None, None)]}, text),
+    ]
+
+
+class Opened(HTMLParser):
+    """The tags that a browser would open, and what it would show."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.shown = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[1:18])
+def test_a_hostile_text_ends_as_a_short_label(text, tmp_path):
+    for place, figure in enumerate(hostile_figures(text)):
+        if place < 2:
+            save_png(figure, tmp_path / "plot.png")
+        svg = to_svg(figure, "a")
+        shown = [label for label in texts(svg) if label.startswith(HOSTILE[text])]
+        assert shown, f"plot {place} shows it as it is, and not as a formula"
+        assert max(map(len, shown)) <= 85
+        found = Opened(svg)
+        assert found.tags <= {tag.lower() for tag in TAGS}
+        assert any(label.startswith(HOSTILE[text]) for label in found.shown)
+        assert not [sign for sign in svg if unicodedata.category(sign) in ("Cc", "Cf", "Cs")]
+
+
+def test_a_png_spells_out_what_its_font_cannot_write(tmp_path):
+    pictures = []
+    for text in ("中", "文", "中文字中文字中文字中文字中文字中文字中文字"):
+        figure = plot_families([text], [0.5], [0.5])
+        before = [shown.get_text() for shown in figure.findobj(Text)]
+        save_png(figure, tmp_path / "plot.png")
+        assert [shown.get_text() for shown in figure.findobj(Text)] == before
+        assert canvas.label(text) in texts(to_svg(figure, "a"))
+        pictures.append((tmp_path / "plot.png").read_bytes())
+    assert len(set(pictures)) == 3, "two boxes would look alike"
+    assert canvas._writable("中‖文") == "\\u4e2d‖\\u6587"
+    assert len(canvas._writable("中" * 20)) == 32
+
+
+def test_an_error_while_a_png_is_written_leaves_the_texts_and_no_file(tmp_path):
+    figure = plot_families(["中"], [0.5], [0.5])
+    with pytest.raises(FileNotFoundError):
+        save_png(figure, tmp_path / "none" / "plot.png")
+    assert "中" in texts(to_svg(figure, "a"))
+
+
+# Runs
+
+
+def test_accuracy_is_drawn_with_its_intervals():
+    figure = plot_accuracy(ACCURACY, 100)
+    (axes,) = figure.axes
+    assert drawn(axes, "uniform (all weigh alike)") == ([0, 5, 10], [0.1, 0.6, 0.7])
+    assert drawn(axes, "rock (rocks weigh less)") == ([0, 10], [0.1, 0.5])
+    (band,) = axes.collections
+    edge = {tuple(point) for point in band.get_paths()[0].vertices.round(6).tolist()}
+    assert edge == {(0, 0.05), (5, 0.5), (10, 0.6), (0, 0.2), (5, 0.7), (10, 0.8)}
+    assert axes.get_ylabel() == "accuracy on 100 problems"
+    assert axes.get_ylim() == (-0.02, 1.02)
+    assert "95 %" in axes.get_title("left")
+    bare = plot_accuracy({"rock": ACCURACY["rock"]}, None).axes[0]
+    assert (bare.get_ylabel(), "95 %" in bare.get_title("left"), len(bare.collections)) == ("accuracy", False, 0)
+    (whisker,) = plot_accuracy({"rock": [(0, 0.5, 0.4, 0.6)]}, None).axes[0].collections[1:]
+    assert whisker.get_segments()[0].tolist() == [[0, 0.4], [0, 0.6]]
+    rewards = plot_accuracy({"rock": [(0, -3.0, None, None), (1, 2.0, None, None)]}, None).axes[0]
+    assert rewards.get_ylim() == (-3.02, 2.02)
+
+
+def test_divergence_is_drawn_by_kind_and_arm():
+    (axes,) = plot_divergence(DIVERGENCE, "KL(student ‖ teacher)").axes
+    found = [(line.get_color(), line.get_linestyle(), line.get_ydata().tolist()) for line in axes.lines]
+    found = [line for line in found if len(line[2])]
+    expected = [
+        (canvas.BLUE, "-", [0.9, 0.8]),
+        (canvas.BLUE, ":", [0.4, NAN]),
+        (canvas.BLUE, "--", [0.5, 0.1]),
+        (canvas.GREEN, "-", [0.9, 0.7]),
+        (canvas.GREEN, "--", [0.4, 0.2]),
+    ]
+    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    np.testing.assert_equal([line[2] for line in found], [line[2] for line in expected])
+    assert axes.get_ylabel() == "mean KL(student ‖ teacher) per token (nats)"
+    assert axes.get_ylim()[0] == 0
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["uniform (all weigh alike)", "control (controls weigh less)", "rocks", "controls", "the rest"]
+    no_controls = plot_divergence({"uniform": [(1, 0.5, None, 0.1)]}, "KL").axes[0]
+    assert no_controls.get_legend_handles_labels()[1] == ["uniform (all weigh alike)", "rocks", "the rest"]
+
+
+def test_curves_are_drawn_as_they_are_and_long_ones_as_means():
+    (axes,) = plot_curves(ENTROPY, "Entropy of the student", "nats").axes
+    np.testing.assert_equal(drawn(axes, "uniform (all weigh alike)"), ([1, 2, 3], [1.5, NAN, 1.2]))
+    assert (axes.get_title("left"), axes.get_ylabel()) == ("Entropy of the student", "nats")
+    (share,) = plot_curves({"a": [(1, 0.02), (2, 0.03)]}, "Cut", "share", share=True).axes
+    assert share.get_ylim() == (-0.02, 1.02)
+    assert "20%" in texts(to_svg(share.figure, "a"))
+    points = [(step, None if step == 2 else float(step)) for step in range(1, 1001)]
+    (long,) = plot_curves({"a": points}, "Long", "unit").axes
+    steps, values = drawn(long, "a")
+    assert (steps[:3], steps[-1]) == ([3, 6, 9], 1000)
+    assert values[:2] + values[-1:] == [2.0, 5.0, 1000.0], "the mean of 1 and 3, of 4, 5 and 6, and of the last alone"
+    assert "mean of 3 values" in long.get_xlabel()
+
+
+@pytest.mark.parametrize("points", [1_000, 20_000])
+def test_long_noise_stays_a_small_svg(points):
+    rng = np.random.default_rng(0)
+    noise = {arm: list(zip(range(points), rng.random(points).tolist(), strict=True)) for arm in run_plots.ARMS}
+    assert len(to_svg(plot_curves(noise, "Noise", "unit"), "a")) < LARGEST
+    wide = {arm: [(step, value, value - 0.1, value + 0.1) for step, value in noise[arm]] for arm in noise}
+    assert len(to_svg(plot_accuracy(wide, 10), "a")) < LARGEST
+    assert len(to_svg(plot_divergence(wide, "KL"), "a")) < LARGEST
+
+
+def test_phases_are_stacked():
+    figure = plot_phases(PHASES)
+    (axes,) = figure.axes
+    bars = {c.get_label(): [(round(b.get_x(), 6), b.get_width()) for b in c] for c in axes.containers}
+    assert bars == {
+        "generate": [(0, 3.0), (0, 2.5)],
+        "teacher": [(3.0, 1.0), (2.5, 0.0)],
+        "student": [(4.0, 2.0), (2.5, 1.5)],
+    }
+    assert len({bar.get_hatch() for bar in axes.patches}) == 3
+    assert rows(figure, ["uniform", "rock"]) == ["uniform", "rock"], "the first arm is at the top"
+    assert axes.get_xlabel() == "mean seconds of an optimizer step"
+
+
+def test_arms_end_with_their_intervals():
+    figure = plot_arms(RESULTS, DIFFERENCES, "greedy accuracy on 500 problems")
+    left, right = figure.axes
+    lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in left.lines]
+    assert lines == [([0.5, 0.7], [0, 0]), ([0.6], [0]), ([0.4, 0.6], [1, 1]), ([0.5], [1])]
+    interval, point, zero = ((list(line.get_xdata()), list(line.get_ydata())) for line in right.lines)
+    assert (interval, point) == (([-0.15, 0.01], [1, 1]), ([-0.1], [1]))
+    assert zero[0] == [0.0, 0.0]
+    shown = texts(to_svg(figure, "a"))
+    assert {"uniform", "rock", "40%", "−10", "greedy accuracy on 500 problems"} <= set(shown)
+    without = plot_arms({"uniform": (0.5, None, None)}, {}, "accuracy")
+    assert len(without.axes[0].lines) == 1
+    assert "95 %" in figure.get_suptitle()
+    assert "95 %" not in without.get_suptitle()
+    assert {"uniform", "Nothing was compared."} <= set(texts(to_svg(without, "a")))
+
+
+def test_an_arm_looks_alike_in_every_plot_and_new_ones_take_what_is_left():
+    one = plot_curves({"rock": [(1, 1.0)]}, "t", "y").axes[0].lines[0]
+    other = plot_curves({"mine": [(1, 1.0)], "yours": [(1, 1.0)], "rock": [(1, 1.0)]}, "t", "y").axes[0].lines
+    assert other[2].get_color() == one.get_color() == canvas.VERMILLION
+    assert len({line.get_color() for line in other}) == 3
+
+
+# Token types
+
+
+def test_the_funnel_draws_every_type_that_occurs():
+    count, mean_kl, is_rock = world()
+    count[5], mean_kl[7] = 0, NAN
+    (axes,) = plot_funnel(count, mean_kl, is_rock).axes
+    shown = (count > 0) & np.isfinite(mean_kl)
+    for name, chosen in (("rocks", is_rock), ("types that are no rocks", ~is_rock)):
+        assert drawn(axes, name) == (count[shown & chosen].tolist(), mean_kl[shown & chosen].tolist())
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
+    low, high = axes.get_ylim()
+    assert low <= 0 < np.nanmax(mean_kl) < high
+    assert axes.get_xlim()[0] < count[shown].min() <= count[shown].max() < axes.get_xlim()[1]
+
+
+def test_the_band_of_the_funnel_is_made_of_quantiles():
+    count = np.array([1] * 9 + [10] * 11 + [11] * 10 + [1000] * 4)
+    mean_kl = np.arange(len(count), dtype=float)
+    (axes,) = plot_funnel(count, mean_kl, np.zeros(len(count), bool)).axes
+    steps, medians = drawn(axes, "their median")
+    assert steps == pytest.approx([1, (10**11 * 11**10) ** (1 / 21)]), "four types are no bin"
+    assert medians == [4.0, 19.0]
+    (band,) = axes.collections
+    edge = {tuple(point) for point in band.get_paths()[0].vertices.round(6).tolist()}
+    middle = round(steps[1], 6)
+    assert edge == {(1.0, 0.8), (1.0, 7.2), (middle, 11.0), (middle, 27.0)}
+
+
+def test_the_funnel_names_the_rocks_of_the_highest_mass_without_overlap():
+    count, mean_kl, is_rock = world()
+    mean_kl[is_rock] = 0.1  # all at one height: their names would meet
+    figure = plot_funnel(count, mean_kl, is_rock, texts={id: f"t{id}" for id in range(1, 300)})
+    (axes,) = figure.axes
+    names = {note.get_text(): note for note in axes.texts}
+    rocks = np.flatnonzero(is_rock)
+    first = rocks[np.argsort(-count[rocks], kind="stable")][:8]
+    assert set(names) == {f"t{id}" if id else "(0)" for id in first}
+    for id in first:
+        assert names[f"t{id}" if id else "(0)"].xy == (count[id], mean_kl[id])
+    to_svg(figure, "a")
+    boxes = [Text.get_window_extent(note) for note in axes.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    inside = figure.bbox
+    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
+    assert not plot_funnel(count, mean_kl, is_rock).axes[0].texts
+
+
+def test_before_and_after_are_drawn_around_the_diagonal():
+    before, after = np.array([0.1, 0.2, NAN, 3.0]), np.array([0.05, 0.3, 0.1, NAN])
+    (axes,) = plot_before_after(before, after, np.array([True, False, True, False])).axes
+    assert drawn(axes, "rocks") == ([0.1], [0.05])
+    assert drawn(axes, "types that are no rocks") == ([0.2], [0.3])
+    x, y = drawn(axes, "no change")
+    assert x == y == list(axes.get_xlim()) == list(axes.get_ylim())
+    narrow = plot_before_after([0.5, 0.6], [0.4, 0.5], [True, False]).axes[0]
+    assert 0.01 < narrow.get_xlim()[0] < 0.4, "far from zero it is not shown"
+    assert narrow.get_xlim()[1] > 10 * narrow.get_xlim()[0]
+    assert plot_before_after([0.5, 0.001], [0.4, 0.5], [True, False]).axes[0].get_xlim()[0] == 0
+    rock, other = axes.lines[1], axes.lines[0]
+    assert rock.get_marker() != other.get_marker()
+
+
+def test_many_types_are_a_picture_in_the_svg_and_few_are_not():
+    count, mean_kl, is_rock = world(60_000, 100)
+    for figure in (plot_funnel(count, mean_kl, is_rock), plot_before_after(mean_kl, mean_kl[::-1], is_rock)):
+        rasterized = {line.get_label(): line.get_rasterized() for line in figure.axes[0].lines}
+        assert rasterized["types that are no rocks"]
+        assert not rasterized["rocks"]
+        svg = to_svg(figure, "a")
+        assert len(elements(svg, "image")) == 1
+        assert elements(svg, "image")[0].get("href").startswith("data:image/png;base64,")
+        assert len(svg.encode()) < LARGEST
+    assert not elements(to_svg(plot_funnel(*world()), "a"), "image")
+    svg = to_svg(plot_funnel(*world(1400, 100)), "a")
+    assert not elements(svg, "image")
+    assert len(elements(svg, "use")) > 1400
+    assert len(svg.encode()) < LARGEST
+    assert len(to_svg(plot_gradients(study((300, 200, 200))), "a").encode()) < LARGEST
+
+
+def test_the_sweep_is_drawn_with_and_without_stability():
+    (axes,) = plot_sweep(SWEEP).axes
+    assert drawn(axes, "coverage: share of the divergence") == ([10, 20, 30], [0.3, 0.5, 0.6])
+    assert drawn(axes, "overlap (Jaccard) of 50 rollouts and 50 others") == ([10, 20, 30], [0.9, 0.8, 0.6])
+    assert drawn(axes, "overlap (Jaccard) of 100 rollouts and 100 others") == ([10, 20, 30], [0.95, 0.9, 0.7])
+    assert drawn(axes, "chosen: K = 20")[0] == [20, 20]
+    assert drawn(axes, "least overlap: 0.7")[1] == [0.7, 0.7]
+    (alone,) = plot_sweep(Sweep([10, 20], [0.3, 0.5], {}, None)).axes
+    assert alone.get_legend_handles_labels()[1] == ["coverage: share of the divergence"]
+    assert "coverage only" in alone.get_title("left")
+    assert "coverage only" not in axes.get_title("left")
+
+
+def test_families_have_two_bars_each():
+    figure = plot_families(*FAMILIES)
+    (axes,) = figure.axes
+    bars = {c.get_label(): [(round(b.get_y() + b.get_height() / 2), b.get_width()) for b in c] for c in axes.containers}
+    assert bars == {"of the tokens": [(0, 0.2), (1, 0.5)], "of the divergence": [(0, 0.6), (1, 0.1)]}
+    assert len({bar.get_hatch() for bar in axes.patches}) == 2
+    assert rows(figure, ["math", "digit"]) == ["math", "digit"]
+
+
+# Evidence
+
+
+def test_the_forest_has_a_row_for_each_arm_with_an_interval():
+    figure = plot_forest(PROBE)
+    (axes,) = figure.axes
+    assert drawn(axes, "all rocks at once") == ([-0.5], [0])
+    assert drawn(axes, "rock") == ([-0.2], [1])
+    assert drawn(axes, "control") == ([-0.1], [2])
+    assert drawn(axes, "other") == ([0.3], [3])
+    segments = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
+    assert [-0.6, 0] in [start for start, _ in segments]
+    assert sorted(end[1] for _, end in segments) == [0, 1, 2, 3]
+    np.testing.assert_allclose(sorted(end[0] for _, end in segments), [-0.3, 0.0, 0.1, 0.5], atol=1e-9)
+    names = ["all rocks at once", "␣b (1)", "d (3)", "� (5)"]
+    assert rows(figure, names) == [*names, "all rocks at once"], "and the legend"
+    assert "(50 problems)" in axes.get_xlabel()
+
+
+def test_a_forest_of_many_shows_both_ends_and_says_so():
+    arms = [forbidden(id, "other", id / 100, f"t{id}") for id in range(100)]
+    (axes,) = plot_forest({"problems": 5, "arms": arms}).axes
+    effects, rows = drawn(axes, "other")
+    assert effects == [id / 100 for id in (*range(30), *range(70, 100))]
+    assert rows == list(range(60))
+    assert "the 30 at each end of 100" in axes.get_title("left")
+
+
+def test_gradients_are_drawn_by_group():
+    found = study()
+    figure = plot_gradients(found)
+    scatter, norms, cosines, change = figure.axes
+    for group, name in (("rock", "rocks"), ("rare", "rare, high KL"), ("random", "random rest")):
+        chosen = found.columns["group"] == group
+        assert drawn(scatter, name) == (found.columns["count"][chosen].tolist(), found.of(group, "norm").tolist())
+        early = found.columns["mean_kl_early"][chosen].tolist()
+        assert drawn(change, name) == (early, found.columns["mean_kl"][chosen].tolist())
+    x, y = scatter.lines[-1].get_data()
+    assert y[0] / y[1] == pytest.approx(np.sqrt(x[1] / x[0])), "noise alone"
+    for axes, column in ((norms, "norm"), (cosines, "cos_balanced")):
+        medians = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
+        assert any(value == pytest.approx(np.median(found.of("rare", column))) for value in medians)
+        assert len(axes.patches) == 9
+    assert "No earlier occurrences were given (--early)." in texts(to_svg(plot_gradients(study(early=False)), "a"))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["rocks", "rare, high KL", "random rest", "1/√n: what noise alone would give"]
+
+
+# Little and nothing
+
+ONE = np.array([True])
+NOTHING = {
+    "accuracy": lambda: plot_accuracy({}, 5),
+    "accuracy of no points": lambda: plot_accuracy({"uniform": []}, 5),
+    "accuracy of one point": lambda: plot_accuracy({"uniform": [(0, 0.5, 0.5, 0.5)]}, 1),
+    "divergence": lambda: plot_divergence({}, "KL"),
+    "divergence of nothing": lambda: plot_divergence({"uniform": [(1, None, None, None)]}, "KL"),
+    "divergence of zeros": lambda: plot_divergence({"uniform": [(1, 0.0, 0.0, 0.0)]}, "KL"),
+    "curves": lambda: plot_curves({}, "t", "y"),
+    "curves of no points": lambda: plot_curves({"uniform": []}, "t", "y"),
+    "curves of NaN": lambda: plot_curves({"uniform": [(1, NAN), (2, float("inf"))]}, "t", "y", share=True),
+    "curves with an infinity": lambda: plot_curves({"uniform": [(1, 1.0), (2, float("inf")), (3, 2.0)]}, "t", "y"),
+    "curves of equals": lambda: plot_curves({"uniform": [(1, 2.0), (1, 2.0)]}, "t", "y"),
+    "curves of many arms": lambda: plot_curves({f"arm {i}": [(1, i)] for i in range(30)}, "t", "y"),
+    "phases": lambda: plot_phases({}),
+    "phases of nothing": lambda: plot_phases({"uniform": {}}),
+    "phases of zeros": lambda: plot_phases({"uniform": {"student": 0.0, "teacher": NAN}}),
+    "arms": lambda: plot_arms({}, {}, "accuracy"),
+    "arms of one": lambda: plot_arms({"uniform": (0.0, None, None)}, {}, "accuracy"),
+    "arms of equals": lambda: plot_arms({"rock": (1.0, 1.0, 1.0)}, {"rock": (0.0, 0.0, 0.0)}, "accuracy"),
+    "funnel": lambda: plot_funnel([], [], []),
+    "funnel of one": lambda: plot_funnel([7], [0.1], [True], texts={0: "a"}),
+    "funnel of no rocks": lambda: plot_funnel([7], [0.1], [False], texts={}),
+    "funnel of zeros": lambda: plot_funnel([0, 0], [0.0, 0.0], [True, False]),
+    "funnel of NaN": lambda: plot_funnel([3, 4], [NAN, NAN], [True, False]),
+    "funnel of equals": lambda: plot_funnel([3] * 20, [0.0] * 20, [True] * 20, texts={}),
+    "funnel of negatives": lambda: plot_funnel([3, 4], [-0.1, -0.2], [True, False]),
+    "funnel of extremes": lambda: plot_funnel([1, 10**12], [1e-30, 1e9], [True, False]),
+    "before and after": lambda: plot_before_after([], [], []),
+    "before and after of one": lambda: plot_before_after([0.0], [0.0], [True]),
+    "before and after of NaN": lambda: plot_before_after([NAN, 1.0], [1.0, NAN], [True, False]),
+    "sweep": lambda: plot_sweep(Sweep([], [], {}, None)),
+    "sweep of one": lambda: plot_sweep(Sweep([10], [0.1], {50: [0.5]}, None)),
+    "families": lambda: plot_families([], [], []),
+    "families of zeros": lambda: plot_families(["math"], [0.0], [NAN]),
+    "forest": lambda: plot_forest({"arms": [], "problems": 1}),
+    "forest without intervals": lambda: plot_forest({"arms": [PROBE["arms"][3]], "problems": 1}),
+    "forest of one": lambda: plot_forest({"arms": [{**forbidden(1, "rock", 0.0), "ci95": [0.0, 0.0]}], "problems": 1}),
+    "gradients": lambda: plot_gradients(study((0, 0, 0))),
+    "gradients of one": lambda: plot_gradients(study((1, 0, 0))),
+    "gradients of NaN": lambda: plot_gradients(
+        Study({**study((1, 1, 1)).columns, "norm": np.full(3, NAN), "mean_kl_early": np.full(3, NAN)}, 3, True)
+    ),
+    "gradients of zeros": lambda: plot_gradients(
+        Study({**study((1, 1, 1)).columns, "norm": np.zeros(3), "mean_kl_early": np.zeros(3)}, 3, True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_little_and_nothing_are_drawn_without_a_warning(name, tmp_path):
+    figure = NOTHING[name]()
+    save_png(figure, tmp_path / "plot.png")
+    svg = to_svg(figure, "a")
+    assert len(np.unique(imread(tmp_path / "plot.png"))) > 1
+    ElementTree.fromstring(svg)
+    assert texts(svg)
+    assert "nan" not in svg.lower()
+    assert "inf" not in svg
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("accuracy", "Nothing was measured."),
+        ("divergence of nothing", "Nothing was measured."),
+        ("phases", "No time was measured."),
+        ("arms", "No arm has ended."),
+        ("funnel of zeros", "No type occurs."),
+        ("before and after of NaN", "No type was measured before and after."),
+        ("families", "No token has a family."),
+        ("forest without intervals", "Nothing that was forbidden changed a reward."),
+        ("gradients", "No type has a gradient."),
+        ("gradients of NaN", "No type occurs early and late."),
+    ],
+)
+def test_an_empty_plot_says_why(name, sentence):
+    assert sentence in texts(to_svg(NOTHING[name](), "a"))

@@ -1,0 +1,63 @@
+"""A LoRA student -> a whole model that computes the same: for those who load without PEFT."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.pytorch_utils import Conv1D
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def replace_by_merged(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Write the merged model in the place of an adapter that was saved to a folder.
+
+    Built from the weights that the adapter was trained on, those of a quantised base in full precision again: so the
+    merged model computes what the student computed, not what the adapter would do on other weights. It is built on the
+    host and takes as much of its memory as the whole model.
+
+    Args:
+        model (`peft.PeftModel`): The student, unwrapped.
+        folder (`str` or `os.PathLike`): Where its adapter lies.
+    """
+    folder = Path(folder)
+    merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
+    merged.save_pretrained(folder)
+    for name in ADAPTER_FILES:  # last: until they are gone the folder loads as the adapter
+        (folder / name).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _base_on_host(model: PeftModel) -> PreTrainedModel:
+    """Return the base of an adapter on the CPU, as it is without the adapter, not quantised."""
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = model.dtype
+    found = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    modules = dict(base.named_modules())
+    state = {}
+    for name, tensor in base.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        parts = path.split(".")
+        if "modules_to_save" in parts or any(part.startswith(model.base_model.prefix) for part in parts):
+            continue
+        owner = modules.get(path)
+        if leaf not in ("weight", "bias") and not hasattr(owner, leaf):
+            continue  # constants of a quantised weight
+        if leaf == "weight" and not tensor.is_floating_point():
+            tensor = dequantize_bnb_weight(owner.weight, getattr(owner, "state", None)).to(model.dtype)
+            if getattr(owner, "source_cls", None) is Conv1D:  # GPT-2's, whose weights lie the other way round
+                tensor = tensor.T
+        plain = [part for part in parts if part not in ("base_layer", "original_module")]
+        state[".".join([*plain, leaf])] = tensor.cpu().contiguous()
+    found.load_state_dict(state)
+    found.generation_config = base.generation_config
+    return found

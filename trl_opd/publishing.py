@@ -1,0 +1,75 @@
+"""What a run's folder gets for others to see: the card of its student, and its report."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .files import complete_file
+from .hub import hub_errors, redact
+
+CARD, REPORT = "README.md", "report.html"
+
+
+def write_card(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    repo_id: str | None = None,
+    tags: str | Sequence[str] | None = None,
+) -> None:
+    """Write the card of the student in a folder, `README.md`, from what its run left there.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's output folder.
+        name (`str`, *optional*): Name of the student; the folder's when omitted.
+        repo_id (`str`, *optional*): Where it lies on the Hub.
+        tags (`str` or `Sequence[str]`, *optional*): Tags beside those that every student of this package has.
+    """
+    # Matplotlib and Jinja2 are for those who look at a run, not for those who train.
+    from .report.card import render_card
+
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    try:
+        card = render_card(Path(folder), name=name, repo_id=repo_id, tags=tags)
+        with complete_file(Path(folder) / CARD) as part:
+            part.write_text(card.content, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        # Cards are written with checkpoints, and no run ends for one.
+        warnings.warn(f"The card of {folder} cannot be written: {error}", stacklevel=3)
+
+
+def write_card_of(trainer, name: str | None, dataset_name: str | None, tags: str | Sequence[str] | None) -> None:
+    """Write the record of a trainer's run as it stands, and the card that is made of it."""
+    trainer.run_record.write(dataset_name)
+    write_card(trainer.args.output_dir, name=name, repo_id=trainer.hub_model_id, tags=tags)
+
+
+def add_report(folder: str | os.PathLike) -> None:
+    """Write the report of a run into its folder; what stands in its way is a warning, and the student goes without."""
+    from .report.build import write_report
+
+    try:
+        write_report(Path(folder), Path(folder) / REPORT)
+    except (ValueError, OSError) as error:
+        warnings.warn(f"The report of {folder} cannot be written: {error}", stacklevel=3)
+
+
+def warn_of_failed_pushes(in_progress) -> None:
+    """Warn of pushes of checkpoints that failed: transformers runs them beside the training and never looks at them.
+
+    Args:
+        in_progress (`transformers.utils.PushInProgress`, *optional*): The pushes, all of which have ended.
+    """
+    for job in getattr(in_progress, "jobs", ()):
+        what = "push a checkpoint to the Hub while training"
+        try:
+            with hub_errors(what):
+                job.result()
+        except OSError as error:
+            warnings.warn(f"{error} `trainer.push_to_hub()` pushes again.", stacklevel=3)
+        except Exception as error:  # whatever it was, the training has not failed
+            reason = f"{type(error).__name__}: {redact(str(error))}"
+            warnings.warn(f"Could not {what}: {reason} `trainer.push_to_hub()` pushes again.", stacklevel=3)

@@ -1,0 +1,139 @@
+"""The JSON files that a report is made of; they come from outside, and are checked before use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import schema
+
+# Far above any of these files: a larger one is a mistake, and is refused before it fills the memory.
+MAX_BYTES = 256 * 2**20
+RUN_FORMAT, KNOCKOUT_FORMAT = "trl_opd.run", "trl_opd.knockout"
+RUN_FILE, SUMMARY_FILE, KNOCKOUT_FILE = "opd_run.json", "summary.json", "knockout.json"
+KINDS = ("rock", "control", "other", "rocks", "controls")
+LABELS = ("pillar", "stumbling", "neutral")
+
+Log = list[dict[str, float]]
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the record of a run; its `log` holds finite numbers only, and a `step` in each line.
+
+    Raises:
+        `ValueError`: if the file is none, with the file and the reason.
+    """
+    content = _read(path, RUN_FORMAT, "the record of a run")
+    with _named(path, "the record of a run"):
+        for name in ("student", "teacher", "dataset", "versions", "hardware", "arguments", "measure"):
+            schema.section(content, name, {})
+        for name in ("command", "started", "written"):
+            schema.require(content, {name: schema.text}, "run")
+        content["log"] = [_log_line(line, place) for place, line in enumerate(schema.entries(content, "log"))]
+    return content
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary of a demo.
+
+    Raises:
+        `ValueError`: if the file is none, with the file and the reason.
+    """
+    content = _read(path, None, "the summary of a demo")
+    with _named(path, "the summary of a demo"):
+        schema.require(content, {"task": schema.text, "eval_problems": schema.whole}, "summary")
+        for name in ("start", "teacher"):
+            schema.section(content, name, {"accuracy": schema.number})
+        schema.section(content, "rocks", {})
+        kinds = {"accuracy": schema.number, "seconds": schema.number, "frozen_token_share": schema.number}
+        for arm in schema.section(content, "arms", {}):
+            found = schema.section(content["arms"], arm, kinds | {"steps": schema.whole})
+            _interval(found.get("accuracy_ci95"), f"arms.{arm}.accuracy_ci95")
+        for arm in schema.section(content, "differences", {}):
+            found = schema.section(content["differences"], arm, {"estimate": schema.number})
+            _interval(found.get("ci95"), f"differences.{arm}.ci95")
+    return content
+
+
+def read_knockout(path: Path) -> dict[str, Any]:
+    """Return the result of a probe.
+
+    Raises:
+        `ValueError`: if the file is none, with the file and the reason.
+    """
+    content = _read(path, KNOCKOUT_FORMAT, "the result of a probe")
+    with _named(path, "the result of a probe"):
+        kinds = {"problems": schema.whole, "discordance": schema.number, "minimal_effect": schema.number}
+        schema.require(content, kinds, "knockout")
+        _interval(schema.section(content, "baseline", {"reward": schema.number}).get("ci95"), "baseline.ci95")
+        schema.section(content, "rocks_against_controls", {"p": schema.number}, null=True)
+        for place, arm in enumerate(schema.entries(content, "arms")):
+            _check_arm(arm, f"arms[{place}]")
+    return content
+
+
+def _check_arm(arm: Any, where: str) -> None:
+    if not isinstance(arm, dict):
+        raise ValueError(f"{where} is not an object")
+    kinds = {"effect": schema.number, "p": schema.number, "better": schema.whole, "worse": schema.whole}
+    schema.require(arm, kinds, where)
+    for name, known in (("kind", KINDS), ("label", (*LABELS, None))):
+        if arm.get(name) not in known:
+            raise ValueError(f"{where}.{name} is {schema.short(arm.get(name))}, known are {', '.join(map(str, known))}")
+    ids, texts = (schema.entries(arm, name, f"{where}.") for name in ("ids", "texts"))
+    if len(ids) != len(texts) or not ids:
+        raise ValueError(f"{where}.texts is not as long as its ids")
+    for id, text in zip(ids, texts, strict=True):
+        schema.whole(id, f"{where}.ids")
+        schema.text(text, f"{where}.texts")
+    schema.require(arm, {"p_bh": schema.number, "p_holm": schema.number}, where, null=True)
+    _interval(arm.get("ci95"), f"{where}.ci95")
+
+
+def _interval(value: Any, where: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{where} is {schema.short(value)}, not two numbers")
+    for end in value:
+        schema.number(end, where)
+
+
+def _log_line(line: Any, place: int) -> dict[str, float]:
+    if not isinstance(line, dict):
+        raise ValueError(f"log[{place}] is not an object")
+    schema.require(line, {"step": schema.whole}, f"log[{place}]")
+    numbers = {}
+    for name, value in line.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            schema.number(value, f"log[{place}].{name}")
+            numbers[name] = value
+    return numbers
+
+
+def _read(path: Path, format: str | None, what: str) -> dict[str, Any]:
+    with _named(path, what):
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=schema.refuse_constant, parse_float=schema.finite
+        )
+        if not isinstance(content, dict) or (format is not None and content.get("format") != format):
+            raise ValueError("it is not an object" if format is None else f'its "format" is not "{format}"')
+        if content.get("version") is True or content.get("version") != 1:
+            version = schema.short(content.get("version"))
+            raise ValueError(f"version {version}, this trl_opd reads version 1: upgrade it")
+    return content
+
+
+@contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """Say of an error which file it is of, and what that should be."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path}: not {what}: {reason}.") from error

@@ -1,0 +1,146 @@
+"""Counts and mean divergences of token types, from the statistics of a run or from collected rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..cutoff import Sweep
+from ..families import family_of
+from ..occurrences import Occurrences
+from ..token_stats import TokenStats
+
+LAST_QUARTER = 0.75
+# Types that are named for families, those of the largest divergence first; the rest has less than a thousandth of it.
+NAMED_TYPES = 20_000
+CUTOFFS = 300
+
+
+@dataclass(frozen=True)
+class TokenTypes:
+    """What is known of every token type, `(V,)` each.
+
+    Args:
+        count (`np.ndarray`): How often it was emitted.
+        mean_kl (`np.ndarray`): Its mean divergence, nats per token; NaN where it was not measured.
+        before (`np.ndarray`, *optional*): The same before the distillation, or early in it.
+        of (`str`): Which rollouts these are.
+        of_before (`str`): And those of `before`.
+        measure (`str`): Name of the divergence.
+    """
+
+    count: np.ndarray
+    mean_kl: np.ndarray
+    before: np.ndarray | None
+    of: str
+    of_before: str
+    measure: str
+
+    @property
+    def mass(self) -> np.ndarray:
+        """Divergence that each type carries, R(v) = count x mean, nats, `(V,)`."""
+        return self.count * np.nan_to_num(self.mean_kl)
+
+    def is_rock(self, ids: list[int]) -> np.ndarray:
+        """Return which types are rocks, bool, `(V,)`."""
+        found = np.zeros(len(self.count), dtype=bool)
+        found[[id for id in ids if id < len(found)]] = True
+        return found
+
+    def coverage(self, top_k: int | None) -> Sweep:
+        """Return the share of the divergence that the top K types carry, over K; no draws are compared."""
+        order = np.argsort(-self.mass, kind="stable")
+        covered = np.cumsum(self.mass[order]) / max(self.mass.sum(), np.finfo(float).tiny)
+        most = int(min(CUTOFFS, (self.mass > 0).sum()))
+        cutoffs = sorted({*range(1, most + 1, max(1, most // 60)), most} - {0})
+        return Sweep(cutoffs, [float(covered[cutoff - 1]) for cutoff in cutoffs], {}, top_k)
+
+    def families(self, text_of: Callable[[int], str | None]) -> dict[str, tuple[float, float]]:
+        """Return for each family its share of the tokens and of the divergence, the largest divergence first."""
+        order = [int(id) for id in np.argsort(-self.mass, kind="stable")[:NAMED_TYPES] if self.count[id] > 0]
+        sums: dict[str, list[float]] = {}
+        for id in order:
+            if (family := family_of(text_of(id))) is not None:
+                share = sums.setdefault(family, [0.0, 0.0])
+                share[0] += float(self.count[id]) / max(float(self.count.sum()), 1.0)
+                share[1] += float(self.mass[id]) / max(float(self.mass.sum()), np.finfo(float).tiny)
+        return {name: (share[0], share[1]) for name, share in sorted(sums.items(), key=lambda item: -item[1][1])}
+
+
+def of_windows(windows: list[tuple[int, Path]]) -> TokenTypes:
+    """Return the types of the last quarter of a run, and before: of its first window.
+
+    Args:
+        windows (`list[tuple[int, Path]]`): Last step and file of each window, in order, at least one.
+    """
+    end = windows[-1][0]
+    last, first = TokenStats.load(windows[-1][1]).copy(), None
+    start = windows[-2][0] if len(windows) > 1 else 0
+    for place, (step, path) in reversed(list(enumerate(windows[:-1]))):
+        if step > LAST_QUARTER * end:
+            last.merge(TokenStats.load(path))
+            start = windows[place - 1][0] if place else 0
+    if start > 0:
+        first = TokenStats.load(windows[0][1])
+    return TokenTypes(
+        last.seen.numpy().astype(np.float64),
+        last.mean_kl.numpy(),
+        None if first is None else first.mean_kl.numpy(),
+        f"the rollouts of steps {start + 1} to {end}",
+        f"those of steps 1 to {windows[0][0]}",
+        str(last.measure.get("divergence", "divergence")),
+    )
+
+
+def of_statistics(path: Path) -> TokenTypes:
+    """Return the types of a whole run."""
+    stats = TokenStats.load(path)
+    measure = str(stats.measure.get("divergence", "divergence"))
+    return TokenTypes(
+        stats.seen.numpy().astype(np.float64), stats.mean_kl.numpy(), None, "all rollouts of the run", "", measure
+    )
+
+
+def of_occurrences(file: Occurrences) -> TokenTypes:
+    """Return the types of collected rollouts, before the distillation too where the file has that.
+
+    Raises:
+        `ValueError`: for a row that cannot be.
+    """
+    sums = {"count": np.zeros(0), "kl": np.zeros(0), "kl_pre": np.zeros(0)}
+    for batch in file.batches():
+        size = max(len(sums["count"]), int(batch["token_id"].max()) + 1)
+        sums = {name: np.pad(values, (0, size - len(values))) for name, values in sums.items()}
+        sums["count"] += np.bincount(batch["token_id"], minlength=size)
+        for name in ("kl", "kl_pre"):
+            if name in batch:
+                sums[name] += np.bincount(batch["token_id"], batch[name], size)
+    with np.errstate(invalid="ignore"):
+        mean, before = sums["kl"] / sums["count"], sums["kl_pre"] / sums["count"]
+    of_before = "the same rollouts under the student before the distillation"
+    pre = before if file.has_pre else None
+    return TokenTypes(sums["count"], mean, pre, "the collected rollouts", of_before, "reverse_kl")
+
+
+def kind_means(
+    windows: list[tuple[int, Path]], rocks: list[int], controls: list[int]
+) -> list[tuple[int, float | None, float | None, float | None]]:
+    """Return for each window its last step and the mean divergence of rocks, of controls and of the rest, nats.
+
+    Each type counts as often as it was seen: a frozen type is measured in some steps only. `None` without positions.
+    """
+    points = []
+    for step, path in windows:
+        stats = TokenStats.load(path)
+        known = (stats.count > 0).numpy()
+        seen, mean = stats.seen.numpy() * known, np.nan_to_num(stats.mean_kl.numpy())
+        kinds = np.zeros((3, len(seen)), dtype=bool)
+        for place, ids in enumerate((rocks, controls)):
+            kinds[place, [id for id in ids if id < len(seen)]] = True
+        kinds[2] = ~kinds[:2].any(0)
+        means = [float((mean * seen)[kind].sum() / seen[kind].sum()) if seen[kind].any() else None for kind in kinds]
+        points.append((step, *means))
+    return points

@@ -1,0 +1,56 @@
+"""A micro-batch of a trainer -> the hidden states that are compared, the loss, and what is known of each token."""
+
+from __future__ import annotations
+
+import torch
+
+from ._trl import lm_head
+from .batching import at_positions, forward_inputs, locate
+from .divergence import score
+from .records import LMHead
+
+
+def compared(
+    trainer, student: torch.nn.Module, inputs: dict[str, torch.Tensor], positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, LMHead, LMHead]:
+    """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models.
+
+    Args:
+        trainer (`OPDTrainer`): Holds the teacher.
+        student (`torch.nn.Module`): The unwrapped student.
+        inputs (`dict[str, torch.Tensor]`): A micro-batch.
+        positions (`torch.Tensor`): Places of the loss mask in its flattened completions, `(N,)`.
+    """
+    forward, head = forward_inputs(inputs, trainer._vocab_size), lm_head(student)
+    student_hidden = at_positions(trainer._get_last_hidden_state(student, *forward), positions, head)
+    teacher_hidden, teacher_head = trainer._teacher_phase.compared(inputs, forward, positions, head)
+    return student_hidden, teacher_hidden, head, teacher_head
+
+
+def weighted_loss(trainer, student: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch):
+    """Return the loss of a micro-batch (scalar), and leave its figures with the trainer.
+
+    No collective may run in here: it runs inside of the wrapped forward.
+    """
+    inputs = inputs if "positions" in inputs else locate(inputs)
+    positions, weights, training = inputs["positions"], inputs["position_weights"], trainer.model.training
+    denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
+    complete = "weights" not in inputs or trainer._arm.measures_all(trainer.state)
+    loss, signals = score(
+        *compared(trainer, student, inputs, positions),
+        inputs["completion_ids"].flatten()[positions],
+        weights,
+        inputs.get("weight_denominator", denominator),
+        measure_frozen=complete,
+        beta=trainer.beta,
+        temperature=trainer.temperature,
+        chunk_bytes=trainer.args.divergence_chunk_bytes,
+    )
+    figures = trainer._figures["train" if training else "eval"]
+    figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
+    figures.add_signals(signals, complete)
+    if training:
+        trainer._stats.update(signals)
+        trainer._occurrences.add(inputs, signals, trainer.state)
+    trainer._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
+    return loss
