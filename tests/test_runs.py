@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from trl_opd import Controls, OPDTrainer, fused_divergence
+from trl_opd.figures import repetition
 from trl_opd.weighting import random_weights
 
 from . import reference
@@ -148,6 +149,44 @@ def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
     assert {name: line[name] for name in expected} == pytest.approx(
         {name: value.item() for name, value in expected.items()}, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([1, 2, 3], None),
+        ([1, 2, 3, 4], 0.0),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),
+        ([7] * 12, 8 / 9),
+        ([1, 2, 3, 4, 5, 4, 3, 2, 1], 0.0),
+        ([5, 5, 5, 5, 9, 5, 5, 5, 5], 1 / 6),
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_stood_before(ids, share):
+    assert repetition(ids) == (None if share is None else pytest.approx(share))
+
+
+def test_repetition_in_the_log_is_a_mean_over_the_completions_of_the_window(tokenizer, tmp_path):
+    student = make_model(seed=0)
+    with torch.no_grad():  # a student that can hardly write anything but a few tokens
+        student.lm_head.weight[40:44] *= 8
+    dataset = make_dataset(3, chat=False)
+    changes = {"max_steps": 4, "logging_steps": 2, "max_completion_length": 20}
+    trainer = record(tokenizer, tmp_path, student=student, eval_dataset=dataset, **changes)
+    trainer.evaluate()
+    shares = {True: {}, False: {}}
+    for training, step, _, batch in trainer.batches:
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
+            grams = [tuple(ids[mask.bool()].tolist()[place : place + 4]) for place in range(int(mask.sum()) - 3)]
+            before = sum(gram in grams[:place] for place, gram in enumerate(grams))
+            if grams:
+                shares[training].setdefault(step // 2 if training else 0, []).append(before / len(grams))
+    lines = [line["completions/repetition"] for line in trainer.state.log_history if "loss" in line]
+    assert lines == pytest.approx([sum(values) / len(values) for values in shares[True].values()])
+    assert max(lines) > 0
+    wanted = shares[False][0] if 0 in shares[False] else next(iter(shares[False].values()))
+    line = next(line for line in trainer.state.log_history if "eval_completions/repetition" in line)
+    assert line["eval_completions/repetition"] == pytest.approx(sum(wanted) / len(wanted))
 
 
 def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):

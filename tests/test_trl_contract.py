@@ -110,6 +110,12 @@ SEAMS = [
     ),
     Seam(
         DistillationTrainer,
+        "create_model_card",
+        "(self, model_name=None, dataset_name=None, tags=None)",
+        "4f8a407fd9fd3f6e9d3b2300a2029bee1c742631f1ec2c62b34a6cc31841f106",
+    ),
+    Seam(
+        DistillationTrainer,
         "log",
         "(self, logs, start_time=None)",
         "cf1ee75dd2cb9959f74520baae74017b5005c96c62063007b541dc33ceb72323",
@@ -248,6 +254,13 @@ def test_everything_that_comes_through_trl_py_is_pinned():
     brought = {name for name, value in vars(_trl).items() if getattr(value, "__module__", "").split(".")[0] == "trl"}
     assert "ChunkedDivergenceFunction" in brought
     assert brought <= {part for seam in SEAMS for part in (seam.owner.__name__, seam.name)}
+
+
+def test_what_trl_cites_for_its_trainer_is_what_the_card_expects():
+    paper = _trl.distillation_paper()
+    assert paper["id"] == "2306.13649"
+    assert paper["title"].startswith("On-Policy Distillation of Language Models")
+    assert paper["citation"].startswith("@inproceedings{agarwal2024")
 
 
 def test_the_constructor_takes_what_that_of_trl_takes():

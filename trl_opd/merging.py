@@ -25,6 +25,9 @@ def replace_by_merged(model: PeftModel, folder: str | os.PathLike) -> None:
     Args:
         model (`peft.PeftModel`): The student, unwrapped.
         folder (`str` or `os.PathLike`): Where its adapter lies.
+
+    Raises:
+        `ValueError`: if bitsandbytes has packed a 4-bit base ([`OPDTrainer`] keeps it from that).
     """
     folder = Path(folder)
     merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
@@ -43,6 +46,9 @@ def _base_on_host(model: PeftModel) -> PreTrainedModel:
     config.dtype = model.dtype
     found = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     modules = dict(base.named_modules())
+    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in modules.values()]
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError("The 4-bit base was packed for a CPU, which cannot be undone exactly: load it anew.")
     state = {}
     for name, tensor in base.state_dict().items():
         path, _, leaf = name.rpartition(".")

@@ -80,7 +80,7 @@ class RunRecord:
                 stats.save(folder / token_stats.FILE_NAME)
             if trainer.rock_set is not None:
                 _keep_rock_set(trainer.rock_set, folder / rock_set.FILE_NAME)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"The record of the run cannot be written to {folder}: {error}", stacklevel=2)
 
     def describe(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ example:
   trl-opd train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
       --dataset_name trl-lib/tldr --use_peft --dtype bfloat16 --learning_rate 2e-4 --output_dir student"""
 
+SAMPLES = 2  # rollouts of each log that the report shows
 # Extensions of a single data file and the loader that `datasets` has for each.
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -64,6 +65,8 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from ..opd_trainer import OPDTrainer
+    from ..publishing import add_report
+    from ..rollout_samples import RolloutSamples
 
     if model_args.model_name_or_path is None:
         raise ValueError("A student is required: set --model_name_or_path.")
@@ -79,6 +82,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[RolloutSamples(SAMPLES)],
     )
     resume = training_args.resume_from_checkpoint
     trainer.run_record.dataset_name = script_args.dataset_name
@@ -87,6 +91,8 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     else:
         trainer.save_model(training_args.output_dir)
+        if trainer.accelerator.is_main_process:
+            add_report(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         print(summary(trainer))
     # A process that ends while another is at work is aborted by gloo now and then (torch 2.13).
@@ -131,10 +137,14 @@ def load_prompts(script_args, dataset_args, training_args):
 
 
 def summary(trainer) -> str:
-    """Return the lines that end a run: steps, divergence at the first and the last log, and where the student is."""
+    """Return the lines that end a run: steps, divergence of the first and the last log, where student and report are."""
+    from ..publishing import REPORT
+
     figures = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
     divergence = f", divergence {figures[0]:.3f} -> {figures[-1]:.3f} nats per token" if figures else ""
-    return f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
+    folder = Path(trainer.args.output_dir)
+    text = f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
+    return f"{text}\nOpen {folder / REPORT} in a browser: the report" if (folder / REPORT).is_file() else text
 
 
 def set_init_kwargs(training_args, model_args) -> None:
