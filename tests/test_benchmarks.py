@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_opd import opd_trainer
+from trl_opd import opd_trainer, scoring
 from trl_opd.context import ContextSettings
 
 from .benchmarks import (
@@ -64,8 +64,8 @@ def test_the_peak_of_a_call_is_what_it_held_for_a_moment():
 
 
 def test_the_phases_of_a_step_are_told_apart(monkeypatch):
-    for name in ("score", "locate"):  # which the profile replaces
-        monkeypatch.setattr(opd_trainer, name, getattr(opd_trainer, name))
+    for module, name in ((scoring, "score"), (opd_trainer, "locate")):  # which the profile replaces
+        monkeypatch.setattr(module, name, getattr(module, name))
     options = argparse.Namespace(vocab=512, steps=2, log_every=1, freeze=True, lora=True)
     seconds = profile_step.profile(options)
     assert seconds.keys() == set(profile_step.PHASES)

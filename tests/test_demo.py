@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from trl_opd import Rock, RockSet, TokenStats
+from trl_opd import RockSet, TokenStats
 from trl_opd.cli import main
 from trl_opd.cli.demo import HELP, DemoArguments
 from trl_opd.demo import arms, build, run
@@ -30,6 +30,7 @@ from trl_opd.demo.arithmetic import (
     ruled_marks,
     worked_answer,
 )
+from trl_opd.report.token_types import kind_means
 
 SUMMARY = {"version", "seconds", "task", "eval_problems", "start", "teacher", "arms", "differences", "rocks"}
 ALL_ARMS = ("uniform", "rock", "control", "random")
@@ -299,13 +300,15 @@ def test_the_help_lists_every_option_with_its_default():
         assert re.search(rf"^  --{option.name} \w+ +{re.escape(str(option.default))} ", HELP, re.MULTILINE), option.name
 
 
-def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen():
-    stats = TokenStats(3, {})
-    stats.seen[:], stats.count[:] = torch.tensor([10, 30, 10]), torch.tensor([10, 3, 10])
-    stats.kl_sum[:] = torch.tensor([20.0, 15.0, 10.0])  # means 2, 5 and 1
-    rocks = RockSet([Rock(id=0, text=None, count=10, mean_kl=2.0, score=20.0)], {}, {}, {}, {})
-    assert run._means(7, stats, rocks) == (7, 2.0, (5 * 30 + 10) / 40)
-    assert run._means(7, TokenStats(3, {}), rocks) == (7, None, None)
+def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen(tmp_path):
+    stats = TokenStats(4, {})
+    stats.seen[:], stats.count[:] = torch.tensor([10, 30, 10, 5]), torch.tensor([10, 3, 10, 0])
+    stats.kl_sum[:] = torch.tensor([20.0, 15.0, 10.0, 0.0])  # means 2, 5 and 1; the last was never measured
+    stats.save(tmp_path / "seven.safetensors")
+    TokenStats(4, {}).save(tmp_path / "eight.safetensors")
+    windows = [(7, tmp_path / "seven.safetensors"), (8, tmp_path / "eight.safetensors")]
+    assert kind_means(windows, [0], []) == [(7, 2.0, None, (5 * 30 + 10) / 40), (8, None, None, None)]
+    assert kind_means(windows[:1], [0], [2, 3, 99]) == [(7, 2.0, 1.0, 5.0)]
 
 
 # Wrong input

@@ -492,23 +492,30 @@ def test_the_band_of_the_funnel_is_made_of_quantiles():
     assert edge == {(1.0, 0.8), (1.0, 7.2), (middle, 11.0), (middle, 27.0)}
 
 
-def test_the_funnel_names_the_rocks_of_the_highest_mass_without_overlap():
+def test_the_funnel_names_the_rocks_of_the_highest_mass():
     count, mean_kl, is_rock = world()
-    mean_kl[is_rock] = 0.1  # all at one height: their names would meet
-    figure = plot_funnel(count, mean_kl, is_rock, texts={id: f"t{id}" for id in range(1, 300)})
-    (axes,) = figure.axes
-    names = {note.get_text(): note for note in axes.texts}
+    axes = plot_funnel(count, mean_kl, is_rock, texts={id: f"t{id}" for id in range(1, 300)}).axes[0]
+    names = {note.get_text(): note.xy for note in axes.texts}
     rocks = np.flatnonzero(is_rock)
-    first = rocks[np.argsort(-count[rocks], kind="stable")][:8]
-    assert set(names) == {f"t{id}" if id else "(0)" for id in first}
-    for id in first:
-        assert names[f"t{id}" if id else "(0)"].xy == (count[id], mean_kl[id])
+    first = rocks[np.argsort(-(count * mean_kl)[rocks])][:8].tolist()
+    assert first != rocks[np.argsort(-count[rocks])][:8].tolist()
+    assert names == {f"t{id}" if id else "(0)": (count[id], mean_kl[id]) for id in first}
+    assert not plot_funnel(count, mean_kl, is_rock).axes[0].texts
+
+
+@pytest.mark.parametrize("height", [0.0, 0.1, 5.0])
+def test_the_names_of_the_funnel_do_not_meet_and_stay_beside_it(height):
+    count, mean_kl, is_rock = world()
+    mean_kl[is_rock] = height  # all at one height, also where the axis ends
+    figure = plot_funnel(count, mean_kl, is_rock, texts={})
+    (axes,) = figure.axes
     to_svg(figure, "a")
     boxes = [Text.get_window_extent(note) for note in axes.texts]
+    assert len(boxes) == 8
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     inside = figure.bbox
     assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
-    assert not plot_funnel(count, mean_kl, is_rock).axes[0].texts
+    assert all(-1e-9 < note.xyann[1] <= 1 for note in axes.texts)
 
 
 def test_before_and_after_are_drawn_around_the_diagonal():
@@ -518,6 +525,9 @@ def test_before_and_after_are_drawn_around_the_diagonal():
     assert drawn(axes, "types that are no rocks") == ([0.2], [0.3])
     x, y = drawn(axes, "no change")
     assert x == y == list(axes.get_xlim()) == list(axes.get_ylim())
+    better = plot_before_after([5.0, 0.5], [0.3, 0.02], [True, False]).axes[0]
+    assert better.get_xlim() == better.get_ylim()
+    assert better.get_xlim()[0] < 0.02 < 5 < better.get_xlim()[1]
     narrow = plot_before_after([0.5, 0.6], [0.4, 0.5], [True, False]).axes[0]
     assert 0.01 < narrow.get_xlim()[0] < 0.4, "far from zero it is not shown"
     assert narrow.get_xlim()[1] > 10 * narrow.get_xlim()[0]

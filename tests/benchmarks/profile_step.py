@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 from transformers import TrainerCallback
 
-from trl_opd import opd_trainer
+from trl_opd import opd_trainer, scoring
 
 from .workload import machine, make_rollouts, make_trainer
 
@@ -76,7 +76,7 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
     trainer._tokenize_prompts = lambda _: (prompts, None, {})
     clock.time(trainer, "_generate_single_turn", "generation")
     clock.time(trainer, "_get_last_hidden_state")
-    clock.time(opd_trainer, "score", "divergence")
+    clock.time(scoring, "score", "divergence")
     clock.time(trainer.accelerator, "backward", "backward")
     for owner, name in (
         (trainer._stats, "update"),
