@@ -16,6 +16,7 @@ from .benchmarks import (
     gradients_memory,
     memory_gpu,
     profile_step,
+    report,
     step_time,
 )
 from .benchmarks.workload import (
@@ -102,3 +103,13 @@ def test_the_memory_of_the_gradients_is_two_vectors_for_each_type():
     # Each in a process of its own: here an allocator would hand out again what other tests have freed.
     sizes = [in_a_process(host_peak_bytes, gradients_memory.study, 20_000, types, 64) for types in (20, 520)]
     assert sizes[1] - sizes[0] == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)
+
+
+def test_the_report_of_many_rollouts_is_small_and_shows_some(tmp_path):
+    report.make_samples(tmp_path / "run", 500, 20, 400)
+    found = report.measure(tmp_path / "run")
+    assert found["size"] < 5
+    assert 0 < found["shown"] < 500
+    assert found["seconds"] > 0
+    report.make_collection(tmp_path / "collection", 500, 20, 400)
+    assert 0 < report.measure(tmp_path / "collection")["shown"] < 500

@@ -137,7 +137,7 @@ def load_prompts(script_args, dataset_args, training_args):
 
 
 def summary(trainer) -> str:
-    """Return the lines that end a run: steps, divergence of the first and the last log, where student and report are."""
+    """Return the lines that end a run: steps, divergence of first and last log, where student and report are."""
     from ..publishing import REPORT
 
     figures = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]

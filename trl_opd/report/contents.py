@@ -112,9 +112,10 @@ class Names:
         folders = [contents.folder, *(run.folder for run in contents.runs.values())]
         folders += [path.parent for run in contents.runs.values() for _, path in run.windows[-1:]]
         places = [str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()]
-        self._known = {rock.id: rock.text for rock in contents.rocks.rocks} if contents.rocks else {}
+        texts = {rock.id: rock.text for rock in contents.rocks.rocks} if contents.rocks else {}
         if contents.rocks and contents.rocks.controls and contents.rocks.controls.texts:
-            self._known |= dict(zip(contents.rocks.controls.ids, contents.rocks.controls.texts, strict=True))
+            texts |= dict(zip(contents.rocks.controls.ids, contents.rocks.controls.texts, strict=True))
+        self._known = {id: text for id, text in texts.items() if text is not None}
         self._tokenizer = None
         for section in sections[:1]:
             for place in [*places, section.get("name")]:

@@ -1,0 +1,96 @@
+"""How long the report of many rollouts takes, what it weighs, and how much memory it needs, in processes of their own.
+
+python -m tests.benchmarks.report --rollouts 10000
+"""
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trl_opd.occurrences import write_occurrences
+from trl_opd.report.build import write_report
+from trl_opd.rollout_file import join_parts, write_part
+
+from ..test_card import record
+from .workload import machine
+
+STEPS = 50
+
+
+def make_samples(folder: Path, rollouts: int, tokens: int, vocab: int) -> None:
+    """Write `rollout_samples.parquet` as a run of 50 logs leaves it, and the record without which it is no run's."""
+    folder.mkdir(parents=True)
+    (folder / "opd_run.json").write_text(json.dumps(record()))
+    rng, of_step = np.random.default_rng(0), max(1, rollouts // STEPS)
+    count = of_step * tokens
+    for step in range(1, STEPS + 1):
+        names = ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p")
+        columns = {name: rng.random(count, dtype=np.float32) for name in names}
+        columns["step"], columns["rollout"] = np.full(count, step), np.repeat(np.arange(of_step), tokens)
+        columns["prompt"], columns["position"] = columns["rollout"], np.tile(np.arange(tokens), of_step)
+        columns["token_id"] = draw(rng, count, vocab)
+        for who in ("student", "teacher"):
+            columns[f"{who}_top_ids"] = rng.integers(0, vocab, (count, 5))
+            columns[f"{who}_top_p"] = rng.random((count, 5), dtype=np.float32)
+        write_part(folder, step, columns, {"prompts": {f"{step}/{i}": [1, 2, 3] for i in range(of_step)}})
+    join_parts(folder)
+
+
+def make_collection(folder: Path, rollouts: int, tokens: int, vocab: int) -> None:
+    """Write `occurrences.parquet` of as many rollouts."""
+    folder.mkdir(parents=True)
+    rng, count = np.random.default_rng(0), rollouts * tokens
+    columns = {"rollout": np.repeat(np.arange(rollouts), tokens), "position": np.tile(np.arange(tokens), rollouts)}
+    columns |= {"prompt": columns["rollout"], "token_id": draw(rng, count, vocab)}
+    columns |= {name: rng.random(count, dtype=np.float32) for name in ("kl", "kl_pre", "entropy")}
+    write_occurrences(folder / "occurrences.parquet", columns, {"num_rollouts": rollouts})
+
+
+def draw(rng: np.random.Generator, count: int, vocab: int) -> np.ndarray:
+    """Return token ids of Zipf's frequencies."""
+    return np.minimum(rng.zipf(1.2, count), vocab) - 1
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Return seconds, peak memory (MiB), size (MiB) and shown rollouts of the report, written by another process."""
+    command = [sys.executable, "-m", "tests.benchmarks.report", "--of", str(folder)]
+    seconds, memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    page = folder / "report.html"
+    shown = len(re.findall(r'class="rollout"', page.read_text(encoding="utf-8")))
+    return {"seconds": float(seconds), "memory": float(memory), "size": page.stat().st_size / 2**20, "shown": shown}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rollouts", type=int, default=10_000)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.of is not None:
+        start = time.perf_counter()
+        write_report(options.of, options.of / "report.html")
+        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return
+    print(machine())
+    print(f"{options.rollouts} rollouts of {options.tokens} tokens, {options.vocab} vocabulary entries")
+    print("| folder | seconds | peak memory (MiB) | page (MiB) | rollouts shown |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in (("a run's samples", make_samples), ("a collection", make_collection)):
+            path = Path(folder) / make.__name__
+            make(path, options.rollouts, options.tokens, options.vocab)
+            found = measure(path)
+            figures = f"{found['seconds']:.1f} | {found['memory']:.0f} | {found['size']:.1f} | {found['shown']:.0f}"
+            print(f"| {name} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
