@@ -191,7 +191,10 @@ def test_auto_prints_and_draws_the_sweep(tmp_path, capsys):
     top_k = int(re.search(r"^K = (\d+):", printed, re.MULTILINE)[1])
     assert 20 <= top_k <= 40
     assert len(RockSet.load(output).rocks) == top_k
-    assert RockSet.load(output).method["cutoff"] == "auto"
+    method = RockSet.load(output).method
+    assert method["cutoff"] == "auto"
+    sweep = method["sweep"]
+    assert len(sweep["cutoffs"]) == len(sweep["coverage"]) == len(sweep["stability"]["50"])
     assert (tmp_path / "found_sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -72,7 +72,7 @@ def collection(tokenizer, tmp_path_factory):
     ids = [[60, 61, place] for place in range(1000)]
     columns = [pa.array(range(1000), pa.int32()), pa.array(ids, PROMPT_SCHEMA.field(1).type), pa.array(range(1000))]
     pq.write_table(pa.Table.from_arrays(columns, schema=PROMPT_SCHEMA), folder / "prompts.parquet")
-    settings = ["--top_k", "auto", "--score", "aggregate"]
+    settings = ["--top_k", "20"]
     flags = ["detect", str(folder / "occurrences.parquet"), "--output", str(folder / "rock_set.json"), *settings]
     assert main(flags) == 0
     return folder
@@ -328,14 +328,26 @@ def test_a_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_p
     np.testing.assert_allclose(types.mean_kl[means.index], means["kl"], rtol=1e-5)
     np.testing.assert_allclose(types.before[means.index], means["kl_pre"], rtol=1e-5)
     np.testing.assert_array_equal(types.count[means.index], rows.groupby("token_id").size())
-    plots = of_kind(rocks(contents), Plot)
-    assert any("overlap (Jaccard) of" in plot.svg for plot in plots), "the sweep of --top_k auto"
     (block,) = of_kind(rollouts(contents), Rollouts)
     for one in block.rollouts:
         mine = rows[rows["rollout"] == one.rollout]
         assert one.token_ids.tolist() == mine["token_id"].tolist()
         np.testing.assert_allclose(one.kl, mine["kl"])
     assert "No tokenizer of these ids" in of_kind(rollouts(contents), Note)[-1].text
+
+
+def test_the_sweep_is_the_one_that_chose_the_cutoff_else_coverage_alone(collection, tmp_path):
+    notes = " ".join(plot.note for plot in of_kind(rocks(read_contents(collection)), Plot))
+    assert "How stable the list is was not measured" in notes
+    shutil.copytree(collection, tmp_path / "c")
+    content = json.loads((tmp_path / "c" / "rock_set.json").read_text())
+    content["method"]["sweep"] = {"cutoffs": [10, 20], "coverage": [0.25, 0.5], "stability": {"50": [0.875, 0.75]}}
+    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
+    plots = of_kind(rocks(read_contents(tmp_path / "c")), Plot)
+    assert any("overlap (Jaccard) of 50 rollouts" in plot.svg for plot in plots)
+    content["method"]["sweep"]["coverage"] = [0.25]
+    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
+    assert not any("overlap (Jaccard)" in plot.svg for plot in of_kind(rocks(read_contents(tmp_path / "c")), Plot))
 
 
 def test_a_collection_with_its_tokenizer_has_names_and_prompts(collection, tokenizer, tmp_path):
