@@ -408,10 +408,10 @@ def test_curves_are_drawn_as_they_are_and_long_ones_as_means():
     np.testing.assert_equal(drawn(axes, "uniform (all weigh alike)"), ([1, 2, 3], [1.5, NAN, 1.2]))
     assert (axes.get_title("left"), axes.get_ylabel()) == ("Entropy of the student", "nats")
     (share,) = plot_curves({"a": [(1, 0.02), (2, 0.03)]}, "Cut", "share", share=True).axes
-    assert share.get_ylim() == (-0.002, 0.102)
+    assert share.get_ylim() == pytest.approx((-0.002, 0.102))
     assert "2%" in texts(to_svg(share.figure, "a"))
     (share,) = plot_curves({"a": [(1, 0.3), (2, 0.4)]}, "Cut", "share", share=True).axes
-    assert share.get_ylim() == (-0.01, 0.51)
+    assert share.get_ylim() == pytest.approx((-0.01, 0.51))
     (share,) = plot_curves({"a": [(1, 0.3), (2, 0.6)]}, "Cut", "share", share=True).axes
     assert share.get_ylim() == (-0.02, 1.02)
     points = [(step, None if step == 2 else float(step)) for step in range(1, 1001)]

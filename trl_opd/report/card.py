@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .._trl import distillation_paper
+from ..families import family_of
 from .contents import Contents, Run, read_contents
 from .evidence_section import arm_results
 from .reading import SUMMARY_FILE, read_summary
-from .run_section import DIVERGENCES, run_facts
+from .run_section import DIVERGENCES, model_name, run_facts
 from .text import named, visible
 
 TAGS = ("generated_from_trainer", "trl", "distillation", "trl-opd", "on-policy-distillation")
@@ -35,7 +36,7 @@ def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Se
     Args:
         folder (`Path`): The run's output folder, with its `opd_run.json`.
         name (`str`, *optional*): Name of the student; the folder's when omitted.
-        repo_id (`str`, *optional*): Where it lies on the Hub; the folder itself when omitted.
+        repo_id (`str`, *optional*): Where it lies on the Hub; the folder's name when omitted.
         tags (`Sequence[str]`, *optional*): Tags beside those of every student of this package.
 
     Raises:
@@ -60,11 +61,12 @@ def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Se
     text = environment.get_template("card.md.jinja").render(
         card_data=_data(run, name, tags, is_adapter=is_adapter).to_yaml(),
         name=name,
-        teacher=run.record["teacher"],
+        teacher=model_name(run.record["teacher"].get("name")),
+        quantization=run.record["teacher"].get("quantization"),
         is_adapter=is_adapter,
         is_merged=merged,
         four_bit=_four_bit(run.record["student"].get("quantization")),
-        place=repo_id or str(folder),
+        place=repo_id or folder.resolve().name,
         facts=_facts(run),
         effect=_effect(contents),
         rocks=_rocks(contents),
@@ -164,7 +166,10 @@ def _rocks(contents: Contents) -> dict[str, Any] | None:
     held = found.heldout
     return {
         "all": len(found.rocks),
-        "top": [(rank, rock, contents.names.text_of(rock.id)) for rank, rock in enumerate(found.rocks[:TOP_ROCKS], 1)],
+        "top": [
+            (rank, rock, text := contents.names.text_of(rock.id), rock.family or family_of(text))
+            for rank, rock in enumerate(found.rocks[:TOP_ROCKS], 1)
+        ],
         "token_share": found.token_share,
         "heldout": held,
         "controls": found.controls,

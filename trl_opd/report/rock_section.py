@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import token_stats
 from ..cutoff import Sweep
+from ..families import family_of
 from ..rock_set import RockSet
 from .blocks import Block, Facts, Note, Plot, Section, Table
 from .canvas import to_svg
@@ -83,7 +84,7 @@ def _rock_table(contents: Contents) -> Table:
             rank,
             contents.names.text_of(rock.id),
             rock.id,
-            rock.family,
+            rock.family or family_of(contents.names.text_of(rock.id)),
             rock.count,
             rock.mean_kl,
             rock.mean_kl_pre,

@@ -99,7 +99,7 @@ def plot_curves(
         curves (`Mapping[str, Sequence[tuple]]`): For each arm, its points (step, value).
         title (`str`): What one sees.
         y (`str`): The metric, with its unit.
-        share (`bool`, *optional*, defaults to `False`): Whether it is a share: the axis then begins at 0 and is in percent.
+        share (`bool`, *optional*, defaults to `False`): Whether it is a share: the axis begins at 0, in percent.
     """
     figure, axes = canvas.new_figure(title, "optimizer step", y)
     every = _window(curves)
@@ -239,7 +239,8 @@ def _finish(figure: Figure, axes: Axes, *, every: int = 1, share: bool = False, 
         axes.yaxis.set_major_formatter(canvas.percent)
         # Shares that stay small are to be seen, and no axis is so short that a thousandth looks like much.
         top = max(high, 1.0) if high > 0.5 else max(1.25 * high, 0.1)
-        axes.set_ylim(min(low, 0.0) - 0.02 * top, 1.02 * top)
+        room = 0.02 * min(top, 1.0)
+        axes.set_ylim(min(low, 0.0) - room, top + room)
     elif from_zero:
         axes.set_ylim(bottom=min(low, 0.0))
     canvas.add_legend(figure, axes, columns=2)

@@ -91,10 +91,10 @@ def _model(model: dict[str, Any]) -> str:
     adapter = model.get("adapter")
     if adapter is not None and isinstance(trained, int) and isinstance(parameters, int) and parameters:
         adapter = f"{adapter} ({trained / parameters:.2%} trained)"
-    return _joined([_name(model.get("name")), size, model.get("dtype"), model.get("quantization"), adapter])
+    return _joined([model_name(model.get("name")), size, model.get("dtype"), model.get("quantization"), adapter])
 
 
-def _name(name: Any) -> str:
+def model_name(name: Any) -> str:
     """Return a model's name; of a path on this machine the last part, since reports and cards travel."""
     if not isinstance(name, str) or not name:
         return "not named"
