@@ -552,9 +552,9 @@ def test_a_sentence_holds_no_token_of_its_own_subject(monkeypatch):
     ("text", "expected"),
     [
         (f"Bearer {WRONG}.", "Bearer <TOKEN>."),
-        ("hf_abcd1234", "<TOKEN>"),
-        ("hf_abc1234", "hf_abc1234"),
-        ("api_org_abcd1234,", "<TOKEN>,"),
+        ("hf_abcdefgh12345678", "<TOKEN>"),
+        ("hf_abcdefgh1234567 of hf_transfer", "hf_abcdefgh1234567 of hf_transfer"),
+        ("api_org_abcdefgh12345678,", "<TOKEN>,"),
         ("hf_oauth__eyJ.a-b_c and hf_jwt_eyJhb.x", "<TOKEN> and <TOKEN>"),
         ("hf_hub_download of HF_TOKEN by hf_xet", "hf_hub_download of HF_TOKEN by hf_xet"),
         (f"http://x/?token={WRONG}&y", "http://x/?token=<TOKEN>&y"),

@@ -81,6 +81,18 @@ def test_statistics_and_rocks_of_the_run_lie_beside_the_student(tokenizer, tmp_p
     assert RockSet.load(tmp_path / "run") == trainer.rock_set
 
 
+def test_the_card_of_a_checkpoint_knows_the_rocks(tokenizer, tmp_path):
+    from .test_rollout_samples import Stop
+
+    rocks = rock_file(tmp_path / "rocks.json", list(range(60, 100)))
+    changes = {"token_weighting": "rock", "rock_set": rocks, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = build(tokenizer, tmp_path / "run", **changes)
+    trainer.add_callback(Stop(2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "40 were chosen" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_another_rock_set_in_the_folder_is_left_alone(tokenizer, tmp_path):
     (tmp_path / "run").mkdir()
     rock_file(tmp_path / "run" / "rock_set.json", [5, 6])
@@ -103,7 +115,7 @@ def test_a_broken_rock_set_in_the_folder_does_not_cost_the_run(tokenizer, tmp_pa
 
 def test_a_record_that_cannot_be_written_does_not_cost_the_run(tokenizer, tmp_path):
     (tmp_path / "opd_run.json").mkdir()
-    trainer = build(tokenizer, tmp_path)
+    trainer = build(tokenizer, tmp_path, save_strategy="steps", save_steps=1)
     with pytest.warns(UserWarning, match="The record of the run cannot be written"):
         assert trainer.train().global_step == 2
 

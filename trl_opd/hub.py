@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-# Of users, organisations (the old form), and of browsers' and machines' logins.
-TOKEN = re.compile(r"(?:hf|api_org)_(?:(?:oauth|jwt)_+[\w.-]*|[A-Za-z0-9]{8,})")
+# Of users, organisations (the old form; all have over 30 characters), and of browsers' and machines' logins.
+TOKEN = re.compile(r"(?:hf|api_org)_(?:(?:oauth|jwt)_+[\w.-]*|[A-Za-z0-9]{16,})")
 REQUEST_ID = re.compile(r"\(?(?:Request ID|Amzn Trace ID|Amz CF ID): [^\s)]+\)?", re.IGNORECASE)
 XET_REFUSAL = re.compile(r"XetAuthenticationError|\b40[13] (?:Unauthorized|Forbidden)")
 MAX_DETAIL = 200

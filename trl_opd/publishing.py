@@ -43,7 +43,10 @@ def write_card(
 
 def write_card_of(trainer, name: str | None, dataset_name: str | None, tags: str | Sequence[str] | None) -> None:
     """Write the record of a trainer's run as it stands, and the card that is made of it."""
-    trainer.run_record.write(dataset_name)
+    try:
+        trainer.run_record.write(dataset_name)
+    except OSError as error:
+        warnings.warn(f"The record of the run cannot be written: {error}", stacklevel=3)
     write_card(trainer.args.output_dir, name=name, repo_id=trainer.hub_model_id, tags=tags)
 
 

@@ -9,6 +9,8 @@ import platform
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -50,8 +52,11 @@ class RunRecord:
         self.dataset_name: str | None = None
 
     def start(self) -> None:
-        """Note the time at which a training begins."""
+        """Note the time at which a training begins, and lay its rock set beside what it will leave."""
         self._started = _now()
+        if self._trainer.is_world_process_zero():
+            with self._warned():
+                self._keep_rock_set()
 
     def write(self, dataset_name: str | None = None) -> None:
         """Write the record as the run stands to `output_dir/opd_run.json`; it appears only when it is complete.
@@ -60,7 +65,7 @@ class RunRecord:
             dataset_name (`str`, *optional*): Name of the training data, where that becomes known now.
         """
         self.dataset_name = dataset_name or self.dataset_name
-        path = Path(self._trainer.args.output_dir) / RUN_FILE
+        path = self._folder / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(path) as part:
             part.write_text(json.dumps(self.describe(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -70,18 +75,36 @@ class RunRecord:
 
         What cannot be written is a warning: the student is still to be saved.
         """
-        trainer, folder = self._trainer, Path(self._trainer.args.output_dir)
-        stats = trainer.reduced_token_stats()
-        if not trainer.is_world_process_zero():
+        stats = self._trainer.reduced_token_stats()
+        if not self._trainer.is_world_process_zero():
             return
-        try:
+        with self._warned():
             self.write()
             if stats is not None and bool(stats.seen.any()):
-                stats.save(folder / token_stats.FILE_NAME)
-            if trainer.rock_set is not None:
-                _keep_rock_set(trainer.rock_set, folder / rock_set.FILE_NAME)
+                stats.save(self._folder / token_stats.FILE_NAME)
+            self._keep_rock_set()
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._trainer.args.output_dir)
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
-            warnings.warn(f"The record of the run cannot be written to {folder}: {error}", stacklevel=2)
+            warnings.warn(f"The record of the run cannot be written to {self._folder}: {error}", stacklevel=4)
+
+    def _keep_rock_set(self) -> None:
+        """Put the rock set of the run beside its student, unless another one lies there."""
+        found, path = self._trainer.rock_set, self._folder / rock_set.FILE_NAME
+        if found is None:
+            return
+        if path.is_file() and RockSet.load(path) != found:
+            warnings.warn(f"{path} is another rock set than this run's, and is left as it is.", stacklevel=4)
+        elif not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
 
     def describe(self) -> dict[str, Any]:
         """Return the record as it is written."""
@@ -104,14 +127,6 @@ class RunRecord:
             "log": state.log_history,
         }
         return _clean(content, args.hub_token)
-
-
-def _keep_rock_set(found: RockSet, path: Path) -> None:
-    """Put the rock set of a run beside its student, unless another one lies there."""
-    if path.is_file() and RockSet.load(path) != found:
-        warnings.warn(f"{path} is another rock set than this run's, and is left as it is.", stacklevel=3)
-    else:
-        found.save(path)
 
 
 def _now() -> str:
