@@ -365,6 +365,10 @@ def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     assert found[2]["processes"] == 2
     for key, value in found[1]["log"].items():
         assert found[2]["log"][key] == pytest.approx(value, rel=1e-5), key
+    assert [line["eval_accuracy_problems"] for line in found[1]["accuracy"]] == [5, 5]
+    for one, two in zip(found[1]["accuracy"], found[2]["accuracy"], strict=True):
+        assert two == pytest.approx(one, rel=1e-6)
+    assert found[2]["samples"] > 0
     assert sum(found[1]["stats"]["seen"]) > 0
     for name, values in found[1]["stats"].items():
         exact = {} if name in ("seen", "count") else {"rel": 1e-5, "abs": 1e-9}

@@ -599,7 +599,7 @@ def test_two_hundred_damaged_files_are_read_or_told(copy, tmp_path):
         data = (copy / name).read_bytes()
         (copy / name).write_bytes(mutate(data, name, draw))
         try:
-            if place % 10:
+            if place % 25:
                 read_everything(copy)
             else:
                 write_report(copy, tmp_path / "page.html")

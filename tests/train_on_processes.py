@@ -16,7 +16,7 @@ import torch
 
 from tests.test_laws import rock_file
 from tests.tiny import make_config, make_dataset, make_model, make_tokenizer
-from trl_opd import OPDTrainer, TokenStats
+from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples, TokenStats
 
 NAMES = ("seen", "count", "kl_sum", "kl_sq_sum", "entropy_sum")
 
@@ -48,6 +48,13 @@ config = make_config(
 student = make_model(seed=0)
 with torch.no_grad():  # rollouts that end, on every process, and some that are cut
     student.lm_head.weight[2] *= 4
+problems = make_dataset(5).add_column("answer", [1.0, 2.0, 4.0, 8.0, 16.0])  # which two processes do not divide
+
+
+def reward(completions, answer, **_):
+    return [weight * len(one[0]["content"]) for one, weight in zip(completions, answer, strict=True)]
+
+
 trainer = OPDTrainer(
     model=student,
     teacher_model=make_model(seed=1),
@@ -55,6 +62,7 @@ trainer = OPDTrainer(
     train_dataset=make_dataset(),
     eval_dataset=make_dataset(3),  # which two processes do not divide
     processing_class=make_tokenizer(),
+    callbacks=[AccuracyCallback(problems, reward), RolloutSamples(2)],
 )
 evaluated = trainer.evaluate()
 before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -84,7 +92,10 @@ if rank == 0:
     rows = pq.read_table(out.parent / f"run-{processes}" / "occurrences" / "step-1.parquet")
     content = {
         "processes": trainer.accelerator.num_processes,
-        "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")},
+        "log": {key: line[key] for key in (*keys, "weight/zero_share", "completions/clipped_ratio")}
+        | {key: line[key] for key in ("completions/repetition", "eval_completions/repetition") if key in line},
+        "accuracy": [line for line in trainer.state.log_history if "eval_accuracy" in line],
+        "samples": pq.read_table(trainer.args.output_dir + "/rollout_samples.parquet", columns=["token_id"]).num_rows,
         "stats": {name: getattr(stats, name).tolist() for name in NAMES},
         "occurrences": rows.select(["rollout", "position", "token_id", "prompt"]).to_pydict(),
         "kl": rows["kl"].to_pylist(),
