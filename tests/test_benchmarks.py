@@ -105,11 +105,12 @@ def test_the_memory_of_the_gradients_is_two_vectors_for_each_type():
     assert sizes[1] - sizes[0] == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)
 
 
-def test_the_report_of_many_rollouts_is_small_and_shows_some(tmp_path):
-    report.make_samples(tmp_path / "run", 500, 20, 400)
-    found = report.measure(tmp_path / "run")
-    assert found["size"] < 5
+@pytest.mark.parametrize("make", [report.make_samples, report.make_collection])
+def test_the_report_of_many_rollouts_is_small_and_shows_some(tmp_path, make):
+    make(tmp_path, 500, 20, 400)
+    found = report.measure(tmp_path)
+    assert 0 < found["size"] < 5
     assert 0 < found["shown"] < 500
     assert found["seconds"] > 0
-    report.make_collection(tmp_path / "collection", 500, 20, 400)
-    assert (tmp_path / "collection" / "occurrences.parquet").is_file()
+    assert found["memory"] > 0
+    assert "word7" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from .contents import Contents
 from .evidence_plots import plot_forest, plot_gradients
 from .run_plots import Estimate, plot_arms
 
+MOST_ARMS = 1000  # of the table of what was forbidden: each is 400 bytes of the page
 NUMBERS = (
     "count",
     "norm",
@@ -95,26 +96,33 @@ def _knockout(result: dict[str, Any] | None) -> list[Block]:
         ("discordance", f"{result['discordance']:.3f} of the problems change their reward, on average over candidates"),
         ("least effect found with power 0.8", f"{result['minimal_effect']:.3f} (Bonferroni over all candidates)"),
     ]
+    plot = Plot(
+        to_svg(plot_forest(result), "n-"), "Effects of forbidding tokens on the mean reward, with 95 % intervals"
+    )
+    return [Facts(facts), plot, _effects(result["arms"])]
+
+
+def _effects(arms: list[dict[str, Any]]) -> Table:
+    shown = arms if len(arms) <= MOST_ARMS else [*arms[: MOST_ARMS // 2], *arms[-(MOST_ARMS // 2) :]]
     rows = [
         (
             "".join(arm["texts"]) if len(arm["ids"]) == 1 else f"all {arm['kind']}",
             arm["kind"],
             arm["effect"],
-            *(arm.get("ci95") or (None, None)),
+            *(arm["ci95"] or (None, None)),
             arm["p"],
             arm.get("p_bh"),
             arm.get("p_holm"),
             arm["label"],
         )
-        for arm in result["arms"]
+        for arm in shown
     ]
     columns = {"token": "", "kind": "", "effect": "+.3f", "from": "+.3f", "to": "+.3f", "p": ".3g"}
     columns |= {"p (BH)": ".3g", "p (Holm)": ".3g", "label": ""}
     caption = "What forbidding a token does to the mean reward: 95 % intervals over problems, p as tested and corrected"
-    plot = Plot(
-        to_svg(plot_forest(result), "n-"), "Effects of forbidding tokens on the mean reward, with 95 % intervals"
-    )
-    return [Facts(facts), plot, Table(caption, columns, rows, tool=True)]
+    if len(shown) < len(arms):
+        caption += f"; the {MOST_ARMS // 2} at each end of {len(arms)}"
+    return Table(caption, columns, rows, tool=True)
 
 
 def _gradients(found: Study) -> list[Block]:
@@ -147,11 +155,12 @@ def read_gradients(path: Path) -> Study:
         table = pq.read_table(path, columns=wanted)
         columns = {name: table.column(name).to_numpy() for name in wanted if name != "group"}
         columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-        columns["group"] = np.array(table.column("group").to_pylist(), dtype=object)
-    except (pa.ArrowException, OSError, TypeError) as error:
+        groups = table.column("group").to_pylist()
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole Parquet file of gradients: {error}") from error
-    if not len(table) or not set(columns["group"].tolist()) <= set(GROUPS):
+    if not groups or not all(isinstance(group, str) and group in GROUPS for group in groups):
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: its groups are not {', '.join(GROUPS)}.")
+    columns["group"] = np.array(groups, dtype=object)
     if not (columns["count"] >= 1).all():
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: a count is below 1.")
     return Study(columns, 0, has_early)

@@ -10,8 +10,8 @@ from typing import Any
 
 from .. import schema
 
-# Far above any of these files: a larger one is a mistake, and is refused before it fills the memory.
-MAX_BYTES = 256 * 2**20
+# A hundred thousand lines of a log; a larger file is a mistake, and is refused before it fills the memory.
+MAX_BYTES = 100 * 2**20
 RUN_FORMAT, KNOCKOUT_FORMAT = "trl_opd.run", "trl_opd.knockout"
 RUN_FILE, SUMMARY_FILE, KNOCKOUT_FILE = "opd_run.json", "summary.json", "knockout.json"
 KINDS = ("rock", "control", "other", "rocks", "controls")
@@ -32,6 +32,10 @@ def read_run(path: Path) -> dict[str, Any]:
             schema.section(content, name, {})
         for name in ("command", "started", "written"):
             schema.require(content, {name: schema.text}, "run")
+        schema.require(content, {"steps": schema.whole, "max_steps": schema.whole}, "run", null=True)
+        for name in ("student", "teacher"):
+            kinds = {"parameters": schema.whole, "trainable_parameters": schema.whole}
+            schema.require(content[name], kinds, name, null=True)
         content["log"] = [_log_line(line, place) for place, line in enumerate(schema.entries(content, "log"))]
     return content
 
@@ -80,9 +84,11 @@ def _check_arm(arm: Any, where: str) -> None:
         raise ValueError(f"{where} is not an object")
     kinds = {"effect": schema.number, "p": schema.number, "better": schema.whole, "worse": schema.whole}
     schema.require(arm, kinds, where)
+    if missing := [name for name in ("kind", "label", "ci95") if name not in arm]:
+        raise ValueError(f'"{where}.{missing[0]}" is missing')
     for name, known in (("kind", KINDS), ("label", (*LABELS, None))):
-        if arm.get(name) not in known:
-            raise ValueError(f"{where}.{name} is {schema.short(arm.get(name))}, known are {', '.join(map(str, known))}")
+        if arm[name] not in known:
+            raise ValueError(f"{where}.{name} is {schema.short(arm[name])}, known are {', '.join(map(str, known))}")
     ids, texts = (schema.entries(arm, name, f"{where}.") for name in ("ids", "texts"))
     if len(ids) != len(texts) or not ids:
         raise ValueError(f"{where}.texts is not as long as its ids")
@@ -90,7 +96,7 @@ def _check_arm(arm: Any, where: str) -> None:
         schema.whole(id, f"{where}.ids")
         schema.text(text, f"{where}.texts")
     schema.require(arm, {"p_bh": schema.number, "p_holm": schema.number}, where, null=True)
-    _interval(arm.get("ci95"), f"{where}.ci95")
+    _interval(arm["ci95"], f"{where}.ci95")
 
 
 def _interval(value: Any, where: str) -> None:

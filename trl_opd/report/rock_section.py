@@ -9,6 +9,7 @@ import numpy as np
 from .. import token_stats
 from ..cutoff import Sweep
 from ..families import family_of
+from ..occurrences import MAX_VOCABULARY
 from ..rock_set import RockSet
 from .blocks import Block, Facts, Note, Plot, Section, Table
 from .canvas import to_svg
@@ -17,6 +18,7 @@ from .rock_plots import plot_before_after, plot_families, plot_funnel, plot_swee
 from .token_types import TokenTypes, of_occurrences, of_statistics, of_windows
 
 MOST_TYPES = 200  # of the table where no rocks were chosen
+MOST_ROCKS = 1000  # of the table of rocks: each is 400 bytes of the page
 
 
 def rocks(contents: Contents) -> Section | None:
@@ -76,7 +78,8 @@ def _share(held: dict[str, Any], name: str) -> str:
 
 
 def _rock_table(contents: Contents) -> Table:
-    roles = {rock.id: rock.role for rock in contents.rocks.rocks}
+    total, shown = len(contents.rocks.rocks), contents.rocks.rocks[:MOST_ROCKS]
+    roles = {rock.id: rock.role for rock in shown}
     if contents.knockout is not None:
         roles |= {arm["ids"][0]: arm["label"] for arm in contents.knockout["arms"] if arm["kind"] == "rock"}
     rows = [
@@ -92,23 +95,23 @@ def _rock_table(contents: Contents) -> Table:
             rock.score,
             roles.get(rock.id),
         )
-        for rank, rock in enumerate(contents.rocks.rocks, 1)
+        for rank, rock in enumerate(shown, 1)
     ]
     columns = {"rank": "d", "token": "", "id": "d", "family": "", "count": "d", "mean KL": ".4f", "before": ".4f"}
     columns |= {"CCR": ".2f", "score": ".4g", "role": ""}
     empty = {name for place, name in enumerate(columns) if all(row[place] is None for row in rows)}
     kept = [place for place, name in enumerate(columns) if name not in empty]
-    caption = (
-        "The rocks in rank order. Mean KL now and before the distillation in nats per token, count and score as they "
-    )
+    caption = "The rocks" if total == len(shown) else f"The first {len(shown)} of {total} rocks"
+    caption += " in rank order. Mean KL now and before the distillation in nats per token, count and score as they "
     caption += "chose; no intervals"
     forms = {name: form for name, form in columns.items() if name not in empty}
     return Table(caption, forms, [tuple(row[place] for place in kept) for row in rows], tool=True)
 
 
 def _type_table(types: TokenTypes, contents: Contents) -> Table:
-    order = [int(id) for id in np.argsort(-types.mass, kind="stable")[:MOST_TYPES] if types.mass[id] > 0]
-    total = max(float(types.mass.sum()), np.finfo(float).tiny)
+    mass = types.mass
+    order = [int(id) for id in np.argsort(-mass, kind="stable")[:MOST_TYPES] if mass[id] > 0]
+    total = max(float(mass.sum()), np.finfo(float).tiny)
     rows = [
         (
             rank,
@@ -117,7 +120,7 @@ def _type_table(types: TokenTypes, contents: Contents) -> Table:
             int(types.count[id]),
             float(types.mean_kl[id]),
             None if types.before is None else float(types.before[id]),
-            float(types.mass[id]) / total,
+            float(mass[id]) / total,
         )
         for rank, id in enumerate(order, 1)
     ]
@@ -168,7 +171,9 @@ def _stored_sweep(found: RockSet | None) -> Sweep | None:
         stability = {int(size): [float(value) for value in values] for size, values in stored["stability"].items()}
         cutoffs = [int(cutoff) for cutoff in stored["cutoffs"]]
         sweep = Sweep(cutoffs, [float(value) for value in stored["coverage"]], stability, found.method["top_k"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
-    lengths = {len(values) for values in (sweep.coverage, *stability.values())}
-    return sweep if lengths == {len(cutoffs)} and cutoffs else None
+    series = (sweep.coverage, *stability.values())
+    known = bool(cutoffs) and all(0 < cutoff < MAX_VOCABULARY for cutoff in cutoffs)
+    known &= all(len(values) == len(cutoffs) and all(0.0 <= value <= 1.0001 for value in values) for values in series)
+    return sweep if known else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..occurrences import MAX_VOCABULARY
+from ..occurrences import BATCH_ROWS, MAX_VOCABULARY
 from ..rollout_file import FIGURES, TOP, read_metadata
 from .blocks import ShownRollout
 
@@ -31,6 +32,9 @@ class Span(NamedTuple):
     rollout: int
     first: int
     end: int
+
+
+Place = tuple[Path, Span]
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,7 @@ def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MO
         `ValueError`: for a file that is none, cut, or with values that cannot be.
     """
     spans = [(path, span) for path in files for span in _spans(path, ("step", "rollout"))]
-    steps = sorted({span.step for _, span in spans})
-    chosen = [steps[place] for place in _evenly(len(steps), MOST_STEPS)]
-    room = most_tokens // max(len(chosen), 1)
-    picked = []
-    for step in chosen:
-        picked += _within([(path, span) for path, span in spans if span.step == step], MOST_OF_A_STEP, room)
+    picked = _of_steps(spans, most_tokens)
     prompts = {path: read_metadata(path).get("prompts") for path in {path for path, _ in picked}}
     found = []
     for path, span in picked:
@@ -66,7 +65,8 @@ def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MO
         known = prompts[path] if isinstance(prompts[path], dict) else {}
         ids = known.get(f"{span.step}/{columns['prompt'][0]}") if "prompt" in columns else None
         found.append(_rollout(span, columns, decode(ids) if _are_ids(ids) else None, step=span.step))
-    return Shown(found, _note(found, len(spans), f" of {len(chosen)} of {len(steps)} steps that were kept"))
+    steps = [len({span.step for _, span in part}) for part in (picked, spans)]
+    return Shown(found, _note(picked, len(spans), f" of {steps[0]} of {steps[1]} steps that were kept"))
 
 
 def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
@@ -88,83 +88,114 @@ def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
         columns = _read(path, span, names)
         prompt = texts(int(columns["prompt"][0])) if "prompt" in columns else None
         found.append(_rollout(span, columns, prompt, step=None))
-    return Shown(found, _note(found, len(spans), ""))
+    return Shown(found, _note(picked, len(spans), ""))
 
 
-def _note(found: list[ShownRollout], total: int, steps: str) -> str:
-    cut = sum(len(rollout.token_ids) >= MOST_OF_ONE for rollout in found)
-    text = f"A sample: {len(found)} of {total} rollouts{steps}, taken evenly." if len(found) < total else ""
-    return f"{text} Of {cut} only the first {MOST_OF_ONE} tokens are shown." if cut else text
+def _note(picked: list[Place], total: int, steps: str) -> str:
+    cut = sum(span.end - span.first > MOST_OF_ONE for _, span in picked)
+    texts = [f"A sample: {len(picked)} of {total} rollouts{steps}, taken evenly."] * (len(picked) < total)
+    texts += [f"Of {cut} only the first {MOST_OF_ONE} tokens are shown."] * (cut > 0)
+    return " ".join(texts)
 
 
 def _evenly(count: int, most: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist())) if count else []
 
 
-def _within(spans: list[tuple[Path, Span]], most: int, tokens: int) -> list[tuple[Path, Span]]:
+def _of_steps(spans: list[Place], tokens: int) -> list[Place]:
+    """Return rollouts of as many steps as show at most `tokens` tokens, of two steps at least."""
+    steps = sorted({span.step for _, span in spans})
+    for most in range(MOST_STEPS, 1, -1):
+        chosen = [steps[place] for place in _evenly(len(steps), most)]
+        picked = []
+        for step in chosen:
+            mine = [(path, span) for path, span in spans if span.step == step]
+            picked += _within(mine, MOST_OF_A_STEP, tokens // len(chosen))
+        if _shown_tokens(picked) <= tokens:
+            break
+    return picked
+
+
+def _within(spans: list[Place], most: int, tokens: int) -> list[Place]:
     """Return some of the spans, evenly, at least one, that together show at most `tokens` tokens."""
     while True:
         chosen = [spans[place] for place in _evenly(len(spans), most)]
-        if most == 1 or sum(min(span.end - span.first, MOST_OF_ONE) for _, span in chosen) <= tokens:
+        if most == 1 or _shown_tokens(chosen) <= tokens:
             return chosen
         most -= 1
+
+
+def _shown_tokens(picked: list[Place]) -> int:
+    return sum(min(span.end - span.first, MOST_OF_ONE) for _, span in picked)
 
 
 def _spans(path: Path, keys: tuple[str, ...]) -> list[Span]:
     """Return the rollouts of a file, in its order."""
     read_metadata(path)  # refuses what is cut, or newer
-    file = pq.ParquetFile(path)
+    file = _open(path)
     _require_columns(path, file.schema_arrow, (*keys, "position", "token_id", "kl"))
-    parts = [
-        np.stack([_whole(batch.column(name), path, name) for name in keys], 1) for batch in _batches(file, path, keys)
-    ]
-    rows = np.concatenate(parts) if parts else np.zeros((0, len(keys)), dtype=np.int64)
-    starts = np.flatnonzero(np.r_[len(rows) > 0, (rows[1:] != rows[:-1]).any(1)]) if len(rows) else np.zeros(0, int)
-    ends = np.append(starts[1:], len(rows))
-    found = [
-        Span(*([0] * (2 - len(keys))), *key, start, end)
-        for key, start, end in zip(rows[starts].tolist(), starts.tolist(), ends.tolist(), strict=True)
-    ]
-    if len({(span.step, span.rollout) for span in found}) < len(found):
+    found, starts, size = [], [], 0
+    last = np.full((1, len(keys)), -1)
+    for batch in _batches(file, path, keys):
+        rows = np.stack([_whole(batch.column(name), path, name) for name in keys], 1)
+        both = np.concatenate([last, rows])
+        changed = np.flatnonzero((both[1:] != both[:-1]).any(1))
+        found += rows[changed].tolist()
+        starts += (size + changed).tolist()
+        last, size = both[-1:], size + len(rows)
+    if len(set(map(tuple, found))) < len(found):
         raise ValueError(f"{path}: the rows of a rollout do not stand together.")
-    return found
+    step = [0] * (2 - len(keys))
+    return [Span(*step, *key, *rows) for key, rows in zip(found, pairwise([*starts, size]), strict=True)]
 
 
-def _batches(file: pq.ParquetFile, path: Path, names: Sequence[str]):
+def _open(path: Path) -> pq.ParquetFile:
+    # By default Arrow would hold the whole of a row group beside what is decoded of it.
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16)
+
+
+def _batches(
+    file: pq.ParquetFile, path: Path, names: Sequence[str], groups: list[int] | None = None
+) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(columns=list(names), use_threads=False)
+        yield from file.iter_batches(BATCH_ROWS, groups, columns=list(names), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is cut or damaged: {error}") from error
 
 
 def _read(path: Path, span: Span, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the columns of a rollout, as many of its tokens as are shown; NaN for null."""
-    file = pq.ParquetFile(path)
-    schema = file.schema_arrow
-    _require_columns(path, schema, names)
-    keys = [name for name in ("prompt", "token_id") if name in schema.names]
-    end = min(span.end, span.first + MOST_OF_ONE)
-    tables, start = [], 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if start < end and span.first < start + rows:
-            try:
-                table = file.read_row_group(group, [*keys, *names], use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is cut or damaged: {error}") from error
-            tables.append(table.slice(max(span.first - start, 0), end - max(span.first, start)))
-        start += rows
-    table = pa.concat_tables(tables)
+    file = _open(path)
+    keys = [name for name in ("prompt", "token_id") if name in file.schema_arrow.names]
+    _require_columns(path, file.schema_arrow, (*keys, *names))
+    table = _rows(file, path, [*keys, *names], span.first, min(span.end, span.first + MOST_OF_ONE))
     found = {name: _whole(table.column(name), path, name) for name in keys}
     for name in names:
         column = table.column(name)
-        if name in LISTS:
-            flat = column.combine_chunks().flatten()
-            kind = _whole if name.endswith("ids") else _numbers
-            found[name] = kind(flat, path, name).reshape(-1, TOP)
-        else:
+        if name not in LISTS:
             found[name] = _numbers(column, path, name)
+        elif column.null_count:
+            raise ValueError(f"{path}: a row has no {name}.")
+        else:
+            kind = _whole if name.endswith("ids") else _numbers
+            found[name] = kind(column.combine_chunks().flatten(), path, name).reshape(-1, TOP)
     return found
+
+
+def _rows(file: pq.ParquetFile, path: Path, names: Sequence[str], first: int, end: int) -> pa.Table:
+    """Return rows of a file, for which no other row groups are read, and a part of those at a time."""
+    sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    edges = list(pairwise(accumulate(sizes, initial=0)))
+    groups = [group for group, (start, stop) in enumerate(edges) if start < end and first < stop]
+    place, parts = edges[groups[0]][0] if groups else end, []
+    for batch in _batches(file, path, names, groups):
+        parts.append(batch.slice(max(first - place, 0), max(end - max(first, place), 0)))
+        place += batch.num_rows
+        if place >= end:
+            break
+    if sum(part.num_rows for part in parts) != end - first:
+        raise ValueError(f"{path} is damaged: its row groups do not hold as many rows as they say.")
+    return pa.Table.from_batches(parts)
 
 
 def _rollout(span: Span, columns: dict[str, np.ndarray], prompt: str | None, *, step: int | None) -> ShownRollout:
@@ -220,9 +251,11 @@ def _prompt_texts(path: Path, decode: Decode) -> Callable[[int], str | None]:
         return lambda prompt: None
     try:
         table = pq.read_table(path, columns=["prompt", "token_ids"])
-        places = {prompt: place for place, prompt in enumerate(table.column("prompt").to_pylist())}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole Parquet file of prompts: {error}") from error
+    if not pa.types.is_integer(kind := table.schema.field("prompt").type):
+        raise ValueError(f"{path}: column 'prompt' holds {kind}, not whole numbers.")
+    places = {prompt: place for place, prompt in enumerate(table.column("prompt").to_pylist())}
 
     def text_of(prompt: int) -> str | None:
         ids = table.column("token_ids")[places[prompt]].as_py() if prompt in places else None

@@ -11,7 +11,7 @@ import numpy as np
 from ..cutoff import Sweep
 from ..families import family_of
 from ..occurrences import Occurrences
-from ..token_stats import TokenStats
+from ..token_stats import TokenStats, require_same_measure
 
 LAST_QUARTER = 0.75
 # Types that are named for families, those of the largest divergence first; the rest has less than a thousandth of it.
@@ -52,21 +52,23 @@ class TokenTypes:
 
     def coverage(self, top_k: int | None) -> Sweep:
         """Return the share of the divergence that the top K types carry, over K; no draws are compared."""
-        order = np.argsort(-self.mass, kind="stable")
-        covered = np.cumsum(self.mass[order]) / max(self.mass.sum(), np.finfo(float).tiny)
-        most = int(min(CUTOFFS, (self.mass > 0).sum()))
+        mass = self.mass
+        covered = np.cumsum(np.sort(mass)[::-1]) / max(mass.sum(), np.finfo(float).tiny)
+        most = int(min(CUTOFFS, (mass > 0).sum()))
         cutoffs = sorted({*range(1, most + 1, max(1, most // 60)), most} - {0})
         return Sweep(cutoffs, [float(covered[cutoff - 1]) for cutoff in cutoffs], {}, top_k)
 
     def families(self, text_of: Callable[[int], str | None]) -> dict[str, tuple[float, float]]:
         """Return for each family its share of the tokens and of the divergence, the largest divergence first."""
-        order = [int(id) for id in np.argsort(-self.mass, kind="stable")[:NAMED_TYPES] if self.count[id] > 0]
+        mass = self.mass
+        tokens = self.count / max(self.count.sum(), 1.0)
+        kl = mass / max(mass.sum(), np.finfo(float).tiny)
         sums: dict[str, list[float]] = {}
-        for id in order:
-            if (family := family_of(text_of(id))) is not None:
+        for id in np.argsort(-mass, kind="stable")[:NAMED_TYPES].tolist():
+            if self.count[id] > 0 and (family := family_of(text_of(id))) is not None:
                 share = sums.setdefault(family, [0.0, 0.0])
-                share[0] += float(self.count[id]) / max(float(self.count.sum()), 1.0)
-                share[1] += float(self.mass[id]) / max(float(self.mass.sum()), np.finfo(float).tiny)
+                share[0] += float(tokens[id])
+                share[1] += float(kl[id])
         return {name: (share[0], share[1]) for name, share in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 
@@ -81,10 +83,10 @@ def of_windows(windows: list[tuple[int, Path]]) -> TokenTypes:
     start = windows[-2][0] if len(windows) > 1 else 0
     for place, (step, path) in reversed(list(enumerate(windows[:-1]))):
         if step > LAST_QUARTER * end:
-            last.merge(TokenStats.load(path))
+            last.merge(_fitting(path, last))
             start = windows[place - 1][0] if place else 0
     if start > 0:
-        first = TokenStats.load(windows[0][1])
+        first = _fitting(windows[0][1], last, ignore=("student",))
     return TokenTypes(
         last.seen.numpy().astype(np.float64),
         last.mean_kl.numpy(),
@@ -93,6 +95,20 @@ def of_windows(windows: list[tuple[int, Path]]) -> TokenTypes:
         f"those of steps 1 to {windows[0][0]}",
         str(last.measure.get("divergence", "divergence")),
     )
+
+
+def _fitting(path: Path, last: TokenStats, *, ignore: tuple[str, ...] = ()) -> TokenStats:
+    """Return the statistics of a window, which measured what those of the last one did."""
+    stats = TokenStats.load(path)
+    try:
+        require_same_measure(stats.measure, last.measure, ignore=ignore)
+    except ValueError as error:
+        raise ValueError(f"{path} and the last checkpoint's: {error}") from error
+    if stats.vocab_size != last.vocab_size:
+        raise ValueError(
+            f"{path} is of {stats.vocab_size} vocabulary entries, the last checkpoint's of {last.vocab_size}."
+        )
+    return stats
 
 
 def of_statistics(path: Path) -> TokenTypes:
