@@ -131,6 +131,16 @@ def test_the_first_twenty_rocks_are_told_in_order(tmp_path):
     assert "30 were chosen" in html
 
 
+def test_rocks_that_are_not_those_of_the_run_are_not_told_as_its_own(tmp_path):
+    mine = shown(card_of(tmp_path, record(rocks=[0, 1, 2]), rock_set()))
+    assert "3 were chosen" in mine
+    html = shown(card_of(tmp_path, record(rocks=[0, 1]), rock_set()))
+    assert "no longer lies beside it" in html
+    assert "were chosen" not in html
+    (tmp_path / "rock_set.json").unlink()
+    assert "no longer lies beside it" in shown(card_of(tmp_path, record(rocks=[0, 1])))
+
+
 def test_the_arms_that_it_was_compared_with_are_told(tmp_path):
     arm = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "seconds": 1.0, "steps": 20, "frozen_token_share": 0.25}
     summary = {

@@ -311,6 +311,13 @@ def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen(tmp_path):
     assert kind_means(windows[:1], [0], [2, 3, 99]) == [(7, 2.0, 1.0, 5.0)]
 
 
+def test_an_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):
+    (tmp_path / arms.MARKER).touch()
+    (tmp_path / "rock_set.json").write_text("{}")
+    arms._clear(tmp_path)
+    assert not (tmp_path / "rock_set.json").exists()
+
+
 # Wrong input
 
 

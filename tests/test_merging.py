@@ -44,7 +44,9 @@ def test_the_merged_model_computes_what_the_student_computed(tmp_path, family, c
                 parameter.data += 0.3 * torch.randn_like(parameter)
     want, before = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "student")
+    drawn = torch.get_rng_state()
     replace_by_merged(model, tmp_path / "student")
+    assert torch.equal(torch.get_rng_state(), drawn)
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), want, rtol=0, atol=1e-4
     )

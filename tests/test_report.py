@@ -23,10 +23,11 @@ from trl_opd.families import family_of
 from trl_opd.occurrences import PROMPT_SCHEMA, Occurrences, write_occurrences
 from trl_opd.report import rollouts as shown_rollouts
 from trl_opd.report.blocks import Facts, Note, Plot, Rollouts, Section, Table
-from trl_opd.report.build import rollouts, write_report
+from trl_opd.report.build import write_report
 from trl_opd.report.contents import read_contents
 from trl_opd.report.evidence_section import MOST_ARMS, arm_results, evidence, read_gradients
 from trl_opd.report.rock_section import MOST_ROCKS, find_types, rocks
+from trl_opd.report.rollout_section import rollouts
 from trl_opd.report.run_section import run_facts, training, what_was_run
 from trl_opd.report.token_types import TokenTypes, kind_means, of_windows
 from trl_opd.rock_set import Controls
@@ -904,6 +905,7 @@ def test_a_folder_of_nothing_and_an_output_of_nowhere_are_one_sentence(run_folde
         ([run_folder, "--output", tmp_path / "nowhere" / "a.html"], "There is no folder"),
         ([run_folder, "--output", tmp_path / "foreign" / "notes.txt" / "a.html"], "There is no folder"),
         ([run_folder, "--output", tmp_path], "is a folder: name a file"),
+        ([run_folder, "--output", run_folder / "opd_run.json"], "is an HTML file: name one that ends in .html"),
         ([run_folder, "--output", ""], "--output takes a path"),
     ):
         assert main(["report", *map(str, flags)]) == 1

@@ -30,7 +30,8 @@ def replace_by_merged(model: PeftModel, folder: str | os.PathLike) -> None:
         `ValueError`: if bitsandbytes has packed a 4-bit base ([`OPDTrainer`] keeps it from that).
     """
     folder = Path(folder)
-    merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
+    with torch.random.fork_rng(devices=[]):  # a new model draws weights, of which none is kept
+        merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
     merged.save_pretrained(folder)
     for name in ADAPTER_FILES:  # last: until they are gone the folder loads as the adapter
         (folder / name).unlink(missing_ok=True)

@@ -124,6 +124,7 @@ class RunRecord:
             "dataset": _dataset(trainer.train_dataset, self.dataset_name),
             "measure": self._measure,
             "arguments": _arguments(args),
+            "rocks": None if trainer.rock_set is None else trainer.rock_set.ids.tolist(),
             "log": state.log_history,
         }
         return _clean(content, args.hub_token)

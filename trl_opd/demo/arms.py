@@ -26,6 +26,7 @@ from ..accuracy import AccuracyCallback
 from ..files import complete_file
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
+from ..rock_set import FILE_NAME
 from ..rollout_samples import RolloutSamples
 from ..token_stats import TokenStats
 from .arithmetic import Problem, draw_problems, is_right, solved
@@ -136,7 +137,8 @@ def _clear(folder: Path) -> None:
         raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    (folder / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, FILE_NAME):  # the rock set of an arm of another seed is not this one's
+        (folder / name).unlink(missing_ok=True)
     for _, checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..files import complete_file, require_writable
-from .blocks import Block, Note, Page, Rollouts, Section, ShownRollout
+from .blocks import Page, Section
 from .contents import Contents, read_contents
 from .evidence_section import evidence
 from .page import render
 from .rock_section import rocks
-from .rollouts import MOST_TOKENS, shown_of_collection, shown_of_run
+from .rollout_section import rollouts
 from .run_section import training, what_was_run
 
 PARTS: dict[str, Callable[[Contents], Section | None]] = {
     "what was run": what_was_run,
     "training": training,
     "rocks": rocks,
-    "rollouts": lambda contents: rollouts(contents),
+    "rollouts": rollouts,
     "evidence": evidence,
 }
 
@@ -42,6 +42,8 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike) -> list[s
     """
     contents, output = read_contents(Path(folder)), Path(output)
     require_writable(output)
+    if output.suffix.lower() not in (".html", ".htm"):  # so that no file is written over that a report is made of
+        raise ValueError(f"The report is an HTML file: name one that ends in .html, got {output}.")
     sections = []
     for _, part in (bar := tqdm(PARTS.items(), desc="report", unit="part", leave=False)):
         bar.refresh()
@@ -52,33 +54,6 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike) -> list[s
     with complete_file(output) as part:
         part.write_text(text, encoding="utf-8")
     return [section.title for section in sections]
-
-
-def rollouts(contents: Contents) -> Section | None:
-    """Return completions that can be looked at, of the runs or of a collection."""
-    ids = frozenset(rock.id for rock in contents.rocks.rocks) if contents.rocks else frozenset()
-    blocks: list[Block] = []
-    sampled = {name: run.samples for name, run in contents.runs.items() if run.samples}
-    for name, files in sampled.items():
-        shown = shown_of_run(files, contents.names.decode, most_tokens=MOST_TOKENS // len(sampled))
-        title = f"Rollouts of the arm {name}. " if len(sampled) > 1 else ""
-        blocks += _viewer(shown.rollouts, title + shown.note, contents, ids)
-    if contents.occurrences is not None and not sampled:
-        shown = shown_of_collection(contents.occurrences.path, contents.prompts, contents.names.decode)
-        blocks += _viewer(shown.rollouts, shown.note, contents, ids)
-    return Section("rollouts", "Rollouts", blocks) if blocks else None
-
-
-def _viewer(shown: list[ShownRollout], note: str, contents: Contents, rocks: frozenset[int]) -> list[Block]:
-    ids = {int(id) for rollout in shown for id in rollout.token_ids}
-    for rollout in shown:
-        for top in (rollout.student_top, rollout.teacher_top):
-            ids |= set() if top is None else {int(id) for id in top[0].ravel()}
-    texts = {id: text for id in sorted(ids) if (text := contents.names.text_of(id)) is not None}
-    notes = [Note(note)] if note.strip() else []
-    if not contents.names.complete:
-        notes.append(Note("No tokenizer of these ids is on this machine, so tokens stand as their ids."))
-    return [*notes, Rollouts(shown, texts, rocks)] if shown else []
 
 
 def _lead(contents: Contents) -> str:

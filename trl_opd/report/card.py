@@ -70,6 +70,7 @@ def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Se
         facts=_facts(run),
         effect=_effect(contents),
         rocks=_rocks(contents),
+        other_rocks=contents.other_rocks,
         command=visible(run.record["command"], 4000).replace("```", "'''"),
         versions=run.record["versions"],
         paper=distillation_paper(),
@@ -161,7 +162,7 @@ def _with_interval(value: float, low: float | None, high: float | None, sign: st
 
 def _rocks(contents: Contents) -> dict[str, Any] | None:
     found = contents.rocks
-    if found is None:
+    if found is None or contents.other_rocks:
         return None
     held = found.heldout
     return {

@@ -82,6 +82,13 @@ class Contents:
         return path if path.is_file() else None
 
     @property
+    def other_rocks(self) -> bool:
+        """Whether a run was given other rocks than those of the rock set that lies here now."""
+        here = None if self.rocks is None else [rock.id for rock in self.rocks.rocks]
+        given = (run.record.get("rocks") for run in self.runs.values())
+        return any(ids is not None and ids != here for ids in given)
+
+    @property
     def prompts(self) -> Path:
         """Where the prompts of collected rollouts would lie."""
         return self.folder / PROMPTS

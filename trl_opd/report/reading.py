@@ -36,6 +36,9 @@ def read_run(path: Path) -> dict[str, Any]:
         for name in ("student", "teacher"):
             kinds = {"parameters": schema.whole, "trainable_parameters": schema.whole}
             schema.require(content[name], kinds, name, null=True)
+        if content.get("rocks") is not None:
+            for id in schema.entries(content, "rocks"):
+                schema.whole(id, "rocks")
         content["log"] = [_log_line(line, place) for place, line in enumerate(schema.entries(content, "log"))]
     return content
 

@@ -25,6 +25,10 @@ def rocks(contents: Contents) -> Section | None:
     """Return the rocks, or where there are none the types that carry the most divergence, and plots of all types."""
     types = find_types(contents)
     blocks: list[Block] = []
+    if contents.other_rocks:
+        blocks.append(
+            Note("A run here was given other rocks than those of the rock set that lies here now, if any does.")
+        )
     if contents.rocks is not None:
         blocks += [Facts(_facts(contents.rocks)), _rock_table(contents)]
     elif types is not None:

@@ -74,7 +74,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("divergence", DIVERGENCES.get(str(measure.get("divergence")), "?")),
         ("data", _joined([data.get("name"), _rows(data.get("rows"))]) or "not named"),
         ("steps", f"{record.get('steps')} of {record.get('max_steps')}"),
-        ("time", _time(record)),
+        ("started (or resumed), and time since", _time(record)),
         ("seed", str(record["arguments"].get("seed", 42))),
         ("hardware", _joined([hardware.get("name"), _processes(hardware.get("processes"))])),
         ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
