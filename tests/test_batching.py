@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from trl_opd import OPDTrainer, TokenStats
-from trl_opd.batching import is_truncated, locate, loss_mask, tight_micro_batches
+from trl_opd.batching import completions_of, is_truncated, locate, loss_mask, tight_micro_batches
 from trl_opd.divergence import score
 from trl_opd.figures import FigureSums
 from trl_opd.finite import FiniteGuard
@@ -204,3 +204,12 @@ def test_a_rollout_is_truncated_when_it_ends_in_no_stop():
     ids = torch.tensor([[5, 2, 0], [5, 6, 7], [5, 0, 0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
     assert is_truncated(ids, mask, [2]).tolist() == [False, True, True]
+
+
+def test_completions_are_without_padding_and_those_without_a_position_are_left_out():
+    batch = {
+        "completion_ids": torch.tensor([[5, 6, 0, 0], [7, 8, 9, 2], [4, 2, 0, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]),
+    }
+    assert completions_of(batch) == [[5, 6], [7, 8, 9, 2]]

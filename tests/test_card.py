@@ -117,6 +117,20 @@ def test_a_base_that_is_not_on_the_hub_is_no_link_and_no_path(tmp_path, name):
     assert "/home/me" not in card
 
 
+def test_a_folder_of_this_machine_is_no_repository_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card_of(tmp_path).split("---\n")[1]
+
+
+def test_of_a_model_in_a_folder_only_its_own_name_is_told(tmp_path):
+    models = {name: record()[name] | {"name": f"/home/me/secret/{name}-model"} for name in ("student", "teacher")}
+    card = card_of(tmp_path, record(**models))
+    assert "secret" not in card
+    assert card.count("teacher-model") == 2
+    assert "student-model" in card
+
+
 def test_a_run_that_was_not_evaluated_says_so(tmp_path):
     html = shown(card_of(tmp_path, record(log=[{"step": 1, "loss": 0.5}], arguments={})))
     assert "Its accuracy was not measured while it was trained." in html

@@ -19,9 +19,9 @@ from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
-def build(tokenizer, path, *callbacks, peft_config=None, **changes) -> OPDTrainer:
+def build(tokenizer, path, *callbacks, student=None, peft_config=None, **changes) -> OPDTrainer:
     return OPDTrainer(
-        model=make_model(seed=0),
+        model=student or make_model(seed=0),
         teacher_model=make_model(seed=1),
         args=make_config(path, **changes),
         train_dataset=make_dataset(),
@@ -117,11 +117,13 @@ def test_frozen_tokens_have_weight_zero_and_are_measured(tokenizer, tmp_path):
         assert row["kl"] > 0
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA])
-def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, peft_config):
+@pytest.mark.parametrize(("family", "peft_config"), [("qwen3", None), ("qwen3", LORA), ("gpt2", None)])
+def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, family, peft_config):
+    dropout = {"resid_pdrop": 0.2, "attn_pdrop": 0.2, "embd_pdrop": 0.2} if family == "gpt2" else {}
     runs = []
     for name, callbacks in (("with", [RolloutSamples(2)]), ("without", [])):
-        trainer = build(tokenizer, tmp_path / name, *callbacks, peft_config=peft_config, max_steps=3)
+        student = make_model(family, seed=0, **dropout)
+        trainer = build(tokenizer, tmp_path / name, *callbacks, student=student, peft_config=peft_config, max_steps=3)
         trainer.train()
         runs.append(trainer)
     for name, value in runs[0].model.state_dict().items():
@@ -172,11 +174,22 @@ def test_a_finished_run_that_goes_on_keeps_its_steps_and_a_new_one_begins_anew(t
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=5, **settings).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
-    steps = pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()
-    assert sorted(set(steps)) == [1, 2, 3, 4, 5]
+    places = pq.read_table(tmp_path / FILE_NAME, columns=["step", "rollout", "position"]).to_pylist()
+    assert sorted({place["step"] for place in places}) == [1, 2, 3, 4, 5]
+    assert len({tuple(place.values()) for place in places}) == len(places), "a step stands there twice"
     assert set(read_metadata(tmp_path / FILE_NAME)["prompts"]) == {f"{step}/0" for step in range(1, 6)}
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=1, **settings).train()
     assert set(pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()) == {1}
+
+
+def test_steps_after_the_checkpoint_that_are_not_done_again_are_forgotten(tokenizer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    broken = build(tokenizer, tmp_path, RolloutSamples(1), Stop(5), max_steps=6, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = build(tokenizer, tmp_path, RolloutSamples(1), max_steps=3, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert set(pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "4"])

@@ -71,6 +71,16 @@ def test_a_teacher_in_four_bits_is_told_with_its_whole_size(tokenizer, tmp_path,
     assert teacher["parameters"] == sum(p.numel() for p in make_model(width=64).parameters())
 
 
+def test_a_figure_that_is_not_finite_is_null_in_the_record(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path)
+    trainer.state.log_history.append({"step": 1, "grad_norm": float("nan"), "loss": float("inf"), "kl/mean": 0.5})
+    trainer.run_record.write()
+    assert json.loads((tmp_path / "opd_run.json").read_text())["log"] == [
+        {"step": 1, "grad_norm": None, "loss": None, "kl/mean": 0.5}
+    ]
+    assert read_run(tmp_path / "opd_run.json")["log"] == [{"step": 1, "kl/mean": 0.5}]
+
+
 def test_statistics_and_rocks_of_the_run_lie_beside_the_student(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", list(range(60, 100)))
     trainer = build(tokenizer, tmp_path / "run", token_weighting="rock", rock_set=rocks)

@@ -12,7 +12,7 @@ from .knockout import Sampling, baseline_jobs, decode
 from .option_checks import require_whole
 from .prompts import require_prompts
 from .rewards import reward_completions
-from .rollouts import own_random_stream, positions_from_mask, sampling_mode
+from .rollouts import own_random_stream, sampling_mode
 from .statistics import mean_interval
 
 # Evaluations of a run, when nobody says how often.
@@ -121,7 +121,6 @@ class AccuracyCallback(TrainerCallback):
             ) as model,
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
             sampling_mode(trainer.model),
-            positions_from_mask(trainer.model),
         ):
             batches = decode(model, [jobs[place] for place in mine], sampling, **ends)
             found = {job.problem: ids for batch in batches for job, ids in batch}

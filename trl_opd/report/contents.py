@@ -95,8 +95,8 @@ class Contents:
 
     @property
     def main_run(self) -> Run | None:
-        """The run whose tokens are looked at: the one in which nothing weighs less, if there are several."""
-        return self.runs.get("uniform") or next(iter(self.runs.values()), None)
+        """The run whose tokens are looked at: the first, which is `uniform` where there is one."""
+        return next(iter(self.runs.values()), None)
 
     @cached_property
     def names(self) -> Names:
