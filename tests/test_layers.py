@@ -22,7 +22,7 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "files", "hub", "occurrences", "records", "rock_set", "rollout_file", "schema"}
+GROUND = {"_trl", "checkpoints", "files", "hub", "occurrences", "records", "rock_set", "rollout_file", "schema"}
 GROUND |= {"token_stats", "vocabulary"}
 PURE = {
     "batching",
@@ -93,7 +93,7 @@ DIAGRAM = {
     "configuration": ({"opd_config"}, {"option_checks"}),
     "planner": ({"memory"}, {"model_shape"}),
     "report": ({"report"}, GROUND | {"cutoff", "families", "gradient_study"}),
-    "for others to see": ({"publishing"}, GROUND | {"report"}),
+    "for others to see": ({"publishing"}, GROUND | {"merging", "report"}),
     "record": ({"run_record"}, GROUND | {"report"}),
     "callbacks": (
         {"accuracy", "rollout_samples"},

@@ -110,6 +110,12 @@ SEAMS = [
     ),
     Seam(
         DistillationTrainer,
+        "_save_checkpoint",
+        "(self, model, trial)",
+        "b6ee0a370c266b6f6ada183d32719e4f689ac7a54086c1ec40a69a79e79921c6",
+    ),
+    Seam(
+        DistillationTrainer,
         "create_model_card",
         "(self, model_name=None, dataset_name=None, tags=None)",
         "4f8a407fd9fd3f6e9d3b2300a2029bee1c742631f1ec2c62b34a6cc31841f106",

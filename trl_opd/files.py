@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Transformers leaves files whose name begins so out of what it pushes.
+PART_FOLDER = "_saving-"
 
 
 @contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give the temporary path to write to; it takes the name `path` at the end, and is gone after an error."""
     path = Path(path)
+    _remove_left(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder to write to; its files move to `folder` at the end, and are gone after an error."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{PART_FOLDER}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PART_FOLDER, dir=folder) as name:
+        yield Path(name)
+        for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+            target = folder / path.relative_to(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
 
 
 def require_writable(path: str | os.PathLike) -> None:
@@ -29,3 +51,23 @@ def require_writable(path: str | os.PathLike) -> None:
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"The folder {path.parent} cannot be written to.")
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the parts of a file that killed processes left."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere a look could end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

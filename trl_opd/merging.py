@@ -33,8 +33,13 @@ def replace_by_merged(model: PeftModel, folder: str | os.PathLike) -> None:
     with torch.random.fork_rng(devices=[]):  # a new model draws weights, of which none is kept
         merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
     merged.save_pretrained(folder)
-    for name in ADAPTER_FILES:  # last: until they are gone the folder loads as the adapter
-        (folder / name).unlink(missing_ok=True)
+    remove_adapter(folder)
+
+
+def remove_adapter(folder: str | os.PathLike) -> None:
+    """Remove an adapter's files from a folder, if there are any."""
+    for name in ADAPTER_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
-from . import preflight, publishing, rollouts
+from . import checkpoints, preflight, publishing, rollouts
 from ._trl import output_rows
 from .arm import Arm
 from .batching import completions_of, locate, tight_micro_batches
@@ -29,7 +29,6 @@ from .continuous_batching import generate_continuously
 from .figures import FigureSums
 from .finite import FiniteGuard, name_the_sampling_student
 from .hub import hub_errors
-from .merging import replace_by_merged
 from .opd_config import OPDConfig
 from .phases import PhaseClock
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
@@ -82,9 +81,7 @@ class OPDTrainer(DistillationTrainer):
         peft_config=None,
         tools: list[Callable] | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = OPDConfig(f"{name.split('/')[-1]}-OPD")
+        args = preflight.default_config(model) if args is None else args
         self._prompts_per_step = preflight.prompts_per_step(args)
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
@@ -129,8 +126,6 @@ class OPDTrainer(DistillationTrainer):
         self._as_trl = rows[0] == rows[1] and self.args.trains_as_trl()
 
     def get_train_dataloader(self):
-        if self.args.num_generations == 1 or not isinstance(self.train_dataset, IterableDataset):
-            return super().get_train_dataloader()
         with rollouts.grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
             return super().get_train_dataloader()
 
@@ -147,11 +142,12 @@ class OPDTrainer(DistillationTrainer):
         return self._stats.total(self._sum_over_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
         self._figures["train"].clear()  # of a run that broke off
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "attach"):  # ours take the trainer, whose rollouts they need
                 callback.attach(self)
-        self._stats.start(resumed=bool(resume_from_checkpoint))
+        self._stats.start(resumed=resume_from_checkpoint is not None)
         self.run_record.start()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
@@ -272,10 +268,15 @@ class OPDTrainer(DistillationTrainer):
             self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = self.args.output_dir if output_dir is None else output_dir
-        if self.args.merge_adapter and self.args.should_save and not is_checkpoint(folder):
-            replace_by_merged(self.accelerator.unwrap_model(self.model), folder)
+        save = partial(super()._save, state_dict=state_dict)
+        if is_checkpoint(folder) or not self.args.should_save:  # a checkpoint says of itself when it is whole
+            return save(folder)
+        return publishing.save_student(self, folder, save)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with checkpoints.completing(self, self._get_output_dir(trial)):
+            super()._save_checkpoint(model, trial)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         with hub_errors(f"create the repository {self.args.hub_model_id or self.args.output_dir}"):
@@ -293,8 +294,7 @@ class OPDTrainer(DistillationTrainer):
         publishing.warn_of_failed_pushes(getattr(self, "push_in_progress", None))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        if self.is_world_process_zero():
-            publishing.write_card_of(self, model_name, dataset_name, tags)
+        publishing.write_card_of(self, model_name, dataset_name, tags)
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

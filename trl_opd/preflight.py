@@ -38,6 +38,12 @@ def prompts_per_step(args: OPDConfig) -> int:
     return rollouts // args.num_generations
 
 
+def default_config(model: str | PreTrainedModel) -> OPDConfig:
+    """Return the configuration of a trainer that was given none, named after its student as TRL names it."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return OPDConfig(f"{name.split('/')[-1]}-OPD")
+
+
 def check_devices(args: OPDConfig) -> None:
     """Warn of processes that were not started; raise `ValueError` for a teacher that cannot lie where it is told."""
     warn_of_one_process(args)

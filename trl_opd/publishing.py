@@ -1,16 +1,42 @@
-"""What a run's folder gets for others to see: the card of its student, and its report."""
+"""What a run's folder gets for others to see: its student, the card of it, and the report."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .files import complete_file
+from .checkpoints import write_errors
+from .files import complete_file, complete_files
 from .hub import hub_errors, redact
+from .merging import remove_adapter, replace_by_merged
 
 CARD, REPORT = "README.md", "report.html"
+
+
+def save_student(trainer, folder: str | os.PathLike, save: Callable[[str], None]) -> None:
+    """Save the student to a folder that changes only when every file is written; merged where `merge_adapter` says so.
+
+    Args:
+        trainer (`OPDTrainer`): The trainer, on a process that saves.
+        folder (`str` or `os.PathLike`): Where the student is to lie.
+        save (`Callable[[str], None]`): Saves it to a folder, as the Trainer does.
+
+    Raises:
+        `OSError`: if a file cannot be written.
+    """
+    folder, merge = Path(folder), trainer.args.merge_adapter
+    with write_errors(folder):
+        with complete_files(folder) as part:
+            if (folder / CARD).is_file():  # PEFT adds to it
+                shutil.copy(folder / CARD, part)
+            save(str(part))
+            if merge:
+                replace_by_merged(trainer.accelerator.unwrap_model(trainer.model), part)
+        if merge:  # last: until they are gone the folder loads as the adapter
+            remove_adapter(folder)
 
 
 def write_card(
@@ -42,7 +68,9 @@ def write_card(
 
 
 def write_card_of(trainer, name: str | None, dataset_name: str | None, tags: str | Sequence[str] | None) -> None:
-    """Write the record of a trainer's run as it stands, and the card that is made of it."""
+    """Write the record of a trainer's run as it stands, and the card that is made of it, on the first process."""
+    if not trainer.is_world_process_zero():
+        return
     try:
         trainer.run_record.write(dataset_name)
     except OSError as error:

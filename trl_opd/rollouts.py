@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
@@ -140,7 +140,8 @@ def grouped_stream(trainer, *, prompts: int, rollouts: int):
     """Let TRL's `get_train_dataloader` read a streaming dataset in which each prompt stands `rollouts` times.
 
     TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the
-    order that the sampler has for indexed datasets; the shuffle has to come before that.
+    order that the sampler has for indexed datasets; the shuffle has to come before that. Other datasets and single
+    rollouts are left alone.
 
     Args:
         trainer (`trl.DistillationTrainer`): The trainer, changed inside and restored after.
@@ -148,6 +149,9 @@ def grouped_stream(trainer, *, prompts: int, rollouts: int):
         rollouts (`int`): Rollouts of each.
     """
     stream, shuffle = trainer.train_dataset, trainer.shuffle_dataset
+    if rollouts == 1 or not isinstance(stream, IterableDataset):
+        yield
+        return
     shuffled = stream.shuffle(seed=trainer.args.seed) if shuffle else stream
     trainer.train_dataset = repeat_iterable_dataset(shuffled, rollouts, batch_size=prompts)
     trainer.shuffle_dataset = False

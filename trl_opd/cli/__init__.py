@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 # Command -> its module here and what it does, in the order of `trl-opd --help`.
@@ -44,14 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         print(module.HELP)
         return 0
     try:
-        with warnings.catch_warnings():
+        with _ended_by_sigterm(), warnings.catch_warnings():
             # What transformers is about to rename is no news for somebody at a command line.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.showwarning = _show_warning
             module.run(argv[1:])
-    except KeyboardInterrupt:
-        print(f"\ntrl-opd {name}: interrupted{getattr(module, 'INTERRUPTED', '')}.", file=sys.stderr)
-        return 130  # as shells have it
+    except KeyboardInterrupt as error:
+        ended = isinstance(error, Terminated)
+        if os.environ.get("RANK", "0") == "0":
+            how = "terminated" if ended else "interrupted"
+            print(f"\ntrl-opd {name}: {how}{getattr(module, 'INTERRUPTED', '')}.", file=sys.stderr)
+        return 128 + (signal.SIGTERM if ended else signal.SIGINT)  # as shells have it
     except BrokenPipeError:  # the reader has seen enough: `trl-opd detect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -63,6 +70,27 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(name, error)
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a scheduler, or the launcher of several processes, ends this one."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: temporary files go, and a sentence says how to go on."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield
+        return
+
+    def end(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(name: str, error: Exception) -> int:

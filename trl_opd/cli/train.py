@@ -30,6 +30,7 @@ example:
   trl-opd train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
       --dataset_name trl-lib/tldr --use_peft --dtype bfloat16 --learning_rate 2e-4 --output_dir student"""
 
+INTERRUPTED = ": its checkpoints are kept, and --resume_from_checkpoint goes on from the newest whole one"
 SAMPLES = 2  # rollouts of each log that the report shows
 # Extensions of a single data file and the loader that `datasets` has for each.
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

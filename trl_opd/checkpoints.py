@@ -1,0 +1,182 @@
+"""Which checkpoints are whole, and from which of them a run goes on.
+
+A process can be killed at any moment, also while it saves. So the last file of a checkpoint is `opd_complete.json`,
+which names every other file with its size; it is there before the checkpoint is pushed, and before an older one goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .files import complete_file
+
+FILE_NAME = "opd_complete.json"
+FORMAT, VERSION = "trl_opd.checkpoint", 1
+# How torch words a write that failed, in an error of no particular class.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
+
+@contextmanager
+def completing(trainer, run_dir: str | os.PathLike) -> Iterator[None]:
+    """Let the checkpoint that the trainer saves inside say of itself that it is whole. A collective.
+
+    The Trainer's state is the last file that it writes, on the process that pushes and rotates next.
+
+    Raises:
+        `OSError`: if a file cannot be written, with the checkpoint from which the run can go on.
+    """
+    state, folder = trainer.state, Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    save_state, wait = state.save_to_json, trainer.accelerator.wait_for_everyone
+
+    def save_and_complete(path: str) -> None:
+        save_state(path)
+        wait()  # for what the other processes write: their random states, their shards
+        write_complete(folder)
+
+    if trainer.args.should_save:
+        (folder / FILE_NAME).unlink(missing_ok=True)  # a step that is done again
+        state.save_to_json = save_and_complete
+    try:
+        with write_errors(folder):
+            yield
+            if not trainer.args.should_save:
+                wait()
+    finally:
+        vars(state).pop("save_to_json", None)
+
+
+def write_complete(folder: str | os.PathLike) -> None:
+    """Write the names and sizes of a checkpoint's files into it, once they are on the disk."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
+        files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    with complete_file(folder / FILE_NAME) as part:
+        part.write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1) + "\n")
+
+
+def fault(folder: str | os.PathLike) -> str | None:
+    """Return what a checkpoint lacks, or `None` when it is whole."""
+    folder = Path(folder)
+    if not (folder / FILE_NAME).is_file():
+        return f"it has no {FILE_NAME}, so its saving was not finished"
+    try:
+        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        files = dict(content["files"])
+        if content["format"] != FORMAT or not files or not all(type(size) is int for size in files.values()):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"its {FILE_NAME} is damaged"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is gone"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def newest_complete(run_dir: str | os.PathLike) -> Path | None:
+    """Return the whole checkpoint of the latest step in a run's folder, or `None`."""
+    return next((folder for folder in _checkpoints(run_dir) if fault(folder) is None), None)
+
+
+def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
+    """Return the folder of the checkpoint to go on from, `None` for a run that begins.
+
+    `True` means the newest whole one. So does the newest folder of the run, which is what transformers'
+    `get_last_checkpoint` returns: where its saving was not finished, a warning names the one that is taken.
+
+    Args:
+        resume (`str` or `os.PathLike` or `bool`, *optional*): As `Trainer.train` takes it.
+        run_dir (`str` or `os.PathLike`): The run's output folder.
+
+    Raises:
+        `ValueError`: if no checkpoint is whole, or the one that is named is not.
+        `OSError`: if there is no such folder.
+    """
+    if resume is None or resume is False:
+        return None
+    found = _checkpoints(run_dir)
+    if resume is True:
+        if not found:
+            raise ValueError(
+                f"There is no checkpoint in {run_dir} to go on from: begin without resume_from_checkpoint."
+            )
+        return str(_newest_of(found, run_dir))
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {folder}: no such folder.")
+    if (reason := fault(folder)) is None:
+        return str(folder)
+    if found and folder.resolve() == found[0].resolve() and newest_complete(run_dir):
+        return str(_newest_of(found, run_dir))
+    if (folder / FILE_NAME).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
+        raise ValueError(f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew.")
+    warnings.warn(
+        f"The checkpoint {folder} has no {FILE_NAME}, as if another trainer had written it: whether it is whole cannot "
+        "be told.",
+        stacklevel=3,
+    )
+    return str(folder)
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors of writing a folder (full disk, no permission), of several classes, into one `OSError`.
+
+    Errors of anything else pass unchanged.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+            raise
+        whole = newest_complete(folder.parent) if folder.parent.is_dir() else None
+        after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(f"{folder} cannot be written: {reason:.300}.{after}") from error
+
+
+def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
+    """Return the newest whole checkpoint of some, with a warning where a newer one is not whole."""
+    whole = newest_complete(run_dir)
+    if whole is None:
+        raise ValueError(
+            f"No checkpoint in {run_dir} is whole ({found[0].name}: {fault(found[0])}). Begin without "
+            "resume_from_checkpoint; one of another trainer can be named by its folder."
+        )
+    if whole != found[0]:
+        warnings.warn(f"{found[0]} is not whole ({fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4)
+    return whole
+
+
+def _checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """Return the checkpoints of a run, the latest step first."""
+    run_dir = Path(run_dir)
+    folders = run_dir.iterdir() if run_dir.is_dir() else ()
+    steps = {}
+    for folder in folders:
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if match and folder.is_dir():
+            steps[int(match[1])] = folder
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        return "global_step" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
