@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle  # for the name of its error only
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +24,14 @@ from .files import complete_file
 
 FILE_NAME = "opd_complete.json"
 FORMAT, VERSION = "trl_opd.checkpoint", 1
+STATES = (".pt", ".pth")  # archives that torch writes
 # How torch words a write that failed, in an error of no particular class.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
+    return Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 @contextmanager
@@ -60,6 +68,8 @@ def write_complete(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == FILE_NAME or path.name.startswith(f".{FILE_NAME}."):
+            continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
@@ -85,6 +95,8 @@ def fault(folder: str | os.PathLike) -> str | None:
             return f"its {name} is gone"
         if path.stat().st_size != size:
             return f"its {name} has {path.stat().st_size} of {size} bytes"
+        if path.suffix in STATES and not zipfile.is_zipfile(path):
+            return f"its {name} is damaged"
     return None
 
 
@@ -148,6 +160,15 @@ def write_errors(folder: Path) -> Iterator[None]:
         after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."
         reason = " ".join(str(error).split()).rstrip(".")
         raise OSError(f"{folder} cannot be written: {reason:.300}.{after}") from error
+
+
+@contextmanager
+def read_errors(what: str) -> Iterator[None]:
+    """Turn the error of a state that torch's safe loader refuses into one `ValueError`."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{what} holds a state that is none, and that could run code when it is read.") from error
 
 
 def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:

@@ -34,7 +34,7 @@ from .phases import PhaseClock
 from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
 from .run_occurrences import RunOccurrences
 from .run_record import RunRecord
-from .run_stats import RunStats, describe_measure, is_checkpoint
+from .run_stats import RunStats, describe_measure
 from .scoring import weighted_loss
 from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
 from .teacher_phase import TeacherPhase
@@ -128,6 +128,9 @@ class OPDTrainer(DistillationTrainer):
     def get_train_dataloader(self):
         with rollouts.grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
             return super().get_train_dataloader()
+
+    def _init_training_state(self, *args):
+        return rollouts.place_in_epoch(self, super()._init_training_state(*args), *args)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> rollouts.EpochRepeatSampler:
         return rollouts.train_sampler(self, dataset, prompts=self._prompts_per_step)
@@ -268,11 +271,7 @@ class OPDTrainer(DistillationTrainer):
             self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = self.args.output_dir if output_dir is None else output_dir
-        save = partial(super()._save, state_dict=state_dict)
-        if is_checkpoint(folder) or not self.args.should_save:  # a checkpoint says of itself when it is whole
-            return save(folder)
-        return publishing.save_student(self, folder, save)
+        publishing.save_student(self, output_dir, partial(super()._save, state_dict=state_dict))
 
     def _save_checkpoint(self, model, trial) -> None:
         with checkpoints.completing(self, self._get_output_dir(trial)):

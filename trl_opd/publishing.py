@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .checkpoints import write_errors
+from .checkpoints import is_checkpoint, write_errors
 from .files import complete_file, complete_files
 from .hub import hub_errors, redact
 from .merging import remove_adapter, replace_by_merged
@@ -16,18 +16,23 @@ from .merging import remove_adapter, replace_by_merged
 CARD, REPORT = "README.md", "report.html"
 
 
-def save_student(trainer, folder: str | os.PathLike, save: Callable[[str], None]) -> None:
+def save_student(trainer, folder: str | os.PathLike | None, save: Callable[[str], None]) -> None:
     """Save the student to a folder that changes only when every file is written; merged where `merge_adapter` says so.
 
+    A checkpoint keeps the adapter, and says of itself when it is whole.
+
     Args:
-        trainer (`OPDTrainer`): The trainer, on a process that saves.
-        folder (`str` or `os.PathLike`): Where the student is to lie.
+        trainer (`OPDTrainer`): The trainer.
+        folder (`str` or `os.PathLike`, *optional*): Where the student is to lie; `args.output_dir` when omitted.
         save (`Callable[[str], None]`): Saves it to a folder, as the Trainer does.
 
     Raises:
         `OSError`: if a file cannot be written.
     """
-    folder, merge = Path(folder), trainer.args.merge_adapter
+    folder, merge = Path(folder or trainer.args.output_dir), trainer.args.merge_adapter
+    if not trainer.args.should_save or is_checkpoint(folder):
+        save(str(folder))
+        return
     with write_errors(folder):
         with complete_files(folder) as part:
             if (folder / CARD).is_file():  # PEFT adds to it

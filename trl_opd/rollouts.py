@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ._trl import RepeatSampler, repeat_iterable_dataset
 from .batching import loss_mask
@@ -55,6 +58,33 @@ def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRep
         shuffle=trainer.shuffle_dataset,
         seed=args.seed,
     )
+
+
+def place_in_epoch(
+    trainer, place: tuple[int, int], max_steps: int, _updates: int, num_epochs: int, checkpoint: str | None, _trial
+) -> tuple[int, int]:
+    """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
+
+    Corrects the Trainer in two places. A run that has all its steps would do one more. And a streaming dataset is one
+    epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's end: in its state `epoch`
+    counts as the run went, passes and batches of the last one.
+
+    Args:
+        trainer (`trl.DistillationTrainer`): The trainer, whose state is that of the checkpoint.
+        place (`tuple[int, int]`): The two numbers as the Trainer has them.
+        max_steps, num_epochs (`int`): Of the whole run, as the Trainer has them.
+        checkpoint (`str`, *optional*): The folder that the run goes on from, `None` for a run that begins.
+    """
+    if checkpoint is None or not (path := Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        return place
+    if trainer.state.global_step >= max_steps:
+        return num_epochs, 0
+    if trainer.args.ignore_data_skip or not isinstance(trainer.train_dataset, IterableDataset):
+        return place
+    before = TrainerState.load_from_json(path)  # its `max_steps` may be another now
+    epochs = int(before.epoch)
+    batches = (before.epoch - epochs) * before.max_steps * trainer.args.gradient_accumulation_steps
+    return epochs, round(batches)
 
 
 def allow_up_to(trainer, room: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import is_checkpoint
 from .opd_config import OPDConfig
 from .records import TokenSignals
 from .token_stats import COUNTS, FILE_NAME, SUMS, TokenStats
@@ -96,11 +95,6 @@ class RunStats:
             if is_main:
                 os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
                 total.save(os.path.join(folder, FILE_NAME))
-
-
-def is_checkpoint(folder: str | os.PathLike) -> bool:
-    """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
-    return Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:

@@ -65,6 +65,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     """Distil with `OPDTrainer`, save the student, and say what came of it."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..checkpoints import read_errors
     from ..opd_trainer import OPDTrainer
     from ..publishing import add_report
     from ..rollout_samples import RolloutSamples
@@ -87,7 +88,8 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     )
     resume = training_args.resume_from_checkpoint
     trainer.run_record.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    with read_errors("The checkpoint to go on from"):
+        trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if training_args.push_to_hub:  # saves, too
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     else:

@@ -1,0 +1,436 @@
+"""Checkpoints that are whole, runs that are killed and go on, and what a full disk or a signal leaves behind."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import IterableDataset
+from transformers.trainer_utils import get_last_checkpoint
+
+from trl_opd import OPDTrainer, checkpoints, files
+from trl_opd.checkpoints import FILE_NAME, fault, resolve
+from trl_opd.cli import main
+
+from .test_cli import flags, world  # noqa: F401
+from .test_opd_trainer import build
+from .tiny import make_config, make_dataset, make_model
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    build(folder, **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of that folder, to break."""
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
+    return folder
+
+
+def cut(folder: Path, name: str = "optimizer.pt") -> None:
+    """Cut a checkpoint's file as a kill does in the middle of writing it."""
+    with open(folder / name, "r+b") as file:
+        file.truncate(100)
+
+
+def unfinish(folder: Path) -> None:
+    """Leave of a checkpoint what a kill leaves while the optimizer is written."""
+    for name in (FILE_NAME, "trainer_state.json", "rng_state.pth", "scheduler.pt"):
+        (folder / name).unlink()
+    cut(folder)
+
+
+# What a checkpoint says of itself
+
+
+def test_a_checkpoint_lists_every_file_with_its_size(run):
+    for step in (2, 4):
+        folder = run / f"checkpoint-{step}"
+        listed = json.loads((folder / FILE_NAME).read_text())["files"]
+        there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != FILE_NAME}
+        assert listed == there
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "token_stats.safetensors"} <= there.keys()
+        assert fault(folder) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_file_that_is_cut_or_gone_is_told(copy, name):
+    folder = copy / "checkpoint-4"
+    size = (folder / name).stat().st_size
+    cut(folder, name)
+    assert fault(folder) == f"its {name} has 100 of {size} bytes"
+    (folder / name).unlink()
+    assert fault(folder) == f"its {name} is gone"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"format": "x", "files": {"a": 1}}',
+        '{"files": []}',
+        '{"format": "trl_opd.checkpoint", "files": {}}',
+        '{"format": "trl_opd.checkpoint", "files": {"a": "1"}}',
+    ],
+    ids=range(8),
+)
+def test_a_list_that_is_none_is_damage(copy, content):
+    (copy / "checkpoint-4" / FILE_NAME).write_text(content)
+    assert fault(copy / "checkpoint-4") == f"its {FILE_NAME} is damaged"
+
+
+def test_the_list_is_there_before_a_checkpoint_is_pushed_and_before_an_older_one_goes(tmp_path, monkeypatch):
+    seen = []
+
+    class Pushing(OPDTrainer):
+        def _push_from_checkpoint(self, checkpoint_folder):
+            seen.append(("pushed", fault(checkpoint_folder)))
+
+    from transformers import trainer as module
+
+    rotate = module.rotate_checkpoints
+
+    def rotate_seen(output_dir, **kwargs):
+        newest = get_last_checkpoint(output_dir)
+        seen.append(("rotated", fault(newest)))
+        rotate(output_dir, **kwargs)
+
+    monkeypatch.setattr(module, "rotate_checkpoints", rotate_seen)
+    trainer = build(tmp_path, cls=Pushing, save_total_limit=1, **SAVING)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    trainer.train()
+    assert seen == [("pushed", None), ("rotated", None)] * 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_step_that_is_saved_again_is_not_whole_in_between(copy):
+    trainer = build(copy, **(SAVING | {"max_steps": 4}))
+    seen, save = [], trainer._save_optimizer_and_scheduler
+
+    def save_seen(folder):
+        seen.append(fault(folder))
+        save(folder)
+
+    trainer._save_optimizer_and_scheduler = save_seen
+    trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+    assert seen == [f"it has no {FILE_NAME}, so its saving was not finished"]
+    assert fault(copy / "checkpoint-4") is None
+
+
+# From which one a run goes on
+
+
+def test_true_means_the_newest_whole_one(copy):
+    assert resolve(True, copy) == str(copy / "checkpoint-4")
+    unfinish(copy / "checkpoint-4")
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is not whole .*: the run goes on from checkpoint-2\."):
+        assert resolve(True, copy) == str(copy / "checkpoint-2")
+
+
+def test_what_transformers_takes_for_the_newest_leads_to_the_newest_whole_one(copy):
+    unfinish(copy / "checkpoint-4")
+    newest = get_last_checkpoint(copy)
+    assert newest.endswith("checkpoint-4")
+    with pytest.warns(UserWarning, match="the run goes on from checkpoint-2"):
+        assert resolve(newest, copy) == str(copy / "checkpoint-2")
+
+
+def test_steps_are_numbers_and_not_names(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
+        checkpoints.write_complete(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11").write_text("a file")
+    (tmp_path / "checkpoint-x").mkdir()
+    assert resolve(True, tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_nothing_to_go_on_from_is_a_run_that_begins(copy, resume):
+    assert resolve(resume, copy) is None
+
+
+def test_an_older_checkpoint_that_is_named_and_not_whole_is_refused(copy):
+    cut(copy / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not whole: its optimizer.pt has 100 of \d+ bytes"):
+        resolve(copy / "checkpoint-2", copy)
+    assert resolve(copy / "checkpoint-4", copy) == str(copy / "checkpoint-4")
+
+
+def test_no_whole_checkpoint_is_a_sentence(copy, tmp_path):
+    for step in (2, 4):
+        unfinish(copy / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole .*Begin without resume_from_checkpoint"):
+        resolve(True, copy)
+    with pytest.raises(ValueError, match="checkpoint-4 is not whole"):
+        resolve(get_last_checkpoint(copy), copy)
+    with pytest.raises(ValueError, match="There is no checkpoint in"):
+        resolve(True, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        resolve(copy / "checkpoint-6", copy)
+
+
+def test_a_checkpoint_of_another_trainer_is_taken_when_it_is_named(copy):
+    for step in (2, 4):
+        (copy / f"checkpoint-{step}" / FILE_NAME).unlink()
+    with pytest.raises(ValueError, match="one of another trainer can be named by its folder"):
+        resolve(True, copy)
+    with pytest.warns(UserWarning, match="as if another trainer had written it"):
+        assert resolve(copy / "checkpoint-2", copy) == str(copy / "checkpoint-2")
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_was(run, copy):
+    unfinish(copy / "checkpoint-4")
+    trainer = build(copy, **SAVING)
+    with pytest.warns(UserWarning, match="the run goes on from checkpoint-2"):
+        trainer.train(resume_from_checkpoint=True)
+    files_of = [(folder / "checkpoint-4" / "model.safetensors").read_bytes() for folder in (run, copy)]
+    assert files_of[0] == files_of[1]
+    assert fault(copy / "checkpoint-4") is None
+
+
+def test_a_run_that_has_all_its_steps_does_none_when_it_is_resumed(run, copy):
+    trainer = build(copy, **SAVING)
+    output = trainer.train(resume_from_checkpoint=True)
+    assert output.global_step == trainer.state.global_step == 4
+    trainer.save_model()
+    assert (copy / "model.safetensors").read_bytes() == (run / "checkpoint-4" / "model.safetensors").read_bytes()
+    assert [path.name for path in sorted(copy.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("max_steps", [5, 9])
+def test_a_stream_goes_on_where_it_was_in_every_pass(tokenizer, tmp_path, max_steps):
+    """Transformers takes a stream for one epoch of `max_steps` steps, and skips beyond its end."""
+    rows = list(make_dataset(6, chat=False))
+
+    def prompts_of(folder, **changes):
+        seen = []
+
+        class Seeing(OPDTrainer):
+            def _generate_and_score_completions(self, inputs):
+                seen.append([row["prompt"] for row in inputs])
+                return super()._generate_and_score_completions(inputs)
+
+        changes = SAVING | {"max_steps": 5, "num_generations": 2, "save_steps": 1} | changes
+        trainer = Seeing(
+            model=make_model(seed=0),
+            teacher_model=make_model(seed=1),
+            args=make_config(folder, **changes),
+            train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
+            processing_class=tokenizer,
+        )
+        return trainer, seen
+
+    whole, expected = prompts_of(tmp_path / "whole")
+    whole.train()
+    assert len(expected) == 5
+    for step in range(1, 5):
+        resumed, seen = prompts_of(tmp_path / "resumed", max_steps=max_steps)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert seen[: 5 - step] == expected[step:]
+
+
+# Killed, terminated, interrupted
+
+
+def test_killed_runs_go_on_and_end_equal_to_the_bit():
+    """`tests/benchmarks/crash.py` by the number that a test can afford: see docs/reliability.md for more."""
+    command = [sys.executable, "-m", "tests.benchmarks.crash", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "3 equal, 0 different." in done.stdout
+    kills = re.search(r"3 runs, (\d+) kills", done.stdout)
+    assert int(kills[1]) >= 3
+    assert len(re.findall(r"killed in saving", done.stdout)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
+)
+def test_a_signal_ends_a_training_with_a_sentence_and_the_way_on(world, tmp_path, capsys, number, word, code):  # noqa: F811
+    out = tmp_path / "out"
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 400}
+
+    def send():
+        until = time.monotonic() + 60
+        while not (out / "checkpoint-2" / FILE_NAME).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert main(["train", *flags(world, out, **settings)]) == code
+    sender.join()
+    error = capsys.readouterr().err
+    assert f"trl-opd train: {word}: its checkpoints are kept, and --resume_from_checkpoint goes on" in error
+    assert "Traceback" not in error
+    assert not (out / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    last = int(Path(resolve(True, out)).name.split("-")[1])
+    settings["max_steps"] = last + 1
+    assert main(["train", *flags(world, out, resume_from_checkpoint=True, **settings)]) == 0
+    assert (out / "model.safetensors").exists()
+    assert not temporary(out)
+
+
+# No room
+
+
+def temporary(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.endswith(".part") or path.name.startswith("_saving")]
+
+
+@contextmanager
+def no_file_above(size: int):
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [300_000, 700_000], ids=["for no model", "for no optimizer"])
+def test_a_checkpoint_without_room_is_a_sentence_and_the_one_before_is_whole(world, tmp_path, capsys, room):  # noqa: F811
+    out = tmp_path / "out"
+    settings = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": True}
+    assert main(["train", *flags(world, out, save_strategy="steps", save_steps=2, max_steps=2)]) == 0
+    sizes = {path.name: path.stat().st_size for path in (out / "checkpoint-2").iterdir()}
+    assert sizes["model.safetensors"] > 300_000
+    assert sizes["model.safetensors"] < 700_000 < sizes["optimizer.pt"]
+    before = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    with no_file_above(room):
+        assert main(["train", *flags(world, out, max_steps=4, **settings)]) == 1
+    error = capsys.readouterr().err
+    sentence = error.strip().splitlines()[-1]
+    assert sentence.startswith(f"trl-opd train: error: {out}/checkpoint-4 cannot be written: ")
+    assert sentence.endswith("checkpoint-2 is whole: once there is room, resume_from_checkpoint goes on.")
+    assert "Traceback" not in error
+    assert (out / "model.safetensors").read_bytes() == before
+    assert Path(resolve(True, out)).name == "checkpoint-2" if (out / "checkpoint-4").exists() else True
+    assert main(["train", *flags(world, out, max_steps=4, **settings)]) == 0
+    assert fault(out / "checkpoint-4") is None
+    assert not temporary(out)
+
+
+def test_a_student_without_room_leaves_the_one_before(world, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    assert main(["train", *flags(world, out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".safetensors"}
+    capsys.readouterr()
+    with no_file_above(300_000):
+        assert main(["train", *flags(world, out, save_strategy="no", learning_rate=0.1)]) == 1
+    error = capsys.readouterr().err
+    assert f"trl-opd train: error: {out} cannot be written: " in error
+    assert "Traceback" not in error
+    assert (out / "model.safetensors").read_bytes() == before["model.safetensors"]
+    assert not temporary(out)
+
+
+def test_other_errors_while_saving_keep_their_name(tmp_path):
+    trainer = build(tmp_path, **SAVING)
+
+    def fail(folder):
+        raise RuntimeError("CUDA error")
+
+    trainer._save_optimizer_and_scheduler = fail
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        trainer.train()
+    assert "save_to_json" not in vars(trainer.state)
+
+
+# Files
+
+
+def test_files_move_to_their_folder_at_the_end_and_none_after_an_error(tmp_path):
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "_saving-left").mkdir()
+    with files.complete_files(tmp_path) as part:
+        (part / "old").write_text("new")
+        (part / "deep").mkdir()
+        (part / "deep" / "file").write_text("file")
+        assert (tmp_path / "old").read_text() == "old"
+        assert not (tmp_path / "deep").exists()
+    assert (tmp_path / "old").read_text() == "new"
+    assert (tmp_path / "deep" / "file").read_text() == "file"
+
+    def break_off():
+        with files.complete_files(tmp_path) as part:
+            (part / "old").write_text("newer")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        break_off()
+    assert (tmp_path / "old").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "old"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid(), "x"):
+        (tmp_path / f".a.json.{pid}.part").write_text("half")
+    (tmp_path / f".b.json.{dead.pid}.part").write_text("half")
+    with files.complete_file(tmp_path / "a.json") as part:
+        part.write_text("whole")
+    kept = {f".a.json.{os.getppid()}.part", ".a.json.x.part", f".b.json.{dead.pid}.part", "a.json"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+class Evil:
+    """What would write a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["a payload", "a cut archive", "noise"])
+def test_a_state_is_read_without_running_what_is_in_it_or_refused_in_a_sentence(world, tmp_path, capsys, name, damage):  # noqa: F811
+    out, marker = tmp_path / "out", tmp_path / "executed"
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    assert main(["train", *flags(world, out, **settings)]) == 0
+    file = out / "checkpoint-1" / name
+    whole = file.read_bytes()
+    archive = {"a cut archive": whole[: len(whole) // 2], "noise": b"noise" * 100}
+    if damage in archive:
+        file.write_bytes(archive[damage])
+    else:
+        torch.save(Evil(marker), file)
+    checkpoints.write_complete(out / "checkpoint-1")
+    capsys.readouterr()
+    settings |= {"max_steps": 2, "resume_from_checkpoint": True}
+    assert main(["train", *flags(world, out, **settings)]) == 1
+    error = capsys.readouterr().err
+    told = f"({name}: its {name} is damaged)" if damage in archive else "holds a state that is none"
+    assert told.replace(f"({name}", "(checkpoint-1") in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not marker.exists()
