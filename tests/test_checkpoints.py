@@ -22,6 +22,7 @@ from trl_opd import OPDTrainer, checkpoints, files
 from trl_opd.checkpoints import FILE_NAME, fault, resolve
 from trl_opd.cli import main
 
+from .benchmarks.crash_runs import write_world
 from .test_cli import flags, world  # noqa: F401
 from .test_opd_trainer import build
 from .tiny import make_config, make_dataset, make_model
@@ -350,6 +351,80 @@ def test_a_student_without_room_leaves_the_one_before(world, tmp_path, capsys): 
     assert "Traceback" not in error
     assert (out / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert not temporary(out)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory) -> Path:
+    """Models, problems, rocks and collected rollouts."""
+    folder = write_world(tmp_path_factory.mktemp("collected"))
+    assert main(commands(folder, folder)["collect"]) == 0
+    return folder
+
+
+def commands(models: Path, out: Path) -> dict[str, list[str]]:
+    student = f"--model_name_or_path {models}/student --max_completion_length 8 --use_cpu"
+    prompts = f"--dataset_name {models}/problems.jsonl"
+    teacher = f"--teacher_model_name_or_path {models}/teacher --bf16 false"
+    rocks, rows = f"--rock_set {models}/rock_set.json", f"{models}/rollouts/occurrences.parquet"
+    both = f"--model_name_or_path {models}/student {teacher} --use_cpu"
+    reward = "--reward tests.benchmarks.crash_runs.even --greedy"
+    return {
+        name: [name, *rest.split()]
+        for name, rest in {
+            "collect": f"{student} {prompts} {teacher} --output_dir {out}/rollouts",
+            "detect": f"{rows} --score aggregate --top_k 5 --output {out}/rocks.json",
+            "probe": f"{student} {prompts} {rocks} {reward} --output {out}/k.json",
+            "gradients": f"{rows} {rocks} {both} --output {out}/g.parquet",
+            "report": f"{models}/rollouts --output {out}/r.html",
+        }.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["collect", "detect", "probe", "gradients", "report"])
+@pytest.mark.parametrize("room", [10, 600])
+def test_a_command_without_room_says_so_and_goes_on_later(collected, tmp_path, capsys, name, room):
+    command = commands(collected, tmp_path)[name]
+    with no_file_above(room):
+        assert main(command) == 1
+    printed = capsys.readouterr()
+    sentence = printed.err.strip().splitlines()[-1]
+    assert sentence.rpartition("\r")[2].strip().startswith(f"trl-opd {name}: error: ")
+    assert re.search(r"cannot be written: .*(File too large|No space)", sentence)
+    assert "Traceback" not in printed.err
+    finished = [path.name for path in tmp_path.iterdir() if path.is_file() and not path.name.startswith(".")]
+    assert finished == []
+    assert main(command) == 0
+    assert not temporary(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("name", ["collect", "detect", "probe", "gradients", "report"])
+def test_a_folder_that_may_not_be_written_is_a_sentence(collected, tmp_path, capsys, name):
+    tmp_path.chmod(0o500)
+    assert main(commands(collected, tmp_path)[name]) == 1
+    error = capsys.readouterr().err
+    assert f"trl-opd {name}: error: " in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("content", "goes_on"), [(b"", True), (b'{"a', True), (b"{}\n", False), (b"\xff\n", False)])
+def test_a_journal_that_was_cut_begins_anew_and_one_of_others_stays(collected, tmp_path, capsys, content, goes_on):
+    journal = tmp_path / ".k.json.journal.jsonl"
+    journal.write_bytes(content)
+    assert main(commands(collected, tmp_path)["probe"]) == (0 if goes_on else 1)
+    assert goes_on or f"{journal} is of an interrupted probe with other settings" in capsys.readouterr().err
+    assert journal.exists() != goes_on
+
+
+def test_a_journal_with_a_damaged_line_is_named_with_the_line(collected, tmp_path, capsys, monkeypatch):
+    journal = tmp_path / ".k.json.journal.jsonl"
+    monkeypatch.setattr("trl_opd.probe.Probe.close", lambda probe: None)
+    assert main(commands(collected, tmp_path)["probe"]) == 0
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[:3], '["token 60", 0]', *lines[4:]]) + "\n")
+    capsys.readouterr()
+    assert main(commands(collected, tmp_path)["probe"]) == 1
+    assert f"{journal} is damaged in line 4: remove the file." in capsys.readouterr().err
 
 
 def test_other_errors_while_saving_keep_their_name(tmp_path):

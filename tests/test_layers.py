@@ -88,7 +88,7 @@ DIAGRAM = {
     "scoring": ({"scoring"}, GROUND | {"batching", "divergence"}),
     "gradient sums": ({"gradients"}, GROUND | {"batching", "scoring"}),
     "gradient study": ({"gradient_study"}, GROUND | {"gradients"}),
-    "probe": ({"probe"}, {"evidence", "knockout", "rewards", "statistics"}),
+    "probe": ({"probe"}, GROUND | {"evidence", "knockout", "rewards", "statistics"}),
     "alone": ({"finite", "merging", "model_shape", "option_checks", "parking", "phases", "prompts", "rewards"}, set()),
     "configuration": ({"opd_config"}, {"option_checks"}),
     "planner": ({"memory"}, {"model_shape"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -10,21 +11,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # Transformers leaves files whose name begins so out of what it pushes.
 PART_FOLDER = "_saving-"
 
 
 @contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Give the temporary path to write to; it takes the name `path` at the end, and is gone after an error."""
+    """Give the temporary path to write to; it takes the name `path` at the end, and is gone after an error.
+
+    Raises:
+        `OSError`: that names `path` where the disk is full; others as they come.
+    """
     path = Path(path)
     _remove_left(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        part.replace(path)
+        with room_errors(path):
+            yield part
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_errors(path: Path) -> Iterator[None]:
+    """Name the file in the error of a full disk; other errors pass unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(f"{path} cannot be written: {os.strerror(error.errno)}.") from error
 
 
 @contextmanager

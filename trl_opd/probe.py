@@ -23,6 +23,7 @@ from .evidence import (
     minimal_effect,
     rocks_against_controls,
 )
+from .files import complete_file, room_errors
 from .knockout import Job, Sampling, baseline_jobs, decode, knockout_jobs
 from .rewards import reward_completions
 from .statistics import accuracy_interval
@@ -141,7 +142,7 @@ class Probe:
                     self.decoded += len(ids) - len(job.prefix)
                     lines.append(json.dumps([job.arm, job.problem, ids]) + "\n")
                 begun = self._journal.is_file()
-                with self._journal.open("a", encoding="utf-8") as file:
+                with room_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
                     file.write(("" if begun else self._head) + "".join(lines))
                 bar.update(len(batch))
         return {(job.arm, job.problem): self._known[job.arm, job.problem] for job in jobs}
@@ -151,17 +152,24 @@ class Probe:
         self._head = json.dumps(settings) + "\n"
         if not self._journal.is_file():
             return {}
-        lines = self._journal.read_text(encoding="utf-8").split("\n")
+        # What follows the last line break was cut while it was written.
+        *lines, _ = self._journal.read_bytes().decode(errors="replace").split("\n")
+        if not lines:
+            self._journal.unlink()
+            return {}
         if lines[0] != json.dumps(settings):
             raise ValueError(
                 f"{self._journal} is of an interrupted probe with other settings: finish that one, or remove the file."
             )
         known = {}
-        for line in lines[1:-1]:  # what follows the last line break was cut while it was written
-            arm, problem, ids = json.loads(line)
-            known[arm, problem] = ids
-        with self._journal.open("w", encoding="utf-8") as file:
-            file.write("\n".join(lines[:-1]) + "\n")
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                arm, problem, ids = json.loads(line)
+                known[arm, problem] = ids
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self._journal} is damaged in line {number}: remove the file.") from error
+        with complete_file(self._journal) as part:
+            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return known
 
 
