@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_opd import OPDTrainer, checkpoints, files
@@ -25,7 +24,6 @@ from trl_opd.cli import main
 from .benchmarks.crash_runs import write_world
 from .test_cli import flags, world  # noqa: F401
 from .test_opd_trainer import build
-from .tiny import make_config, make_dataset, make_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -210,47 +208,6 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_w
     files_of = [(folder / "checkpoint-4" / "model.safetensors").read_bytes() for folder in (run, copy)]
     assert files_of[0] == files_of[1]
     assert fault(copy / "checkpoint-4") is None
-
-
-def test_a_run_that_has_all_its_steps_does_none_when_it_is_resumed(run, copy):
-    trainer = build(copy, **SAVING)
-    output = trainer.train(resume_from_checkpoint=True)
-    assert output.global_step == trainer.state.global_step == 4
-    trainer.save_model()
-    assert (copy / "model.safetensors").read_bytes() == (run / "checkpoint-4" / "model.safetensors").read_bytes()
-    assert [path.name for path in sorted(copy.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
-
-
-@pytest.mark.parametrize("max_steps", [5, 9])
-def test_a_stream_goes_on_where_it_was_in_every_pass(tokenizer, tmp_path, max_steps):
-    """Transformers takes a stream for one epoch of `max_steps` steps, and skips beyond its end."""
-    rows = list(make_dataset(6, chat=False))
-
-    def prompts_of(folder, **changes):
-        seen = []
-
-        class Seeing(OPDTrainer):
-            def _generate_and_score_completions(self, inputs):
-                seen.append([row["prompt"] for row in inputs])
-                return super()._generate_and_score_completions(inputs)
-
-        changes = SAVING | {"max_steps": 5, "num_generations": 2, "save_steps": 1} | changes
-        trainer = Seeing(
-            model=make_model(seed=0),
-            teacher_model=make_model(seed=1),
-            args=make_config(folder, **changes),
-            train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
-            processing_class=tokenizer,
-        )
-        return trainer, seen
-
-    whole, expected = prompts_of(tmp_path / "whole")
-    whole.train()
-    assert len(expected) == 5
-    for step in range(1, 5):
-        resumed, seen = prompts_of(tmp_path / "resumed", max_steps=max_steps)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert seen[: 5 - step] == expected[step:]
 
 
 # Killed, terminated, interrupted

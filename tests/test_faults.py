@@ -1,4 +1,4 @@
-"""Seventeen faults of TRL 1.16's DistillationTrainer that a user of OPDTrainer does not meet.
+"""Twenty faults of TRL 1.16's DistillationTrainer that a user of OPDTrainer does not meet.
 
 Each test shows the fault on TRL's own class and its absence on ours, so a TRL that mends one makes a test fail and our
 correction can go. The numbers are those of the table in docs/training.md.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import OPDConfig, OPDTrainer
@@ -437,3 +437,78 @@ def test_17_a_run_that_was_asked_for_several_processes_and_has_one_says_so(tmp_p
             warn_of_one_process(config)
         warned[processes] = any("several processes" in str(warning.message) for warning in record)
     assert warned == {1: False, 2: True}
+
+
+# 18
+
+
+def test_18_a_run_that_has_all_its_steps_does_none_when_it_is_resumed(tmp_path):
+    steps = {}
+    for cls in CLASSES:
+        folder = tmp_path / cls.__name__
+        settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+        for resume in (None, str(folder / "checkpoint-3")):
+            trainer = build(cls, folder, **settings)
+            trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        steps[cls] = trainer.state.global_step
+    assert steps == {DistillationTrainer: 4, OPDTrainer: 3}
+    saved = [(folder / "model.safetensors").read_bytes() for folder in (folder, folder / "checkpoint-3")]
+    assert saved[0] == saved[1]
+
+
+# 19
+
+
+def prompts_of_a_stream(cls, folder, *, resume=None, **changes) -> list[list[str]]:
+    rows = list(make_dataset(8, chat=False))
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5} | changes
+    trainer = build(recorder(cls), folder, dataset=stream, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return [prompts for prompts, _ in trainer.batches]
+
+
+@pytest.mark.parametrize("max_steps", [5, 9])
+def test_19_a_resumed_stream_goes_on_where_it_was_in_its_pass(tmp_path, max_steps):
+    """Two steps are a pass; for transformers `max_steps` steps are one, so it errs from the second pass on."""
+    for cls in CLASSES:
+        whole = prompts_of_a_stream(cls, tmp_path / cls.__name__)
+        assert len(whole) == 5
+        assert whole[:2] != whole[2:4]  # every pass has an order of its own
+        for step in range(1, 5):
+            checkpoint = str(tmp_path / cls.__name__ / f"checkpoint-{step}")
+            found = prompts_of_a_stream(cls, tmp_path / "resumed", resume=checkpoint, max_steps=max_steps)
+            assert (found[: 5 - step] == whole[step:]) == (cls is OPDTrainer or step < 3), step
+
+
+# 20
+
+
+def test_20_a_checkpoint_whose_saving_was_killed_is_not_gone_on_from(tmp_path):
+    steps = {}
+    for cls in CLASSES:
+        folder = tmp_path / cls.__name__
+        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        build(cls, folder, **settings).train()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / "checkpoint-4" / name).unlink()
+        trainer = build(cls, folder, **(settings | {"max_steps": 5}))
+        began = []
+        trainer.add_callback(Beginning(began))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer.train(resume_from_checkpoint=True)
+        steps[cls] = began[0]
+    assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # with an optimizer that begins anew, and without a word
+    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in told)
+
+
+class Beginning(TrainerCallback):
+    """Keeps the step at which a training begins."""
+
+    def __init__(self, steps: list[int]):
+        self._steps = steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._steps.append(state.global_step)

@@ -1,0 +1,207 @@
+"""Breaks what matters, one thing at a time, in a copy of the package, and names the test that notices.
+
+    python -m tests.benchmarks.mutations            # every mutation: about ten minutes on two cores
+    python -m tests.benchmarks.mutations shift      # those whose name contains the word
+
+The silent mistakes of this field: a shift by one, another normaliser, a token range that leaks, a sum that is not over
+all processes, a rollout of another step. Exits with 1 where a broken copy passes its tests. docs/reliability.md holds
+the last list.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A line of a module that is replaced, and the tests that have to notice."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "shift by one: the weight acts on the position after the token",
+        "batching.py",
+        'batch["weights"].flatten().cpu()[positions]',
+        'batch["weights"].roll(1, 1).flatten().cpu()[positions]',
+        "tests/test_laws.py",
+    ),
+    Mutation(
+        "shift by one: the teacher is read where the token stands, not where it is predicted",
+        "teacher_phase.py",
+        "positions = mask[row].nonzero()[:, 0] + prompts[row] - 1",
+        "positions = (mask[row].nonzero()[:, 0] + prompts[row]).clamp(max=longest - 2)",
+        "tests/test_laws.py tests/test_teacher_phase.py",
+    ),
+    Mutation(
+        "wrong normaliser: every micro-batch by its own token count",
+        "scoring.py",
+        "denominator = len(weights) if num_items_in_batch is None else num_items_in_batch",
+        "denominator = len(weights)",
+        "tests/test_laws.py",
+    ),
+    Mutation(
+        "wrong normaliser: cut rollouts stay in the denominator",
+        "arm.py",
+        'batch["num_items_in_batch"] = self._accelerator.gather(batch["tool_mask"].sum()).sum()',
+        "pass",
+        "tests/test_runs.py",
+    ),
+    Mutation(
+        "wrong vocabulary range: one entry less than student and teacher share",
+        "divergence.py",
+        "vocab, device = min(len(student_head.weight), len(teacher_head.weight)), student_hidden.device",
+        "vocab, device = min(len(student_head.weight), len(teacher_head.weight)) - 1, student_hidden.device",
+        "tests/test_laws.py tests/test_vocabulary.py",
+    ),
+    Mutation(
+        "wrong direction: KL(teacher ‖ student) for KL(student ‖ teacher)",
+        "fused_divergence.py",
+        "    if beta == 1.0:\n        return _reverse_kl",
+        "    if beta == 1.0:\n        return _forward_kl",
+        "tests/test_laws.py",
+    ),
+    Mutation(
+        "missing all-reduce: the denominator of the weights is this process's",
+        "arm.py",
+        'total = self._accelerator.gather(batch["weights"].sum()).sum()',
+        'total = batch["weights"].sum() * self._accelerator.num_processes',
+        "tests/test_laws.py::test_two_processes_equal_one_on_the_same_rollouts",
+    ),
+    Mutation(
+        "missing all-reduce: a checkpoint's statistics are those of the first process",
+        "run_stats.py",
+        "sums = reduce(torch.stack([getattr(stats, name) for name in names]))",
+        "sums = torch.stack([getattr(stats, name) for name in names])",
+        "tests/test_laws.py::test_two_processes_equal_one_on_the_same_rollouts tests/test_token_stats.py",
+    ),
+    Mutation(
+        "stale rollout: the micro-batches of the step before",
+        "opd_trainer.py",
+        "self._new_completions, self._unsplit = True, self._unsplit or training",
+        "self._new_completions, self._unsplit = True, self._unsplit or (training and self.state.global_step == 0)",
+        "tests/test_batching.py tests/test_run_stats.py tests/test_runs.py",
+    ),
+    Mutation(
+        "stale rollout: a resumed run sees the prompts of the first epoch",
+        "rollouts.py",
+        "epoch=lambda: int(trainer.state.epoch or 0),",
+        "epoch=lambda: 0,",
+        "tests/test_faults.py tests/test_checkpoints.py",
+    ),
+    Mutation(
+        "a rollout of another row: the teacher's states stay in the order before sorting",
+        "batching.py",
+        "batch[key] = [value[row] for row in rows.tolist()]",
+        "batch[key] = value[: len(rows)]",
+        "tests/test_batching.py",
+    ),
+    Mutation(
+        "dropout while rollouts are sampled",
+        "rollouts.py",
+        "    training = model.training\n    model.eval()",
+        "    training = model.training",
+        "tests/test_faults.py",
+    ),
+    Mutation(
+        "evaluation is weighted",
+        "opd_trainer.py",
+        "        if training:  # evaluation is never weighted, and counts every position\n"
+        "            self._arm.prepare(batch, self.state.global_step)",
+        "        self._arm.prepare(batch, self.state.global_step)\n        if training:",
+        "tests/test_weighting_run.py tests/test_runs.py",
+    ),
+    Mutation(
+        "a window of statistics is not closed by its checkpoint",
+        "run_stats.py",
+        "window, self._window = self._window, self._new()\n        self._closed.merge(window)",
+        "window = self._window",
+        "tests/test_run_stats.py",
+    ),
+    Mutation(
+        "a checkpoint says that it is whole before its last file is there",
+        "checkpoints.py",
+        "        save_state(path)\n        wait()",
+        "        write_complete(folder)\n        save_state(path)\n        wait()",
+        "tests/test_checkpoints.py",
+    ),
+    Mutation(
+        "a resumed stream begins its pass anew",
+        "rollouts.py",
+        "return epochs, round(batches)",
+        "return epochs, 0",
+        "tests/test_checkpoints.py",
+    ),
+    Mutation(
+        "a forbidden token's completion keeps one token too many of the one before",
+        "knockout.py",
+        "prefix = tuple(baseline[problem][:start])",
+        "prefix = tuple(baseline[problem][: start + 1])",
+        "tests/test_knockout.py",
+    ),
+    Mutation(
+        "rocks are judged by the prompts that chose them",
+        "corpus.py",
+        "return units[::2], units[1::2]",
+        "return units[::2], units[::2]",
+        "tests/test_detect.py",
+    ),
+]
+
+
+def first_failure(mutation: Mutation, copy: Path) -> str | None:
+    """Break a copy, run its tests, mend it again, and return the test that failed first, if one did."""
+    module = copy / "trl_opd" / mutation.module
+    whole = module.read_text(encoding="utf-8")
+    if whole.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.module} has not one place {mutation.old!r}: bring the mutation in line.")
+    module.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        module.write_text(whole, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return found[1] if found else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="names of mutations contain one of these")
+    words = parser.parse_args().words
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for name in ("trl_opd", "tests", "docs", "examples"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "constraints.txt"):
+            shutil.copy(ROOT / name, copy)
+        for mutation in MUTATIONS:
+            if words and not any(word in mutation.name for word in words):
+                continue
+            found = first_failure(mutation, copy)
+            survived += found is None
+            print(f"{mutation.name}\n    {found or 'SURVIVED'}", flush=True)
+    print(f"{survived} survived.")
+    return bool(survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
