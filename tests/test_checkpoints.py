@@ -354,10 +354,11 @@ def test_a_command_without_room_says_so_and_goes_on_later(collected, tmp_path, c
     assert not temporary(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("name", ["collect", "detect", "probe", "gradients", "report"])
 def test_a_folder_that_may_not_be_written_is_a_sentence(collected, tmp_path, capsys, name):
     tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user may write everywhere")
     assert main(commands(collected, tmp_path)[name]) == 1
     error = capsys.readouterr().err
     assert f"trl-opd {name}: error: " in error

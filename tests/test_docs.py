@@ -15,8 +15,8 @@ def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
     ci = (ROOT / ".ci" / "run").read_text()
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
-    assert 'pip install -q -c constraints.txt -e ".[test]" && pytest' in ci
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile\n' in readme
+    assert 'pip install -q -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile\n' in ci
     assert "pip install -c constraints.txt . && trl-opd demo\n" in readme
     training = (ROOT / "docs" / "training.md").read_text()
     assert "trl-opd demo" in ci
