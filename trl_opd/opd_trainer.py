@@ -32,7 +32,7 @@ from .hub import hub_errors
 from .merging import replace_by_merged
 from .opd_config import OPDConfig
 from .phases import PhaseClock
-from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
+from .prompts import require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
 from .run_occurrences import RunOccurrences
 from .run_record import RunRecord
 from .run_stats import RunStats, describe_measure, is_checkpoint
@@ -174,7 +174,7 @@ class OPDTrainer(DistillationTrainer):
         return output
 
     def _tokenize_prompts(self, prompts: list):
-        prompt_ids, *rest = super()._tokenize_prompts(prompts)
+        prompt_ids, *rest = tokens_of(super()._tokenize_prompts, prompts)
         budget = 1 if self.args.max_completion_length is None else self.max_completion_length
         require_fit(prompts, prompt_ids, budget, self._context, self.train_dataset)
         return prompt_ids, *rest
