@@ -110,7 +110,7 @@ class OPDTrainer(DistillationTrainer):
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         rows = output_rows(self.model), output_rows(teacher)
-        check_teacher_vocabulary(teacher, self._tokenizer, rows, self.args)
+        check_teacher_vocabulary(teacher, self, rows)
         self._vocab_size = min(rows)
         self._context = min(preflight.context_length(self.model), preflight.context_length(teacher))
         if self.max_completion_length is None:
