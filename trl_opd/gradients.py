@@ -127,6 +127,9 @@ def add_rollouts(
         trainer (`OPDTrainer`): Holds student and teacher.
         sums (`GradientSums`): What they are added to.
         rollouts: Token ids of prompt and completion, and which positions of the completion are matched.
+
+    Raises:
+        `ValueError`: where the logits of a model are not finite.
     """
     inputs = locate(_padded(rollouts, trainer._tokenizer.pad_token_id, trainer.accelerator.device))
     student = trainer.accelerator.unwrap_model(trainer.model)
@@ -137,11 +140,17 @@ def add_rollouts(
     matched = torch.tensor([flag for *_, flags in rollouts for flag in flags], device=hidden.device)
     for start in range(0, len(ids), ROWS):
         rows = slice(start, start + ROWS)
-        logits = (
-            head_logits(states[rows], one, trainer._vocab_size) / trainer.temperature
-            for states, one in ((hidden, head), (teacher_hidden, teacher_head))
-        )
-        sums.add(ids[rows], logit_gradient(*logits), matched[rows])
+        logits = {
+            name: head_logits(states[rows], one, trainer._vocab_size) / trainer.temperature
+            for name, states, one in (("student", hidden, head), ("teacher", teacher_hidden, teacher_head))
+        }
+        for name, found in logits.items():
+            if not torch.isfinite(found).all():
+                raise ValueError(
+                    f"The {name}'s logits are not finite (NaN or infinite): load it in bfloat16 or float32, and check "
+                    "its weights."
+                )
+        sums.add(ids[rows], logit_gradient(*logits.values()), matched[rows])
 
 
 def _padded(rollouts, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:

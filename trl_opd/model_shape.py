@@ -56,9 +56,9 @@ def read_shape(name_or_path: str) -> Shape:
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise FileNotFoundError(f"There is no model in {name_or_path}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return shape_of(model)
     except OSError:
         raise

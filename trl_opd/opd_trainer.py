@@ -31,7 +31,7 @@ from .finite import FiniteGuard, name_the_sampling_student
 from .hub import hub_errors
 from .opd_config import OPDConfig
 from .phases import PhaseClock
-from .prompts import require_embeddable, require_fit, require_prompt, require_prompts
+from .prompts import require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
 from .run_occurrences import RunOccurrences
 from .run_record import RunRecord
 from .run_stats import RunStats, describe_measure
@@ -107,7 +107,7 @@ class OPDTrainer(DistillationTrainer):
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         rows = output_rows(self.model), output_rows(teacher)
-        check_teacher_vocabulary(teacher, self._tokenizer, rows, self.args)
+        check_teacher_vocabulary(teacher, self, rows)
         self._vocab_size = min(rows)
         self._context = min(preflight.context_length(self.model), preflight.context_length(teacher))
         if self.max_completion_length is None:
@@ -173,7 +173,7 @@ class OPDTrainer(DistillationTrainer):
         return output
 
     def _tokenize_prompts(self, prompts: list):
-        prompt_ids, *rest = super()._tokenize_prompts(prompts)
+        prompt_ids, *rest = tokens_of(super()._tokenize_prompts, prompts)
         budget = 1 if self.args.max_completion_length is None else self.max_completion_length
         require_fit(prompts, prompt_ids, budget, self._context, self.train_dataset)
         return prompt_ids, *rest

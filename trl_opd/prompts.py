@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+
+Tokens = TypeVar("Tokens")
 
 
 def require_prompts(dataset: Dataset | IterableDataset | dict | None, name: str) -> None:
@@ -18,9 +22,11 @@ def require_prompts(dataset: Dataset | IterableDataset | dict | None, name: str)
         return
     if (columns := getattr(dataset, "column_names", None)) is None:
         return
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"The {name} is empty: it has no rows.")
     if "prompt" not in columns:
         raise ValueError(
-            f"The {name} has no column 'prompt' (it has {', '.join(columns) or 'none'}): rename the column that holds "
+            f"The {name} has no column 'prompt' (it has {', '.join(columns)}): rename the column that holds "
             "the prompts with `dataset.rename_column(NAME, 'prompt')`."
         )
     if isinstance(dataset, Dataset):
@@ -36,20 +42,76 @@ def require_prompts(dataset: Dataset | IterableDataset | dict | None, name: str)
 
 
 def require_prompt(prompt, where: str) -> None:
-    """Raise `ValueError` unless a prompt is a text, or a list of messages, that is not empty."""
+    """Raise `ValueError` unless a prompt is a text, or a list of messages with texts, that is not empty."""
     if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError(f"The prompt in {where} is empty.")
+        _require_text(prompt, where)
+        if not prompt.strip():
+            raise ValueError(f"The prompt in {where} is empty{': it is white space only' if prompt else ''}.")
         return
-    if not isinstance(prompt, list) or not all(isinstance(message, dict) and "role" in message for message in prompt):
+    if not isinstance(prompt, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt
+    ):
         raise ValueError(
             f"The prompt in {where} is neither a text nor a list of messages with a role: {str(prompt)[:80]!r}."
         )
     if not prompt:
         raise ValueError(f"The prompt in {where} is empty: it has no message.")
     for message in prompt:
-        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise ValueError(f"The prompt in {where} has a message of role {message['role']!r} without content.")
+        _require_content(message, where)
+
+
+def _require_content(message: dict, where: str) -> None:
+    content, role = message.get("content"), message["role"]
+    if "content" in message and content is None and message.get("tool_calls"):
+        return
+    if isinstance(content, str):
+        _require_text(content, where)
+    elif not isinstance(content, list):
+        raise ValueError(f"The prompt in {where} has a message of role {role!r} without content.")
+    else:
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"The prompt in {where} has a message of role {role!r} with a part that is no text, and only text "
+                    f"models are distilled: {str(part)[:80]!r}."
+                )
+            _require_text(part["text"], where)
+
+
+def _require_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The prompt in {where} holds half of a surrogate pair at character {error.start}, which no tokenizer "
+            "reads: repair or drop the row."
+        ) from error
+
+
+def tokens_of(tokenize: Callable[[Sequence], Tokens], prompts: Sequence) -> Tokens:
+    """Return what `tokenize` makes of prompts that are all texts or all lists of messages.
+
+    Raises:
+        `ValueError`: where they are of two kinds, or the chat template is missing or cannot render one of them.
+    """
+    if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+        raise ValueError("The dataset mixes texts and lists of messages: make all prompts of one kind.")
+    try:
+        return tokenize(prompts)
+    except (TemplateError, TypeError) as error:  # TypeError: what a template does with a value that it did not expect
+        if isinstance(prompts[0], str):
+            raise
+        raise ValueError(
+            f"The tokenizer's chat template cannot render a prompt of the dataset: {error}. Mend the messages, or give "
+            "the tokenizer another chat template."
+        ) from error
+    except ValueError as error:
+        if "chat_template is not set" not in str(error):
+            raise
+        raise ValueError(
+            "The prompts are lists of messages and the tokenizer has no chat template: set `tokenizer.chat_template`, "
+            "take the instruct model's tokenizer, or give the prompts as texts."
+        ) from error
 
 
 def require_fit(

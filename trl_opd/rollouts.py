@@ -48,6 +48,8 @@ def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRep
     Once per accumulation step, as TRL has it: it makes a generation batch of the first and drops the others.
     """
     args = trainer.args
+    if dataset is None and trainer.train_dataset is None:
+        raise ValueError("There are no prompts to train on: pass `train_dataset` to the trainer.")
     return EpochRepeatSampler(
         # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
         epoch=lambda: int(trainer.state.epoch or 0),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -22,7 +23,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from ._trl import create_model_from_path, prepare_deepspeed
 from .opd_config import OPDConfig
-from .vocabulary import require_same_vocabulary
+from .vocabulary import require_reachable, require_same_vocabulary, turn_end, warn_of_other_ends
 
 
 def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTrainedModel, args: OPDConfig):
@@ -91,18 +92,20 @@ def place_teacher(
     return teacher
 
 
-def check_teacher_vocabulary(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: tuple[int, int], args: OPDConfig
-) -> None:
+def check_teacher_vocabulary(teacher: PreTrainedModel, trainer, rows: tuple[int, int]) -> None:
     """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
+
+    Warns when they may not end their turns alike.
 
     Args:
         teacher (`transformers.PreTrainedModel`): The teacher, whose configuration names its tokenizer.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
+        trainer (`trl.DistillationTrainer`): Holds the student's tokenizer, the ids that end a rollout, and the prompts.
         rows (`tuple[int, int]`): Rows of the output embeddings of student and teacher.
-        args (`OPDConfig`): The configuration.
     """
-    theirs = _teacher_tokenizer(teacher, args)
+    tokenizer = trainer._tokenizer
+    require_reachable(tokenizer, trainer.eos_token_ids, rows[0])
+    theirs = _teacher_tokenizer(teacher, trainer.args)
+    _warn_of_other_ends(teacher, theirs, trainer)
     if theirs is not None:
         require_same_vocabulary(tokenizer, theirs)
         _warn_of_other_template(tokenizer, theirs)
@@ -234,7 +237,7 @@ def require_linear_weights(name: str, kwargs: dict) -> None:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return  # of another kind, or with code of its own: nothing is known of its layers before it is loaded
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fused = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 2)
     total = sum(parameter.numel() for parameter in model.parameters())
     if fused > total / 10:
@@ -260,6 +263,24 @@ def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedT
         if args.teacher_tokenizer_name_or_path:
             raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error
         return None
+
+
+def _warn_of_other_ends(teacher: PreTrainedModel, theirs: PreTrainedTokenizerBase | None, trainer) -> None:
+    holders = (getattr(teacher, "generation_config", None), teacher.config.get_text_config())
+    found = [getattr(holder, "eos_token_id", None) for holder in holders]
+    found.append(None if theirs is None else theirs.eos_token_id)
+    ends = next((ids for ids in found if ids is not None), [])
+    ends = [ends] if isinstance(ends, int) else ends
+    closing = turn_end(trainer._tokenizer, trainer.chat_template_kwargs)
+    # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
+    if closing not in ends and not _has_chats(trainer.train_dataset):
+        closing = None
+    warn_of_other_ends(trainer._tokenizer, trainer.eos_token_ids, ends, closing)
+
+
+def _has_chats(dataset) -> bool:
+    """Return whether a dataset is known to hold conversations; of a stream nothing is known before it is read."""
+    return isinstance(dataset, Dataset) and len(dataset) > 0 and isinstance(dataset[0]["prompt"], list)
 
 
 def _warn_of_other_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:

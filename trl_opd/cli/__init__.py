@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\ntrl-opd: error: there is no command {argv[0]!r}", file=sys.stderr)
         return 0 if wanted else 2
     name, module = argv[0], import_module(f".{COMMANDS[argv[0]][0]}", __name__)
-    if any(flag in argv[1:] for flag in ("-h", "--help")):
-        print(module.HELP)
-        return 0
     try:
+        if any(flag in argv[1:] for flag in ("-h", "--help")):
+            print(module.HELP, flush=True)
+            return 0
         with _ended_by_sigterm(), warnings.catch_warnings():
             # What transformers is about to rename is no news for somebody at a command line.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -78,7 +78,7 @@ class CollectArguments:
 def run(argv: list[str]) -> None:
     """Parse, collect, and say what was collected; raises `ValueError` or `OSError` for what a user can mend."""
     from ..collect import is_complete
-    from .train import make_parser, set_init_kwargs
+    from .train import make_parser, readable, set_init_kwargs
 
     script_args, own, args, model_args, dataset_args = parse(make_parser("collect", CollectArguments), argv)
     _check(own, args, model_args)
@@ -89,8 +89,9 @@ def run(argv: list[str]) -> None:
     if is_complete(Path(args.output_dir), settings):
         print(f"{args.output_dir} is complete already: nothing to do.")
         return
-    dataset = _prompts(script_args, dataset_args, args, own.num_prompts)
-    make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
+    with readable(script_args.dataset_name):
+        dataset = _prompts(script_args, dataset_args, args, own.num_prompts)
+        make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
     print(summary(Path(args.output_dir)))
 
 
@@ -121,11 +122,14 @@ def make_trainer(dataset, args, model_args):
     is_name = isinstance(student, str)
     if not is_name:
         args.model_init_kwargs = None
+    processor = None
+    if not is_name:
+        processor = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code)
     trainer = OPDTrainer(
         model=student,
         args=args,
         train_dataset=dataset,
-        processing_class=None if is_name else AutoTokenizer.from_pretrained(tokenizer),
+        processing_class=processor,
         quantization_config=quantization if is_name else None,
     )
     return trainer, kwargs, quantization

@@ -121,7 +121,7 @@ def find_tokenizer(path: str | None, section) -> tuple[object | None, list[str]]
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name), []
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False), []
     except Exception as error:  # of a broken file a tokenizer raises whatever it meets
         raise ValueError(f"--tokenizer {path} holds no tokenizer: {error}") from error
 

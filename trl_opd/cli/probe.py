@@ -176,6 +176,7 @@ def _problems(args: ProbeArguments) -> list[dict]:
     from ..prompts import require_prompts
     from ..rewards import BUILT_IN
     from .collect import _prompts
+    from .train import readable
 
     script = SimpleNamespace(
         dataset_name=args.dataset_name,
@@ -184,9 +185,10 @@ def _problems(args: ProbeArguments) -> list[dict]:
         dataset_test_split=None,
         dataset_streaming=False,
     )
-    found = _prompts(script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts)
-    require_prompts(found, "dataset of problems")
-    rows = list(found)
+    with readable(args.dataset_name):
+        found = _prompts(script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts)
+        require_prompts(found, "dataset of problems")
+        rows = list(found)
     for name in ("prompt", *(["answer"] if args.reward in BUILT_IN else [])):
         if not rows or name not in rows[0]:
             raise ValueError(
@@ -206,14 +208,14 @@ def _load(args: ProbeArguments, rock_set):
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
-    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None}
+    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
     student, name = load_student(args.model_name_or_path, kwargs, quantization)
     if isinstance(student, str):
         student = create_model_from_path(
             student, **kwargs, **({} if quantization is None else {"quantization_config": quantization})
         )
     make_readable(student)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no eos_token, so no completion could end.")
     if rock_set is not None:
@@ -225,10 +227,10 @@ def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> No
     """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context."""
     from ..preflight import context_length
     from ..probe import tokenize
-    from ..prompts import require_fit
+    from ..prompts import require_fit, tokens_of
 
     prompts = [row["prompt"] for row in rows]
-    ids = [tokenize(prompt, tokenizer) for prompt in prompts]
+    ids = tokens_of(lambda found: [tokenize(prompt, tokenizer) for prompt in found], prompts)
     require_fit(prompts, ids, args.max_completion_length, context_length(model), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 from .options import OPD_OPTIONS, table
@@ -76,19 +77,19 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         raise ValueError("A teacher is required: set --teacher_model_name_or_path.")
     set_init_kwargs(training_args, model_args)
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args)
-    trainer = OPDTrainer(
-        model=model_args.model_name_or_path,
-        teacher_model=training_args.teacher_model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[RolloutSamples(SAMPLES)],
-    )
     resume = training_args.resume_from_checkpoint
-    trainer.run_record.dataset_name = script_args.dataset_name
-    with read_errors("The checkpoint to go on from"):
+    with readable(script_args.dataset_name), read_errors("The checkpoint to go on from"):
+        trainer = OPDTrainer(
+            model=model_args.model_name_or_path,
+            teacher_model=training_args.teacher_model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            callbacks=[RolloutSamples(SAMPLES)],
+        )
+        trainer.run_record.dataset_name = script_args.dataset_name
         trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if training_args.push_to_hub:  # saves, too
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -101,6 +102,17 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     # A process that ends while another is at work is aborted by gloo now and then (torch 2.13).
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+@contextmanager
+def readable(name: str | None):
+    """Raise `ValueError` that names the dataset where its rows turn out to be broken while they are read."""
+    from pyarrow import ArrowInvalid, ArrowTypeError
+
+    try:
+        yield
+    except (ArrowInvalid, ArrowTypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name or 'The dataset'} cannot be read: {error}") from error
 
 
 def load_prompts(script_args, dataset_args, training_args):
@@ -127,6 +139,10 @@ def load_prompts(script_args, dataset_args, training_args):
             dataset = load_dataset(source, name=script_args.dataset_config, data_files=files, streaming=streaming)
     except DatasetGenerationError as error:
         raise ValueError(f"{script_args.dataset_name} cannot be read: {error.__cause__ or error}") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"The dataset {script_args.dataset_name} has no rows.") from error
     splits = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)

@@ -59,7 +59,8 @@ class ArmResult:
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the shipped "teacher" or "student", in float32 on the CPU, and its tokenizer."""
     folder = MODELS / name
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def eval_problems() -> list[Problem]:

@@ -1,0 +1,266 @@
+"""Where a rollout ends: the end is trained on; a warning where student and teacher end their turns differently."""
+
+import warnings
+
+import pytest
+import torch
+
+from trl_opd import OPDTrainer
+from trl_opd.batching import loss_mask
+from trl_opd.vocabulary import turn_end, warn_of_other_ends
+
+from .tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
+
+END, PAD = 2, 0  # <|end|> and <|pad|> of the tiny tokenizer
+RISK = "may end their turns differently"
+NAMES = ("<|im_end|>", "<|endoftext|>")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+def build(path, *, student=None, teacher=None, tokenizer=None, chat=True, cls=OPDTrainer, **changes):
+    return cls(
+        model=student or make_model(seed=0),
+        teacher_model=teacher or make_model(seed=1),
+        args=make_config(path, **changes),
+        train_dataset=make_dataset(chat=chat),
+        processing_class=tokenizer or make_tokenizer(),
+    )
+
+
+def padded_with_the_end(*, set_by_trl: bool):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None if set_by_trl else tokenizer.eos_token
+    return tokenizer
+
+
+def ending_student(*ends: int):
+    """Return a student that ends soon and often, by one of `ends`."""
+    student = make_model(seed=0)
+    with torch.no_grad():
+        student.lm_head.weight[list(ends)] *= 3
+    return student
+
+
+class Recorder(OPDTrainer):
+    """Keeps the loss mask, the completions and the denominator of every generation batch."""
+
+    batches = ()
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        kept = {name: batch[name] for name in ("completion_ids", "completion_mask", "prompt_ids", "prompt_mask")}
+        self.batches = [*self.batches, {**kept, "mask": loss_mask(batch), "denominator": batch["num_items_in_batch"]}]
+        return batch
+
+
+def expected_mask(completions: torch.Tensor, ends: list[int]) -> list[list[int]]:
+    """Return the mask by hand: every position up to the first end, that end included."""
+    masks = []
+    for ids in completions.tolist():
+        first = next((place for place, id in enumerate(ids) if id in ends), len(ids) - 1)
+        masks.append([int(place <= first) for place in range(len(ids))])
+    return masks
+
+
+# The end in the loss
+
+
+@pytest.mark.parametrize("micro_batching", ["tight", "trl"])
+@pytest.mark.parametrize("set_by_trl", [True, False], ids=["no pad token", "pad is eos"])
+def test_the_first_end_is_trained_on_and_the_padding_that_looks_like_it_is_not(tmp_path, set_by_trl, micro_batching):
+    tokenizer = padded_with_the_end(set_by_trl=set_by_trl)
+    settings = {"micro_batching": micro_batching, "learning_rate": 0.0, "max_completion_length": 24, "max_steps": 1}
+    trainer = build(tmp_path, student=ending_student(END), tokenizer=tokenizer, cls=Recorder, **settings)
+    trainer.train()
+    assert trainer._tokenizer.pad_token_id == END
+    (batch,) = trainer.batches
+    mask = torch.tensor(expected_mask(batch["completion_ids"], [END]))
+    ends = int(((batch["completion_ids"] == END) & mask.bool()).sum())
+    padding = int((mask == 0).sum())
+    assert ends >= 2  # else the test shows nothing
+    assert padding >= 4
+    assert batch["mask"].int().tolist() == mask.tolist()
+    assert batch["denominator"].item() == mask.sum().item()
+    assert trainer.token_stats.seen[END].item() == ends
+    assert trainer.token_stats.seen.sum().item() == mask.sum().item()
+    # The loss is the mean over exactly these positions, the end among them.
+    sums = reference_sums(trainer, batch, mask)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sums / mask.sum().item(), rel=1e-5)
+
+
+def reference_sums(trainer, batch, mask) -> float:
+    """Return the sum of the divergences of the masked positions, rollout by rollout, without any padding."""
+    total = 0.0
+    for row in range(len(mask)):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        completion = batch["completion_ids"][row][mask[row].bool()]
+        ids = torch.cat([prompt, completion])[None]
+        with torch.no_grad():
+            places = slice(len(prompt) - 1, -1)
+            student, teacher = (
+                torch.log_softmax(model(input_ids=ids).logits[0, places].double(), -1)
+                for model in (trainer.model.eval(), trainer.teacher_model)
+            )
+        total += (student.exp() * (student - teacher)).sum().item()
+    return total
+
+
+def test_every_end_of_the_generation_config_ends_a_rollout_and_is_trained_on(tmp_path):
+    other = 7
+    student, teacher = ending_student(END, other), make_model(seed=1)
+    for model in (student, teacher):
+        model.generation_config.eos_token_id = [other]
+    settings = {"max_completion_length": 24, "max_steps": 2}
+    trainer = build(tmp_path, student=student, teacher=teacher, cls=Recorder, **settings)
+    trainer.train()
+    assert sorted(trainer.eos_token_ids) == [END, other]
+    seen = {END: 0, other: 0}
+    for batch in trainer.batches:
+        mask = torch.tensor(expected_mask(batch["completion_ids"], [END, other]))
+        assert batch["mask"].int().tolist() == mask.tolist()
+        for id in seen:
+            seen[id] += int(((batch["completion_ids"] == id) & mask.bool()).sum())
+    assert min(seen.values()) > 0
+    assert {id: trainer.token_stats.seen[id].item() for id in seen} == seen
+
+
+# Ends and padding that are no ids of the student
+
+
+def test_an_end_that_the_student_lacks_is_refused(tmp_path):
+    tokenizer = make_tokenizer(("<|far|>",))
+    tokenizer.eos_token = "<|far|>"
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    models["student"].generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"Every end of a rollout \('<\|far\|>' \(id 300\)\) is outside the 300 ids"):
+        build(tmp_path, tokenizer=tokenizer, **models)
+
+
+def test_an_end_that_the_student_lacks_beside_one_that_it_has_is_left_alone(tmp_path):
+    tokenizer = make_tokenizer(("<|far|>",))
+    tokenizer.eos_token = "<|far|>"
+    trainer = build(tmp_path, tokenizer=tokenizer)
+    assert trainer.eos_token_ids == [300, END]
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_padding_token_that_the_student_lacks_is_refused(tmp_path):
+    tokenizer = make_tokenizer(("<|far|>",))
+    tokenizer.pad_token = "<|far|>"
+    with pytest.raises(ValueError, match=r"padding token '<\|far\|>' \(id 300\) is outside the 300 ids of the student"):
+        build(tmp_path, tokenizer=tokenizer)
+
+
+# Ends of student and teacher
+
+
+def chatml_tokenizer(eos: str):
+    """Return a tokenizer with Qwen's end tokens and template, that ends with `eos`; and the ids of the two ends."""
+    tokenizer = make_tokenizer(("<|im_start|>", *NAMES))
+    for name in ("<|im_start|>", *NAMES):
+        tokenizer.add_special_tokens({"additional_special_tokens": [name]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, eos
+    return tokenizer, tokenizer.convert_tokens_to_ids(list(NAMES))
+
+
+def warnings_of(path, student_ends, teacher_ends, *, eos: str, chat: bool = True) -> list[str]:
+    """Return the warnings of a pair whose generation configs end with the named tokens, "turn" and "text"."""
+    tokenizer, ids = chatml_tokenizer(dict(zip(("turn", "text"), NAMES, strict=True))[eos])
+    ids = dict(zip(("turn", "text"), ids, strict=True))
+    models = {}
+    for seed, (name, ends) in enumerate((("student", student_ends), ("teacher", teacher_ends))):
+        models[name] = make_model(seed=seed, rows=304, eos_token_id=None)
+        models[name].generation_config.eos_token_id = [ids[end] for end in ends] or None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(path, tokenizer=tokenizer, chat=chat, **models)
+    return [str(warning.message) for warning in caught if RISK in str(warning.message)]
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chats", "texts"])
+@pytest.mark.parametrize(
+    ("student", "teacher", "eos"),
+    [
+        (["turn", "text"], ["turn", "text"], "turn"),
+        (["turn"], ["turn", "text"], "turn"),
+        ([], ["turn", "text"], "turn"),
+        (["text"], ["turn", "text"], "turn"),
+        (["turn", "text"], ["turn"], "text"),
+        (["turn", "text"], ["text"], "turn"),
+        (["turn"], [], "turn"),
+    ],
+)
+def test_pairs_that_end_alike_are_silent(tmp_path, student, teacher, eos, chat):
+    assert warnings_of(tmp_path, student, teacher, eos=eos, chat=chat) == []
+
+
+def test_base_models_that_end_alike_are_silent_on_plain_texts(tmp_path):
+    assert warnings_of(tmp_path, ["text"], ["text"], eos="text", chat=False) == []
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "eos", "chat"),
+    [
+        (["text"], ["turn", "text"], "text", True),  # Qwen2.5 base, taught by an instruct model
+        (["text"], ["turn", "text"], "text", False),
+        (["text"], ["turn"], "text", False),  # no end in common
+        (["turn"], ["text"], "turn", True),
+        (["text"], ["text"], "text", True),  # two base models on conversations
+    ],
+)
+def test_pairs_that_end_differently_are_a_warning_with_both_tokens(tmp_path, student, teacher, eos, chat):
+    (message,) = warnings_of(tmp_path, student, teacher, eos=eos, chat=chat)
+    assert "length explosion" in message
+    assert all(f"'{name}' (id {id})" in message for name, id in zip(NAMES, chatml_tokenizer(NAMES[0])[1], strict=True))
+
+
+def test_the_ends_of_a_teacher_without_any_are_those_of_its_tokenizer(tmp_path):
+    tokenizer, (turn, text) = chatml_tokenizer(NAMES[1])
+    make_model(seed=1, rows=304, eos_token_id=None).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    ours, _ = chatml_tokenizer(NAMES[0])
+    student = make_model(seed=0, rows=304, eos_token_id=None)
+    with pytest.warns(UserWarning, match=RISK) as caught:
+        build(tmp_path, student=student, teacher=str(tmp_path / "teacher"), tokenizer=ours)
+    (message,) = [str(warning.message) for warning in caught if RISK in str(warning.message)]
+    assert f"rollouts end at '<|im_end|>' (id {turn}), the teacher ends at '<|endoftext|>' (id {text})" in message
+
+
+def test_an_end_that_is_not_known_is_no_reason_to_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_ends(make_tokenizer(), [END], [], None)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATE, "<|end|>"),
+        (CHATML, "<|im_end|>"),
+        # As Gemma's, whose end has the word "turn" in it, and as Llama 3's, whose header stands before the content.
+        (CHATML.replace("im_end", "end_of_turn"), "<end_of_turn>"),
+        ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<eot>{% endfor %}", "<eot>"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eot>{% endif %}{% endfor %}",
+            "<eot>",
+        ),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_closes_a_turn_is_read_from_the_template(template, expected):
+    tokenizer = make_tokenizer(("<|im_start|>", *NAMES, "<end_of_turn>", "<eot>"))
+    tokenizer.chat_template = template if template is None else template.replace("<|end_of_turn|>", "<end_of_turn>")
+    found = turn_end(tokenizer)
+    assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
+
+
+def test_a_template_is_asked_with_the_users_own_settings():
+    tokenizer = make_tokenizer(("<eot>",))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if closed %}<eot>{% endif %}{% endfor %}"
+    assert turn_end(tokenizer) is None
+    assert turn_end(tokenizer, {"closed": True}) == tokenizer.convert_tokens_to_ids("<eot>")
