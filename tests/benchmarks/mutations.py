@@ -92,9 +92,10 @@ MUTATIONS = [
     Mutation(
         "stale rollout: the micro-batches of the step before",
         "opd_trainer.py",
-        "self._new_completions, self._unsplit = True, self._unsplit or training",
-        "self._new_completions, self._unsplit = True, self._unsplit or (training and self.state.global_step == 0)",
-        "tests/test_batching.py tests/test_run_stats.py tests/test_runs.py",
+        "return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]",
+        "self._kept = getattr(self, '_kept', None) or self._buffered_inputs\n"
+        "        return self._kept[self._step % self.args.gradient_accumulation_steps]",
+        "tests/test_run_stats.py tests/test_runs.py",
     ),
     Mutation(
         "stale rollout: a resumed run sees the prompts of the first epoch",
