@@ -200,7 +200,8 @@ def test_ids_that_the_teacher_lacks_are_never_answered(tokenizer, tmp_path):
     ("dataset", "reward", "settings", "message"),
     [
         (Dataset.from_dict({"question": ["a"]}), Seen(), {}, "no column 'prompt'"),
-        (Dataset.from_dict({"prompt": []}), Seen(), {}, "at least one problem"),
+        (Dataset.from_dict({"prompt": []}), Seen(), {}, "The dataset of problems is empty"),
+        ([], Seen(), {}, "at least one problem"),
         (problems(2), "exact", {}, "takes a reward function, got 'exact'"),
         (problems(2), Seen(), {"eval_steps": 0}, "eval_steps must be a whole number of at least 1, got 0"),
     ],

@@ -269,6 +269,35 @@ def test_a_stream_of_broken_rows_is_one_sentence_of_collect(world, tmp_path, cap
     error_of("collect", world, tmp_path, capsys, name, dataset_streaming=True, num_prompts=4)
 
 
+# name: what is wrong with the student's tokenizer, what is said
+TOKENIZERS = {
+    "no template": ({"chat_template": None}, "the tokenizer has no chat template"),
+    "raising template": ({"chat_template": RAISING}, "cannot render a prompt of the dataset: roles must alternate."),
+    "no end": ({"eos_token": None}, "The tokenizer has no eos_token, so no rollout could end"),
+    "padding outside": ({"pad_token": "<|far|>"}, "padding token '<|far|>' (id 300) is outside the 300 ids"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "collect"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_cannot_serve_is_one_sentence(world, tmp_path, capsys, name, command):
+    changes, said = TOKENIZERS[name]
+    tokenizer = make_tokenizer(("<|far|>",))
+    for attribute, value in changes.items():
+        setattr(tokenizer, attribute, value)
+    make_model(seed=0).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(lines(*[chat(prompt) for prompt in PROMPTS]))
+    given = {"model_name_or_path": tmp_path / "student", "dataset_name": file}
+    assert main([command, *flags(world, tmp_path / "out", **given)]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith(f"trl-opd {command}: error: ")
+    assert said in last
+
+
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + GOOD, json.dumps([{"prompt": p} for p in PROMPTS]).encode()])
 def test_a_byte_order_mark_and_a_json_array_are_read(world, tmp_path, capsys, content):
     file = tmp_path / "prompts.jsonl"

@@ -190,10 +190,8 @@ def _problems(args: ProbeArguments) -> list[dict]:
         require_prompts(found, "dataset of problems")
         rows = list(found)
     for name in ("prompt", *(["answer"] if args.reward in BUILT_IN else [])):
-        if not rows or name not in rows[0]:
-            raise ValueError(
-                f"The problems have no column {name!r} (they have {', '.join(rows[0]) if rows else 'no row'})."
-            )
+        if name not in rows[0]:
+            raise ValueError(f"The problems have no column {name!r} (they have {', '.join(rows[0])}).")
     return rows
 
 
