@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from importlib import import_module
+
+PATIENCE = 5.0  # seconds; torch's launcher needs a tenth of one to end the others
 
 # Command -> its module here and what it does, in the order of `trl-opd --help`.
 COMMANDS = {
@@ -66,10 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(name: str, error: Exception) -> int:
-    # Every process of a distributed run fails alike; the first speaks for all.
-    if os.environ.get("RANK", "0") == "0":
-        sentence = " ".join(str(error).split()) or type(error).__name__
-        print(f"trl-opd {name}: error: {sentence}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Most errors are those of every process: the first speaks for all, and the launcher ends the others meanwhile.
+        time.sleep(PATIENCE)
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    print(f"trl-opd {name}: error{'' if rank == '0' else f' on process {rank}'}: {sentence}", file=sys.stderr)
     return 1
 
 
