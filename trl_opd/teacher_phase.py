@@ -81,7 +81,8 @@ class TeacherPhase:
     @torch.no_grad()
     def _of_shards(self, forward, positions, head) -> tuple[torch.Tensor, LMHead]:
         trainer = self._trainer
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model.eval())
+        trainer.teacher_model.eval()  # apart: DeepSpeed's engine returns nothing
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         # As in TRL, through the wrapper: FSDP and DeepSpeed gather the teacher's shards in its forward.
         hidden = trainer._forward_redirection(
             trainer.teacher_model, teacher, trainer._get_last_hidden_state, teacher, *forward
