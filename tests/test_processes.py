@@ -160,4 +160,5 @@ def test_an_error_of_one_process_or_of_all_is_one_sentence_and_ends_the_run(worl
     assert run.returncode == 1
     assert run.stderr.count("trl-opd train: error") == 1, run.stderr[-3000:]
     assert f"trl-opd train: {sentence}" in run.stderr
-    assert "trl_opd/" not in run.stderr  # no traceback of ours
+    # torch marks a traceback with its process. The others may lose the connection before the launcher ends them.
+    assert "[rank1]:" not in run.stderr
