@@ -94,7 +94,8 @@ class AccuracyCallback(TrainerCallback):
         mine = range(len(self._rows)) if alike else range(trainer.accelerator.process_index, len(self._rows), processes)
         with own_random_stream(trainer.args.seed):
             completions = self._complete(mine)
-            texts = trainer._tokenizer.batch_decode(completions, skip_special_tokens=True)
+            # transformers 5 makes one text of no completions, and with few problems a process has none.
+            texts = trainer._tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
             found = reward_completions(self._reward, [self._rows[place] for place in mine], texts, mine)
         pairs = list(zip(mine, found, strict=True))
         return [reward for _, reward in sorted(pairs if alike else gather_object(pairs))]

@@ -51,7 +51,7 @@ def check_devices(args: OPDConfig) -> None:
 
 
 def require_placeable(args: OPDConfig) -> None:
-    """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, while FSDP or DeepSpeed shards it."""
+    """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, with FSDP or DeepSpeed."""
     sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
     sharding += [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
     if sharding and args.merge_adapter:
@@ -62,8 +62,8 @@ def require_placeable(args: OPDConfig) -> None:
     moved = [name for name in ("teacher_placement", "teacher_device") if getattr(args, name) not in (None, "resident")]
     if sharding and moved:
         raise ValueError(
-            f"{moved[0]}={getattr(args, moved[0])!r} does not go with {sharding[0].upper()}, which shards the teacher "
-            "over the GPUs already: leave it out."
+            f"{moved[0]}={getattr(args, moved[0])!r} does not go with {sharding[0].upper()}, which needs the teacher "
+            "on every GPU in every micro-batch: leave it out."
         )
     if args.teacher_device is None:
         return

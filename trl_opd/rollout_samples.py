@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from .arm import ends_in_log
@@ -76,14 +77,12 @@ class RolloutSamples(TrainerCallback):
         rows = torch.linspace(0, count - 1, min(self._n, count)).round().long()
         inputs = locate(take_rollouts(batch, rows))
         student, positions = trainer.accelerator.unwrap_model(trainer.model), inputs["positions"]
+        ids = inputs["completion_ids"].flatten()[positions]
         with torch.no_grad(), sampling_mode(trainer.model):
-            models = compared(trainer, student, inputs, positions)
-            ids = inputs["completion_ids"].flatten()[positions]
-            found = token_figures(*models, ids, temperature=trainer.temperature)
-            if is_peft_model(student):
-                with student.disable_adapter():
-                    before = compared(trainer, student, inputs, positions)
-                    found["kl_pre"] = token_figures(*before, ids, temperature=trainer.temperature)["kl"]
+            # Through the wrapper, as in a step: FSDP and DeepSpeed gather the weights in its forward.
+            wrapper = trainer.model_wrapped
+            found = trainer._forward_redirection(wrapper, student, self._figures, student, inputs, positions, ids)
+        reshard(student)
         width, places = inputs["completion_ids"].shape[1], positions.cpu().numpy()
         rollout = rows.numpy()[places // width]
         prompt = rollout // trainer.args.num_generations
@@ -95,6 +94,26 @@ class RolloutSamples(TrainerCallback):
             for row, tokens, mask in zip(rows, inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
         }
         return found, prompts
+
+    def _figures(self, student, inputs, positions, ids) -> dict[str, np.ndarray]:
+        trainer = self._trainer
+        found = token_figures(*compared(trainer, student, inputs, positions), ids, temperature=trainer.temperature)
+        if is_peft_model(student):
+            with student.disable_adapter():
+                before = compared(trainer, student, inputs, positions)
+                found["kl_pre"] = token_figures(*before, ids, temperature=trainer.temperature)["kl"]
+        return found
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the weights that FSDP2 has gathered for a forward without a backward.
+
+    It keeps the final norm and the head for the backward that should come: the next forward would read them as they
+    were before the optimizer step.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def token_figures(

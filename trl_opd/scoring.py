@@ -21,8 +21,12 @@ def compared(
         inputs (`dict[str, torch.Tensor]`): A micro-batch.
         positions (`torch.Tensor`): Places of the loss mask in its flattened completions, `(N,)`.
     """
-    forward, head = forward_inputs(inputs, trainer._vocab_size), lm_head(student)
-    student_hidden = at_positions(trainer._get_last_hidden_state(student, *forward), positions, head)
+    forward = forward_inputs(inputs, trainer._vocab_size)
+    hidden = trainer._get_last_hidden_state(student, *forward)
+    # Only now: FSDP2 gathers the head with the final norm, and averages the gradient of what it has gathered. A head
+    # that is read while it is sharded would have the gradient of this process's tokens alone.
+    head = lm_head(student)
+    student_hidden = at_positions(hidden, positions, head)
     teacher_hidden, teacher_head = trainer._teacher_phase.compared(inputs, forward, positions, head)
     return student_hidden, teacher_hidden, head, teacher_head
 

@@ -41,7 +41,10 @@ class TeacherPhase:
         self._device = trainer.model.get_output_embeddings().weight.device
         self._parking, self._said = None, None
         if sharded:
-            logger.warning("FSDP or DeepSpeed shards the teacher: it runs once per micro-batch, as with TRL.")
+            logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as with TRL.")
+            if trainer._dist.is_zero3:
+                for model in (trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)):
+                    gather_head_with(model)
             return
         self._teacher = trainer.teacher_model
         head = lm_head(self._teacher)
@@ -81,12 +84,21 @@ class TeacherPhase:
     @torch.no_grad()
     def _of_shards(self, forward, positions, head) -> tuple[torch.Tensor, LMHead]:
         trainer = self._trainer
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model.eval())
+        trainer.teacher_model.eval()  # apart: DeepSpeed's engine returns nothing
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         # As in TRL, through the wrapper: FSDP and DeepSpeed gather the teacher's shards in its forward.
-        hidden = trainer._forward_redirection(
-            trainer.teacher_model, teacher, trainer._get_last_hidden_state, teacher, *forward
-        )
-        return at_positions(hidden, positions, head), lm_head(teacher)
+        heads = []
+
+        def states_and_head() -> torch.Tensor:
+            hidden = trainer._get_last_hidden_state(teacher, *forward)
+            found = lm_head(teacher)
+            # Detached: ZeRO-3 empties the parameter at the end of the forward, not what lies in it.
+            bias = None if found.bias is None else found.bias.detach()
+            heads.append(LMHead(found.weight.detach(), bias, found.logit_scale, found.softcap))
+            return hidden
+
+        hidden = trainer._forward_redirection(trainer.teacher_model, teacher, states_and_head)
+        return at_positions(hidden, positions, head), heads[0]
 
     @torch.no_grad()
     def score(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -125,6 +137,14 @@ class TeacherPhase:
             logger.info("The teacher's hidden states (%.0f MiB) are kept on %s.", size / 2**20, home)
             self._said = home
         return home
+
+
+def gather_head_with(model: torch.nn.Module) -> None:
+    """Let DeepSpeed's ZeRO-3 gather the head with the whole model: it is read, and its own forward never runs."""
+    import deepspeed  # as TRL does: it is an optional package
+
+    for parameter in model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def _to(states: torch.Tensor, home: torch.device) -> torch.Tensor:

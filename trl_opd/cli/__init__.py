@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+
+PATIENCE = 5.0  # seconds; torch's launcher needs a tenth of one to end the others
 
 # Command -> its module here and what it does, in the order of `trl-opd --help`.
 COMMANDS = {
@@ -78,8 +81,13 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: temporary files go, and a sentence says how to go on."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may
+    """Let SIGTERM end a command as Ctrl-C does: temporary files go, and a sentence says how to go on.
+
+    Not one of several processes, where a launcher sends it to those that wait for one that has failed: Python would
+    hear it only when they have waited enough.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not alone or threading.current_thread() is not threading.main_thread():  # only that one may
         yield
         return
 
@@ -94,10 +102,12 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _fail(name: str, error: Exception) -> int:
-    # Every process of a distributed run fails alike; the first speaks for all.
-    if os.environ.get("RANK", "0") == "0":
-        sentence = " ".join(str(error).split()) or type(error).__name__
-        print(f"trl-opd {name}: error: {sentence}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Most errors are those of every process: the first speaks for all, and the launcher ends the others meanwhile.
+        time.sleep(PATIENCE)
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    print(f"trl-opd {name}: error{'' if rank == '0' else f' on process {rank}'}: {sentence}", file=sys.stderr)
     return 1
 
 

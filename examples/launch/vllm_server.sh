@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Rollouts from a vLLM server of TRL on one GPU, training on the others: `bash examples/launch/vllm_server.sh`
+# (`pip install "trl[vllm]"`). Not yet run: it needs two GPUs (docs/scaling.md).
+#
+# On several machines the server has one to itself: run the first command there, and the second on the others with
+# --vllm_server_host HOST and the options of examples/launch/ddp.yaml.
+set -euo pipefail
+
+recipe=examples/recipes/full_several_gpus.yaml
+student=$(sed -n 's/^model_name_or_path: //p' "$recipe")
+
+CUDA_VISIBLE_DEVICES=0 trl vllm-serve --model "$student" --port 8000 --gpu_memory_utilization 0.9 \
+    --max_model_len 4096 &
+trap 'kill $!' EXIT
+
+# The trainer waits up to vllm_server_timeout seconds for the server, and sends it the new weights after every step.
+CUDA_VISIBLE_DEVICES=1,2,3 accelerate launch --config_file examples/launch/ddp.yaml --num_processes 3 \
+    examples/opd.py --config "$recipe" --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
+    --use_vllm --vllm_mode server --vllm_server_port 8000 --vllm_server_timeout 600
