@@ -152,6 +152,8 @@ def read_gradients(path: Path) -> Study:
         wanted = [*NUMBERS, "group", *(["mean_kl_early"] if has_early else [])]
         if missing := [name for name in wanted if schema.names.count(name) != 1]:
             raise ValueError(f"{path}: not a table of `trl-opd gradients`: there must be one column {missing[0]!r}.")
+        if pa.types.is_nested(kind := schema.field("group").type):
+            raise ValueError(f"{path}: not a table of `trl-opd gradients`: column 'group' holds {kind}, not texts.")
         # As a dictionary a text that stands in many rows is in memory once.
         table = open_parquet(path, read_dictionary=["group"]).read(wanted, use_threads=False)
         table.validate(full=True)
