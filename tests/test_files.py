@@ -113,3 +113,8 @@ def test_a_file_without_rows_is_opened(tmp_path):
     sink = io.BytesIO()
     pq.write_table(pa.table({"a": pa.array([], pa.int32())}), sink)
     assert open_parquet(write(tmp_path, sink.getvalue())).metadata.num_rows == 0
+
+
+def test_a_name_that_is_no_text_is_a_sentence(tmp_path):
+    content = good_files("occurrences")[ZIPPED].replace(b"entropy", b"entrop\xff")
+    assert "is not a whole Parquet file: 'utf-8' codec" in refused(write(tmp_path, content))

@@ -64,8 +64,8 @@ def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
     try:
         # By default Arrow would hold the whole file, compressed, beside what is decoded of it.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16, **options)
-        file.schema_arrow  # noqa: B018  the schema that Arrow keeps beside Parquet's is read here
-    except (pa.ArrowException, OSError) as error:
+        file.schema_arrow.names  # noqa: B018  the schema that Arrow keeps beside Parquet's is read here
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
     try:
         unfolded = _unfolded_bytes(path)
