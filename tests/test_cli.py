@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,62 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, content, sentence
         path.write_text(content)
     assert main(["train", "--config", str(path)]) == 1
     assert sentence in capsys.readouterr().err
+
+
+BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]\n" for before, one in zip("abcdefghi", "bcdefghij", strict=True)
+)
+MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{one}: &{one} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for before, one in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (BOMB, "with its anchors unfolded it has more than 16384 values"),
+        (MERGES, "with its anchors unfolded it has more than 16384 values"),
+        ("output_dir: &a [*a]", "with its anchors unfolded it has more than"),
+        ("output_dir: " + "[" * 500, "nested too deeply"),
+        ("a: '" + "x" * 70_000 + "'", "it has more than 65536 bytes"),
+        ("seed: !!python/object/apply:os.system ['touch ran']", "is not YAML: could not determine a constructor"),
+        ("learning_rate: !!float ''", "is not YAML"),
+        ("bf16: !!bool perhaps", "is not YAML: 'perhaps'"),
+        ("1: 2", "1 is no name of an option"),
+        ("self: 2", "'self' is no name of an option"),
+        ("env: [A]", "env must be a mapping of names to values"),
+        ("learning_rate: [1]", "learning_rate is [1], and must be float"),
+        ("max_steps: 1.5", "max_steps is 1.5, and must be int"),
+        ("output_dir: {a: 1}", "output_dir is {'a': 1}, and must be str"),
+        ("output_dir: true", "output_dir is True, and must be str"),
+        ("lora_target_modules: {a: 1}", "lora_target_modules is {'a': 1}, and must be list"),
+        ("generation_kwargs: greedy", "generation_kwargs takes a dictionary such as {'do_sample': False}"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, capsys, content, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert main(["train", "--config", "recipe.yaml", "--use_cpu", "--bf16", "false"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in error
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
+    from trl_opd.cli.train import make_parser, parse
+
+    monkeypatch.setenv("OPD_TEST", "before")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {OPD_TEST: 3}\noutput_dir: &name 2026\nrun_name: *name\nlearning_rate: 1\nlora_r: 4\n")
+    on_this_machine = ["--use_cpu", "--bf16", "false", "--lora_r", "8"]
+    _, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+    assert (training_args.output_dir, training_args.run_name, training_args.learning_rate) == ("2026", "2026", 1)
+    assert model_args.lora_r == 8, "a flag comes before the file"
+    assert os.environ["OPD_TEST"] == "3"
+    recipe.write_text("no_such_option: 1")
+    with pytest.raises(SystemExit):
+        parse(make_parser(), ["--config", str(recipe), *on_this_machine])
 
 
 def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):

@@ -22,7 +22,18 @@ PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {"_trl", "checkpoints", "files", "hub", "occurrences", "records", "rock_set", "rollout_file", "schema"}
+GROUND = {
+    "_trl",
+    "checkpoints",
+    "files",
+    "hub",
+    "occurrences",
+    "parquet",
+    "records",
+    "rock_set",
+    "rollout_file",
+    "schema",
+}
 GROUND |= {"token_stats", "vocabulary"}
 PURE = {
     "batching",

@@ -851,7 +851,7 @@ COLLECTIONS = {
     "prompts of others": (
         "prompts",
         lambda table: table.drop_columns("token_ids"),
-        "not a whole Parquet file of prompts",
+        "does not hold prompts: there must be one column 'token_ids'",
     ),
     "prompts in words": (
         "prompts",

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import linear
 
 from .batching import locate
-from .occurrences import Occurrences
+from .occurrences import Occurrences, read_prompts
 from .records import LMHead
 from .scoring import compared
 
@@ -219,13 +217,10 @@ def read_rollouts(
     rollout, position, token_id, unit, kl = (np.concatenate(parts) for parts in columns.values())
     if not prompts.is_file():
         raise FileNotFoundError(f"There is no {prompts}: the gradients need the prompts that `trl-opd collect` writes.")
-    try:
-        table = pq.read_table(prompts, columns=["prompt", "token_ids"]).to_pydict()
-    except (pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{prompts} does not hold prompts: {error}") from error
-    known = dict(zip(table["prompt"], table["token_ids"], strict=True))
-    if not all(isinstance(ids, list) and all(type(id) is int for id in ids) for ids in known.values()):
-        raise ValueError(f"{prompts}: column 'token_ids' must hold lists of whole numbers.")
+    ids_of = read_prompts(prompts)
+    known = {int(prompt): ids_of(int(prompt)) for prompt in np.unique(unit)}
+    if wrong := [prompt for prompt, ids in known.items() if not all(type(id) is int for id in ids or [])]:
+        raise ValueError(f"{prompts}: prompt {wrong[0]} has a token without an id.")
     starts = np.flatnonzero(np.concatenate([[True], rollout[1:] != rollout[:-1]]))
     found = []
     for start, end in zip(starts, [*starts[1:], len(rollout)], strict=True):

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import complete_file
+from .parquet import open_parquet
 
 METADATA_KEY, VERSION = "trl_opd", 1
 SCHEMA = pa.schema(
@@ -40,6 +42,8 @@ REQUIRED, OPTIONAL = ("rollout", "position", "token_id", "kl"), ("kl_pre", "prom
 MAX_VOCABULARY = 2**22
 # KL is at least 0; float32 sums over a vocabulary may fall this far below.
 LEAST_KL = -1e-4
+# Above the context of every model.
+MOST_OF_A_PROMPT = 2**20
 # Rows and bytes that a reader has in memory at once, of each column.
 BATCH_ROWS, PAGE_BYTES = 32_768, 2**17
 
@@ -75,6 +79,34 @@ def _with_metadata(schema: pa.Schema, metadata: dict[str, Any]) -> pa.Schema:
     return schema.with_metadata({METADATA_KEY: json.dumps({"version": VERSION} | metadata, allow_nan=False)})
 
 
+def read_prompts(path: str | os.PathLike) -> Callable[[int], list[int] | None]:
+    """Return a function from the index of a prompt to its token ids, `None` where there is none.
+
+    Raises:
+        `ValueError`: if the file holds no prompts.
+        `OSError`: if there is no such file.
+    """
+    file = open_parquet(path)
+    names = file.schema_arrow.names
+    if missing := [name for name in ("prompt", "token_ids") if names.count(name) != 1]:
+        raise ValueError(f"{path} does not hold prompts: there must be one column {missing[0]!r}.")
+    kind, lists = (file.schema_arrow.field(name).type for name in ("prompt", "token_ids"))
+    if not pa.types.is_integer(kind):
+        raise ValueError(f"{path}: column 'prompt' holds {kind}, not whole numbers.")
+    if not pa.types.is_list(lists) or not pa.types.is_integer(lists.value_type):
+        raise ValueError(f"{path}: column 'token_ids' must hold lists of whole numbers, it holds {lists}.")
+    try:
+        table = file.read(["prompt", "token_ids"], use_threads=False)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is cut or damaged: {error}") from error
+    longest = pc.max(pc.list_value_length(table["token_ids"])).as_py() or 0
+    if longest > MOST_OF_A_PROMPT:
+        raise ValueError(f"{path} holds a prompt of {longest} tokens, at most {MOST_OF_A_PROMPT} are read.")
+    places = {prompt: place for place, prompt in enumerate(table["prompt"].to_pylist())}
+    return lambda prompt: table["token_ids"][places[prompt]].as_py() if prompt in places else None
+
+
 class Occurrences:
     """A file of occurrences, whose schema is checked at once and whose rows are checked as they are read.
 
@@ -93,14 +125,8 @@ class Occurrences:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
-        try:
-            # By default Arrow would hold the whole file, compressed, beside what is decoded of it.
-            self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**16)
-            schema = self._file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+        self._file = open_parquet(self.path)
+        schema = self._file.schema_arrow
         self._check_columns(schema)
         self.metadata = self._read_metadata(schema)
         self.rows = self._file.metadata.num_rows
@@ -138,10 +164,15 @@ class Occurrences:
             yield rows
 
     def _raw_batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        rows = 0
         try:
-            yield from self._file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+            for batch in self._file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+                rows += batch.num_rows
+                yield batch
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is cut or damaged: {error}") from error
+        if rows != self.rows:  # Arrow ends in silence where a column does
+            raise ValueError(f"{self.path} is cut or damaged: {rows} of {self.rows} rows can be read.")
 
     def _check_columns(self, schema: pa.Schema) -> None:
         for name in (*REQUIRED, *OPTIONAL):
@@ -149,7 +180,7 @@ class Occurrences:
             if count == 0 and name in OPTIONAL:
                 continue
             if count != 1:
-                found = f"it has {', '.join(schema.names) or 'none'}" if count == 0 else "it stands there twice"
+                found = f"it has {', '.join(schema.names) or 'none':.200}" if count == 0 else "it stands there twice"
                 raise ValueError(f"{self.path}: there must be one column {name!r}, {found}.")
             kind, is_number = schema.field(name).type, name.startswith("kl")
             if not (pa.types.is_floating(kind) if is_number else pa.types.is_integer(kind)):
@@ -169,7 +200,7 @@ class Occurrences:
         version = content.get("version", VERSION)
         if not isinstance(version, int) or version > VERSION:
             raise ValueError(
-                f"{self.path} has version {version!r}, and this trl_opd reads up to {VERSION}: upgrade it."
+                f"{self.path} has version {version!r:.40}, and this trl_opd reads up to {VERSION}: upgrade it."
             )
         return content
 

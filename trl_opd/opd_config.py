@@ -9,7 +9,7 @@ from typing import ClassVar
 from transformers.trainer_utils import HubStrategy
 from trl import DistillationConfig
 
-from .option_checks import require_choice, require_device, require_engine_settings, require_whole
+from .option_checks import is_greedy, require_choice, require_device, require_engine_settings, require_whole
 
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
@@ -246,7 +246,7 @@ class OPDConfig(DistillationConfig):
             )
 
     def _check_sampling(self):
-        greedy = (self.generation_kwargs or {}).get("do_sample") is False
+        greedy = is_greedy(self.generation_kwargs)
         if greedy and self.temperature != 1.0:
             raise ValueError(
                 "Greedy rollouts (`generation_kwargs={'do_sample': False}`) know no temperature, and the divergence is "

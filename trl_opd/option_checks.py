@@ -30,6 +30,15 @@ def require_engine_settings(engine: Any) -> None:
     require_choice(f"{where}: scheduler_type", config.scheduler_type, tuple(SCHEDULER_MAPPING))
 
 
+def is_greedy(generation_kwargs: Any) -> bool:
+    """Return whether settings of the generation ask for greedy rollouts; raise `ValueError` where they are none."""
+    if generation_kwargs is not None and not isinstance(generation_kwargs, dict):
+        raise ValueError(
+            f"generation_kwargs takes a dictionary such as {{'do_sample': False}}, got {generation_kwargs!r}."
+        )
+    return (generation_kwargs or {}).get("do_sample") is False
+
+
 def require_whole(name: str, value: Any, least: int) -> None:
     """Raise `ValueError` unless a value is a whole number of at least `least`."""
     if type(value) is not int or value < least:

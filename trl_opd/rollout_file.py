@@ -107,7 +107,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: its metadata {METADATA_KEY!r} is not an object.")
     version = content.get("version", VERSION)
     if not isinstance(version, int) or version > VERSION:
-        raise ValueError(f"{path} has version {version!r}, and this trl_opd reads up to {VERSION}: upgrade it.")
+        raise ValueError(f"{path} has version {version!r:.40}, and this trl_opd reads up to {VERSION}: upgrade it.")
     return content
 
 

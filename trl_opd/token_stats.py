@@ -158,7 +158,7 @@ class TokenStats:
                 raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
             return _read(path)
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not token statistics: {str(error) or type(error).__name__}") from error
+            raise ValueError(f"{path}: not token statistics: {str(error) or type(error).__name__:.250}") from error
 
 
 def require_same_measure(first: Mapping[str, Any], second: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> None:

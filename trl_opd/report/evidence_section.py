@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..gradient_study import GROUPS, MEDIANS, Study
+from ..parquet import open_parquet
 from .blocks import Block, Facts, Note, Plot, Section, Table
 from .canvas import to_svg
 from .contents import Contents
@@ -147,12 +147,16 @@ def read_gradients(path: Path) -> Study:
         `ValueError`: if it is no whole table of `trl-opd gradients`.
     """
     try:
-        schema = pq.read_schema(path)
+        schema = open_parquet(path).schema_arrow
         has_early = "mean_kl_early" in schema.names
         wanted = [*NUMBERS, "group", *(["mean_kl_early"] if has_early else [])]
         if missing := [name for name in wanted if schema.names.count(name) != 1]:
             raise ValueError(f"{path}: not a table of `trl-opd gradients`: there must be one column {missing[0]!r}.")
-        table = pq.read_table(path, columns=wanted)
+        if pa.types.is_nested(kind := schema.field("group").type):
+            raise ValueError(f"{path}: not a table of `trl-opd gradients`: column 'group' holds {kind}, not texts.")
+        # As a dictionary a text that stands in many rows is in memory once.
+        table = open_parquet(path, read_dictionary=["group"]).read(wanted, use_threads=False)
+        table.validate(full=True)
         columns = {name: table.column(name).to_numpy() for name in wanted if name != "group"}
         columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         groups = table.column("group").to_pylist()

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..occurrences import BATCH_ROWS, MAX_VOCABULARY
+from ..occurrences import BATCH_ROWS, MAX_VOCABULARY, read_prompts
+from ..parquet import open_parquet
 from ..rollout_file import FIGURES, TOP, read_metadata
 from .blocks import ShownRollout
 
@@ -132,7 +133,7 @@ def _shown_tokens(picked: list[Place]) -> int:
 def _spans(path: Path, keys: tuple[str, ...]) -> list[Span]:
     """Return the rollouts of a file, in its order."""
     read_metadata(path)  # refuses what is cut, or newer
-    file = _open(path)
+    file = open_parquet(path)
     _require_columns(path, file.schema_arrow, (*keys, "position", "token_id", "kl"))
     found, starts, size = [], [], 0
     last = np.full((1, len(keys)), -1)
@@ -149,11 +150,6 @@ def _spans(path: Path, keys: tuple[str, ...]) -> list[Span]:
     return [Span(*step, *key, *rows) for key, rows in zip(found, pairwise([*starts, size]), strict=True)]
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    # By default Arrow would hold the whole of a row group beside what is decoded of it.
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16)
-
-
 def _batches(
     file: pq.ParquetFile, path: Path, names: Sequence[str], groups: list[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
@@ -165,7 +161,7 @@ def _batches(
 
 def _read(path: Path, span: Span, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the columns of a rollout, as many of its tokens as are shown; NaN for null."""
-    file = _open(path)
+    file = open_parquet(path)
     keys = [name for name in ("prompt", "token_id") if name in file.schema_arrow.names]
     _require_columns(path, file.schema_arrow, (*keys, *names))
     table = _rows(file, path, [*keys, *names], span.first, min(span.end, span.first + MOST_OF_ONE))
@@ -211,7 +207,7 @@ def _rollout(span: Span, columns: dict[str, np.ndarray], prompt: str | None, *, 
 def _require_columns(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
     for name in names:
         if schema.names.count(name) != 1:
-            raise ValueError(f"{path}: there must be one column {name!r}, it has {', '.join(schema.names)}.")
+            raise ValueError(f"{path}: there must be one column {name!r}, it has {', '.join(schema.names):.200}.")
         kind = schema.field(name).type
         if name in LISTS:
             if not pa.types.is_fixed_size_list(kind) or kind.list_size != TOP:
@@ -249,16 +245,10 @@ def _prompt_texts(path: Path, decode: Decode) -> Callable[[int], str | None]:
     """Return a function from the index of a prompt to its text."""
     if not path.is_file():
         return lambda prompt: None
-    try:
-        table = pq.read_table(path, columns=["prompt", "token_ids"])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file of prompts: {error}") from error
-    if not pa.types.is_integer(kind := table.schema.field("prompt").type):
-        raise ValueError(f"{path}: column 'prompt' holds {kind}, not whole numbers.")
-    places = {prompt: place for place, prompt in enumerate(table.column("prompt").to_pylist())}
+    ids_of = read_prompts(path)
 
     def text_of(prompt: int) -> str | None:
-        ids = table.column("token_ids")[places[prompt]].as_py() if prompt in places else None
+        ids = ids_of(prompt)
         return decode(ids) if _are_ids(ids) else None
 
     return text_of
