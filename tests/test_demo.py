@@ -341,8 +341,8 @@ def test_a_wrong_flag_is_one_sentence(capsys, flags, sentence):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("steps: 1.5", "--steps takes a whole number, got 1.5"),
-        ("steps: null", "--steps takes a whole number, got None"),
+        ("steps: 1.5", "demo.yaml: steps is 1.5, and must be int"),
+        ("steps: null", "demo.yaml: steps is None, and must be int"),
     ],
 )
 def test_a_wrong_value_in_a_file_is_one_sentence(tmp_path, capsys, line, sentence):

@@ -352,10 +352,11 @@ def test_a_wrong_value_is_a_sentence_before_anything_is_read(changes, message, c
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("lora_r: true", "--lora_r must be a whole number"),
-        ("use_peft: 1", "--use_peft must be true or false"),
-        ("model_name_or_path: 5", "--model_name_or_path takes a folder"),
-        ("reserve: [1]", "--reserve counts GiB"),
+        ("lora_r: true", "fit.yaml: lora_r is True, and must be int"),
+        ("use_peft: 1", "fit.yaml: use_peft is 1, and must be bool"),
+        ("model_name_or_path: ''", "--model_name_or_path takes a folder"),
+        ("reserve: [1]", "fit.yaml: reserve is [1], and must be float"),
+        ("reserve: -1", "--reserve counts GiB"),
     ],
 )
 def test_a_value_of_the_wrong_kind_in_a_file_is_a_sentence(pair, tmp_path, line, message, capsys):

@@ -129,8 +129,8 @@ class OPDTrainer(DistillationTrainer):
         with rollouts.grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
             return super().get_train_dataloader()
 
-    def _init_training_state(self, *args):
-        return rollouts.place_in_epoch(self, super()._init_training_state(*args), *args)
+    def _init_training_state(self, *args, **kwargs):
+        return rollouts.place_in_epoch(self, super()._init_training_state(*args, **kwargs), *args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> rollouts.EpochRepeatSampler:
         return rollouts.train_sampler(self, dataset, prompts=self._prompts_per_step)

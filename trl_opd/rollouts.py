@@ -63,7 +63,13 @@ def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRep
 
 
 def place_in_epoch(
-    trainer, place: tuple[int, int], max_steps: int, _updates: int, num_epochs: int, checkpoint: str | None, _trial
+    trainer,
+    place: tuple[int, int],
+    max_steps: int,
+    num_update_steps_per_epoch: int,
+    num_train_epochs: int,
+    resume_from_checkpoint: str | None,
+    trial=None,
 ) -> tuple[int, int]:
     """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
 
@@ -74,13 +80,13 @@ def place_in_epoch(
     Args:
         trainer (`trl.DistillationTrainer`): The trainer, whose state is that of the checkpoint.
         place (`tuple[int, int]`): The two numbers as the Trainer has them.
-        max_steps, num_epochs (`int`): Of the whole run, as the Trainer has them.
-        checkpoint (`str`, *optional*): The folder that the run goes on from, `None` for a run that begins.
+        max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial:
+            As `Trainer._init_training_state` takes them.
     """
-    if checkpoint is None or not (path := Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+    if resume_from_checkpoint is None or not (path := Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
         return place
     if trainer.state.global_step >= max_steps:
-        return num_epochs, 0
+        return num_train_epochs, 0
     if trainer.args.ignore_data_skip or not isinstance(trainer.train_dataset, IterableDataset):
         return place
     before = TrainerState.load_from_json(path)  # its `max_steps` may be another now

@@ -199,8 +199,6 @@ def _check(own: CollectArguments, args, model_args) -> None:
     reference = own.reference_model_name_or_path
     if reference is not None and (not isinstance(reference, str) or not reference.strip()):
         raise ValueError(f"--reference_model_name_or_path takes a model, or adapter_off, got {reference!r}.")
-    if type(own.greedy) is not bool:
-        raise ValueError(f"--greedy is true or false, got {own.greedy!r}.")
     if own.greedy and args.temperature != 1.0:
         raise ValueError(f"--greedy knows no temperature: leave it at 1.0, got {args.temperature}.")
     if model_args.use_peft:

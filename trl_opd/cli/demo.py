@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .parsing import parse
@@ -22,9 +22,6 @@ options:            default
 Finished arms are kept: an interrupted demo goes on where it was when it is started again."""
 
 INTERRUPTED = ": finished arms are kept, and the same command goes on from there"
-
-
-_KINDS = {int: "a whole number", str: "text"}
 
 
 @dataclass
@@ -47,12 +44,6 @@ def run(argv: list[str]) -> None:
 
     parser = TrlParser((DemoArguments,), prog="trl-opd demo")
     (args,) = parse(parser, argv)
-    if isinstance(args.arms, list):  # as a YAML file may have it
-        args.arms = ",".join(map(str, args.arms))
-    for option in fields(args):
-        value = getattr(args, option.name)
-        if type(value) is not type(option.default):
-            raise ValueError(f"--{option.name} takes {_KINDS[type(option.default)]}, got {value!r}.")
     arms = [arm.strip() for arm in args.arms.split(",") if arm.strip()]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"There is no arm {unknown[0]!r}: --arms takes {', '.join(ARMS)}, separated by commas.")

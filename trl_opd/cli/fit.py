@@ -120,9 +120,6 @@ def _check(args: FitArguments) -> None:
     for name in COUNTS:
         if type(getattr(args, name)) is not int or getattr(args, name) < 1:
             raise ValueError(f"--{name} must be a whole number above 0, got {getattr(args, name)!r}.")
-    for name in ("use_peft", "load_in_4bit", "json"):
-        if type(getattr(args, name)) is not bool:
-            raise ValueError(f"--{name} must be true or false, got {getattr(args, name)!r}.")
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
         if not isinstance(getattr(args, name), str) or not getattr(args, name).strip():
             raise ValueError(f"--{name} takes a folder or a name on the Hub, got {getattr(args, name)!r}.")

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 MOST_BYTES, MOST_VALUES = 2**16, 2**14
 # Options that take a text, or nothing behind them.
 FLAGS_OF_TEXT = ("resume_from_checkpoint", "fsdp")
+# Options that take texts behind commas, or a list of them.
+LISTS_IN_TEXT = ("arms",)
 
 
 def parse(parser, argv: list[str]):
@@ -84,5 +86,7 @@ def _value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
         return value if float in kinds else str(value)
     if value is True and field.name in FLAGS_OF_TEXT:
         return value
+    if isinstance(value, list) and field.name in LISTS_IN_TEXT:
+        return ",".join(map(str, value))
     wanted = sorted(kind.__name__ for kind in kinds & {bool, int, float, str, list, dict})
     raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {' or '.join(wanted) or 'str'}.")
