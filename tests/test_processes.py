@@ -1,12 +1,15 @@
 """Several processes that see unequal things equal one process, with and without FSDP2, and none waits for another."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from trl_opd.checkpoints import fault
 
 from .tiny import PROMPTS, make_model, make_tokenizer
 
@@ -134,6 +137,45 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+def script(world: Path, out: Path, **changes) -> list[str]:
+    """Return the command that trains on two processes from the command line."""
+    settings = {
+        "model_name_or_path": world / "student",
+        "teacher_model_name_or_path": world / "teacher",
+        "output_dir": out,
+        "use_cpu": "true",
+        "bf16": "false",
+        "gradient_checkpointing": "false",
+        "shuffle_dataset": "false",
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 4,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        **changes,
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [*LAUNCH, str(ROOT / "examples" / "opd.py"), *flags]
+
+
+def test_two_processes_go_on_from_the_newest_whole_checkpoint_to_the_bit(world, tmp_path):
+    """The second process had not written its random state when both were killed."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    settings = {"dataset_name": tmp_path / "prompts.jsonl", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(script(world, whole, **settings), limit=120).returncode == 0
+    shutil.copytree(whole, killed)
+    listed = json.loads((whole / "checkpoint-4" / "opd_complete.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= listed.keys()
+    for name in ("rng_state_1.pth", "opd_complete.json"):
+        (killed / "checkpoint-4" / name).unlink()
+    run = launch(script(world, killed, resume_from_checkpoint="true", **settings), limit=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stderr.count("the run goes on from checkpoint-2") == 1
+    for name in ("model.safetensors", "checkpoint-4/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert fault(killed / "checkpoint-4") is None
+
+
 @pytest.mark.parametrize(
     ("dataset", "sentence"),
     [
@@ -142,21 +184,7 @@ def world(tmp_path_factory) -> Path:
     ],
 )
 def test_an_error_of_one_process_or_of_all_is_one_sentence_and_ends_the_run(world, tmp_path, dataset, sentence):
-    settings = {
-        "model_name_or_path": world / "student",
-        "teacher_model_name_or_path": world / "teacher",
-        "dataset_name": world / dataset,
-        "output_dir": tmp_path / "out",
-        "use_cpu": "true",
-        "bf16": "false",
-        "shuffle_dataset": "false",
-        "per_device_train_batch_size": 2,
-        "max_completion_length": 4,
-        "max_steps": 1,
-        "report_to": "none",
-    }
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    run = launch([*LAUNCH, str(ROOT / "examples" / "opd.py"), *flags], limit=120)
+    run = launch(script(world, tmp_path / "out", dataset_name=world / dataset, max_steps=1), limit=120)
     assert run.returncode == 1
     assert run.stderr.count("trl-opd train: error") == 1, run.stderr[-3000:]
     assert f"trl-opd train: {sentence}" in run.stderr
