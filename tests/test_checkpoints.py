@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl_opd import OPDTrainer, checkpoints, files
 from trl_opd.checkpoints import FILE_NAME, fault, resolve
 from trl_opd.cli import main
+from trl_opd.hub import HubError
 
 from .benchmarks.crash_runs import write_world
 from .test_cli import flags, world  # noqa: F401
@@ -385,14 +386,15 @@ def test_a_journal_with_a_damaged_line_is_named_with_the_line(collected, tmp_pat
     assert f"{journal} is damaged in line 4: remove the file." in capsys.readouterr().err
 
 
-def test_other_errors_while_saving_keep_their_name(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), HubError("Could not push to user/student: refused.")])
+def test_other_errors_while_saving_pass_as_they_are(tmp_path, error):
     trainer = build(tmp_path, **SAVING)
 
     def fail(folder):
-        raise RuntimeError("CUDA error")
+        raise error
 
     trainer._save_optimizer_and_scheduler = fail
-    with pytest.raises(RuntimeError, match="CUDA error"):
+    with pytest.raises(type(error), match=str(error)):
         trainer.train()
     assert "save_to_json" not in vars(trainer.state)
 

@@ -471,3 +471,10 @@ def test_padded_rows_of_the_vocabulary_are_neither_rocks_nor_controls(tmp_path):
         assert controls.matched
         assert controls.ids != [3]
     dataclasses.replace(detect_rocks(stats), controls=None).save(tmp_path / "rocks.json")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(10**30, [3, 1, 0, 2]), (4, [3, 1, 0, 2]), (-(10**30), []), (0, [])])
+def test_a_tokenizer_of_any_size_is_counted(size, expected):
+    measure = MEASURE | {"tokenizer": {"name": "a", "vocab_size": size, "fingerprint": None}}
+    stats = measured((10, 1.0), (10, 2.0), (10, 0.5), (10, 9.0), measure=measure)
+    assert ids(detect_rocks(stats)) == expected

@@ -153,7 +153,9 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+        of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
+        of_system = isinstance(error, OSError) and error.errno is not None  # the Hub's errors are of none
+        if not (of_torch or of_system or isinstance(error, SafetensorError)):
             raise
         whole = newest_complete(folder.parent) if folder.parent.is_dir() else None
         after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."

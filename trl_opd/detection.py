@@ -143,7 +143,7 @@ def _check(
 def _named(stats: TokenStats) -> torch.Tensor:
     """Return which entries the tokenizer has a token for; the rows beyond pad the embedding."""
     known = _tokenizer(stats.measure.get("tokenizer"))["vocab_size"]
-    size = known if isinstance(known, int) else stats.vocab_size
+    size = max(0, min(known, stats.vocab_size)) if isinstance(known, int) else stats.vocab_size  # of whatever size
     return torch.arange(stats.vocab_size) < size
 
 
