@@ -136,7 +136,9 @@ MUTATIONS = [
     Mutation(
         "a checkpoint says that it is whole before its last file is there",
         "checkpoints.py",
-        "        save_state(path)\n        wait()",
+        "        save_state(path)\n"
+        "        wait()  # for what the other processes write: their random states, their shards\n"
+        "        write_complete(folder)",
         "        write_complete(folder)\n        save_state(path)\n        wait()",
         "tests/test_checkpoints.py",
     ),
