@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
-from trl_opd import Controls, OPDConfig, OPDTrainer, RockSet
-from trl_opd.preflight import suppressible, warn_of_float32
+from trl_opd import Controls, LMHead, OPDConfig, OPDTrainer, RockSet, token_weights, weighted_divergence
+from trl_opd.preflight import default_config, suppressible, warn_of_float32
 from trl_opd.vocabulary import fingerprint
 
 from .test_laws import rock_file
@@ -197,3 +197,50 @@ def test_a_student_whose_every_end_is_suppressed_is_warned_of():
     with pytest.warns(UserWarning, match="Every end of a rollout"):
         found = suppressible(SimpleNamespace(_vocab_size=64, eos_token_ids=[70], use_vllm=False), 72)
     assert found == range(64, 72)
+
+
+# What the two public functions refuse
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rock_weight": 1.5}, r"rock_weight must be in \[0, 1\]"),
+        ({"window": -1}, "window counts positions on each side of a rock and cannot be negative, got -1"),
+        ({"window": 1, "token_ids": IDS[0]}, r"A window needs token ids of shape \(B, C\)"),
+        ({"mask": torch.ones(2, 2)}, r"mask has shape \(2, 2\), token ids have \(2, 3\)"),
+        ({"rock_ids": torch.tensor([-1])}, "rock_ids are places in a vocabulary and cannot be negative, got -1"),
+    ],
+)
+def test_weights_of_what_cannot_be_are_a_sentence(changes, sentence):
+    given = {"token_ids": IDS, "rock_ids": torch.tensor([2]), "rock_weight": 0.5} | changes
+    with pytest.raises(ValueError, match=sentence):
+        token_weights(given.pop("token_ids"), given.pop("rock_ids"), **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"student_hidden": torch.ones(2, 3, 4)}, r"takes hidden states of shape \(N, H\) and weights of shape \(N,\)"),
+        ({"weights": torch.ones(2)}, "must describe the same N positions; got 3, 3 and 2"),
+        ({"beta": 1.5}, r"beta must be in \[0, 1\]"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_a_divergence_of_what_cannot_be_is_a_sentence(changes, sentence):
+    given = {"student_hidden": torch.ones(3, 4), "teacher_hidden": torch.ones(3, 4), "weights": torch.ones(3)}
+    given |= {"student_head": LMHead(torch.ones(5, 4)), "teacher_head": LMHead(torch.ones(5, 4))}
+    given |= {"denominator": 1.0, "beta": 1.0, "temperature": 1.0} | changes
+    with pytest.raises(ValueError, match=sentence):
+        weighted_divergence(**given)
+
+
+@pytest.mark.parametrize(
+    "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(_name_or_path="student"))]
+)
+def test_a_trainer_without_a_configuration_writes_to_a_folder_named_after_its_student(monkeypatch, student):
+    monkeypatch.setattr("trl_opd.preflight.OPDConfig", lambda folder: folder)  # whose default is a GPU with bfloat16
+    assert default_config(student) == "student-OPD"
