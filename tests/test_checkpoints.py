@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
+from trl.trainer.utils import RepeatSampler
 
 from trl_opd import OPDTrainer, checkpoints, files
 from trl_opd.checkpoints import FILE_NAME, fault, resolve
 from trl_opd.cli import main
 from trl_opd.hub import HubError
+from trl_opd.rollouts import EpochRepeatSampler
 
 from .benchmarks.crash_runs import write_world
 from .test_cli import flags, world  # noqa: F401
@@ -157,6 +159,34 @@ def test_what_transformers_takes_for_the_newest_leads_to_the_newest_whole_one(co
         assert resolve(newest, copy) == str(copy / "checkpoint-2")
 
 
+def test_a_file_that_was_changed_since_and_has_grown_is_no_sign_of_a_kill(copy):
+    with (copy / "checkpoint-4" / "config.json").open("a") as file:
+        file.write("\n")
+    assert fault(copy / "checkpoint-4") is None
+
+
+def test_a_checkpoint_of_the_model_only_is_taken_with_a_warning(tmp_path):
+    build(tmp_path, save_only_model=True, **SAVING).train()
+    with pytest.warns(UserWarning, match=r"checkpoint-4 holds the model only .*: optimizer and learning rates begin"):
+        assert resolve(True, tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"), [("checkpoint-4", True), ("checkpoint-qwen", False), ("checkpoint-4-b", False), ("run", False)]
+)
+def test_a_folder_is_a_checkpoint_by_its_number(tmp_path, name, is_one):
+    assert checkpoints.is_checkpoint(tmp_path / name) == is_one
+
+
+def test_an_epoch_that_is_cut_short_is_followed_by_another_one():
+    settings = {"data_source": range(50), "mini_repeat_count": 1, "shuffle": True, "seed": 3}
+    trls, ours = RepeatSampler(**settings), EpochRepeatSampler(epoch=lambda: 0, **settings)
+    orders = [list(trls) for _ in range(3)]
+    assert [list(ours) for _ in range(3)] == orders
+    resumed = EpochRepeatSampler(epoch=lambda: 1, **settings)
+    assert [list(resumed) for _ in range(2)] == orders[1:]
+
+
 def test_steps_are_numbers_and_not_names(tmp_path):
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -253,6 +283,29 @@ def test_a_signal_ends_a_training_with_a_sentence_and_the_way_on(world, tmp_path
     assert main(["train", *flags(world, out, resume_from_checkpoint=True, **settings)]) == 0
     assert (out / "model.safetensors").exists()
     assert not temporary(out)
+
+
+FORKED = """
+import os, signal, sys, time
+from trl_opd.cli import _ended_by_sigterm
+with _ended_by_sigterm():
+    child = os.fork()
+    if child == 0:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except BaseException:
+            os._exit(3)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_that_was_forked_is_ended_by_sigterm_as_without_us():
+    """`Pool` and the workers of a reward end theirs so."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["ready", str(-signal.SIGTERM)]
 
 
 # No room
@@ -465,7 +518,7 @@ def test_a_state_is_read_without_running_what_is_in_it_or_refused_in_a_sentence(
     settings |= {"max_steps": 2, "resume_from_checkpoint": True}
     assert main(["train", *flags(world, out, **settings)]) == 1
     error = capsys.readouterr().err
-    told = f"({name}: its {name} is damaged)" if damage in archive else "holds a state that is none"
+    told = f"({name}: its {name} is damaged)" if damage in archive else "holds a file that torch's safe loader refuses"
     assert told.replace(f"({name}", "(checkpoint-1") in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not marker.exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from trl import DistillationConfig
 from trl_opd import OPDConfig
 from trl_opd.cli import COMMANDS, main
 from trl_opd.cli.options import OPD_OPTIONS
+from trl_opd.cli.parsing import parse
+from trl_opd.cli.train import make_parser
 
 from .test_laws import rock_file
 from .tiny import PROMPTS, make_model, make_tokenizer
@@ -220,6 +223,39 @@ def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
     recipe.write_text("no_such_option: 1")
     with pytest.raises(SystemExit):
         parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("resume_from_checkpoint: false", "resume_from_checkpoint", False),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", True),
+        ("max_steps: 100.0", "max_steps", 100),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("run_name: 2026-11-24", "run_name", "2026-11-24"),
+        ("run_name: 7", "run_name", "7"),
+    ],
+)
+def test_a_value_of_a_file_is_of_the_kind_that_its_option_takes(tmp_path, line, name, value):
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{line}\n")
+    _, config, *_ = parse(make_parser(), ["--config", str(tmp_path / "recipe.yaml")])
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+
+
+def test_a_word_that_yaml_reads_as_a_truth_is_told(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
+    assert "YAML reads yes, no, on and off as truths: put them in quotes" in capsys.readouterr().err
+
+
+def test_weights_that_are_a_pointer_are_named_as_such(world, tmp_path, capsys):
+    student = tmp_path / "student"
+    shutil.copytree(world / "student", student)
+    (student / "model.safetensors").unlink()
+    (student / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert main(["train", *flags(world, tmp_path / "out", model_name_or_path=student)]) == 1
+    assert "trl-opd train: error: The folder of student or teacher holds a file that torch" in capsys.readouterr().err
 
 
 def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .files import complete_file
 
 FILE_NAME = "opd_complete.json"
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 FORMAT, VERSION = "trl_opd.checkpoint", 1
 STATES = (".pt", ".pth")  # archives that torch writes
 # How torch words a write that failed, in an error of no particular class.
@@ -30,7 +31,7 @@ TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
-    return Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    return CHECKPOINT.fullmatch(Path(folder).name) is not None
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def completing(trainer, run_dir: str | os.PathLike) -> Iterator[None]:
         (folder / FILE_NAME).unlink(missing_ok=True)  # a step that is done again
         state.save_to_json = save_and_complete
     try:
-        with write_errors(folder):
+        with write_errors(folder, run_dir):
             yield
             if not trainer.args.should_save:
                 wait()
@@ -69,7 +70,7 @@ def write_complete(folder: str | os.PathLike) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name == FILE_NAME or path.name.startswith(f".{FILE_NAME}."):
             continue
-        with open(path, "rb") as file:
+        with open(path, "rb" if os.name == "posix" else "r+b") as file:
             os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
     with complete_file(folder / FILE_NAME) as part:
@@ -77,7 +78,10 @@ def write_complete(folder: str | os.PathLike) -> None:
 
 
 def fault(folder: str | os.PathLike) -> str | None:
-    """Return what a checkpoint lacks, or `None` when it is whole."""
+    """Return what a checkpoint lacks, or `None` when it is whole.
+
+    A kill leaves files that are cut or missing. One that has grown was changed by somebody since.
+    """
     folder = Path(folder)
     if not (folder / FILE_NAME).is_file():
         return f"it has no {FILE_NAME}, so its saving was not finished"
@@ -92,7 +96,7 @@ def fault(folder: str | os.PathLike) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"its {name} is gone"
-        if path.stat().st_size != size:
+        if path.stat().st_size < size:
             return f"its {name} has {path.stat().st_size} of {size} bytes"
         if path.suffix in STATES and not zipfile.is_zipfile(path):
             return f"its {name} is damaged"
@@ -126,26 +130,39 @@ def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike)
             raise ValueError(
                 f"There is no checkpoint in {run_dir} to go on from: begin without resume_from_checkpoint."
             )
-        return str(_newest_of(found, run_dir))
+        return _told(_newest_of(found, run_dir))
     folder = Path(resume)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint {folder}: no such folder.")
     if (reason := fault(folder)) is None:
-        return str(folder)
+        return _told(folder)
     if found and folder.resolve() == found[0].resolve() and newest_complete(run_dir):
-        return str(_newest_of(found, run_dir))
+        return _told(_newest_of(found, run_dir))
     if (folder / FILE_NAME).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
-        raise ValueError(f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew.")
+        raise ValueError(
+            f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew; if you changed it "
+            f"yourself, remove its {FILE_NAME} and name it again."
+        )
     warnings.warn(
         f"The checkpoint {folder} has no {FILE_NAME}, as if another trainer had written it: whether it is whole cannot "
         "be told.",
         stacklevel=3,
     )
+    return _told(folder)
+
+
+def _told(folder: Path) -> str:
+    """Return a checkpoint to go on from; warn where it holds the model only."""
+    # DeepSpeed and FSDP keep optimizers in folders.
+    if not (folder / SCHEDULER_NAME).is_file() and not any(path.is_dir() for path in folder.iterdir()):
+        warnings.warn(
+            f"{folder} holds the model only (save_only_model): optimizer and learning rates begin anew.", stacklevel=4
+        )
     return str(folder)
 
 
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
+def write_errors(folder: Path, run_dir: str | os.PathLike) -> Iterator[None]:
     """Turn the errors of writing a folder (full disk, no permission), of several classes, into one `OSError`.
 
     Errors of anything else pass unchanged.
@@ -157,7 +174,7 @@ def write_errors(folder: Path) -> Iterator[None]:
         of_system = isinstance(error, OSError) and error.errno is not None  # the Hub's errors are of none
         if not (of_torch or of_system or isinstance(error, SafetensorError)):
             raise
-        whole = newest_complete(folder.parent) if folder.parent.is_dir() else None
+        whole = newest_complete(run_dir)
         after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."
         reason = " ".join(str(error).split()).rstrip(".")
         raise OSError(f"{folder} cannot be written: {reason:.300}.{after}") from error
@@ -171,7 +188,9 @@ def read_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":  # by its name, since nothing here is to import pickle
             raise
-        raise ValueError(f"{what} holds a state that is none, and that could run code when it is read.") from error
+        raise ValueError(
+            f"{what} holds a file that torch's safe loader refuses: it is cut, a pointer of git-lfs, or would run code."
+        ) from error
 
 
 def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
@@ -180,7 +199,8 @@ def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
     if whole is None:
         raise ValueError(
             f"No checkpoint in {run_dir} is whole ({found[0].name}: {fault(found[0])}). Begin without "
-            "resume_from_checkpoint; one of another trainer can be named by its folder."
+            "resume_from_checkpoint; one of another trainer can be named by its folder, one that you changed yourself "
+            f"when its {FILE_NAME} is removed."
         )
     if whole != found[0]:
         warnings.warn(f"{found[0]} is not whole ({fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4)
@@ -193,7 +213,7 @@ def _checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     folders = run_dir.iterdir() if run_dir.is_dir() else ()
     steps = {}
     for folder in folders:
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        match = CHECKPOINT.fullmatch(folder.name)
         if match and folder.is_dir():
             steps[int(match[1])] = folder
     return [steps[step] for step in sorted(steps, reverse=True)]

@@ -33,7 +33,7 @@ def save_student(trainer, folder: str | os.PathLike | None, save: Callable[[str]
     if not trainer.args.should_save or is_checkpoint(folder):
         save(str(folder))
         return
-    with write_errors(folder):
+    with write_errors(folder, folder):
         with complete_files(folder) as part:
             if (folder / CARD).is_file():  # PEFT adds to it
                 shutil.copy(folder / CARD, part)

@@ -26,18 +26,20 @@ class EpochRepeatSampler(RepeatSampler):
     prompts of epoch 1 again. Uninterrupted, the two are the same.
 
     Args:
-        epoch (`Callable[[], int]`): Returns the number of epochs that are complete.
+        epoch (`Callable[[], int]`): Returns the number of epochs that are complete when the first one is drawn.
         **kwargs: As [`trl.trainer.utils.RepeatSampler`] has them.
     """
 
     def __init__(self, *, epoch: Callable[[], int], **kwargs):
         super().__init__(**kwargs)
-        self._epoch = epoch
+        self._complete, self._epoch = epoch, None
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
+            # From then on it is the next one each time, also after an epoch that was cut short.
+            self._epoch = self._complete() if self._epoch is None else self._epoch + 1
             self.generator.manual_seed(self.seed)
-            for _ in range(self._epoch()):
+            for _ in range(self._epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
 

@@ -71,7 +71,7 @@ class RunRecord:
             part.write_text(json.dumps(self.describe(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def write_results(self) -> None:
-        """Write record, rock set and statistics of the whole run to the output folder. A collective.
+        """Write record, rock set and statistics (since the run began or went on) to the output folder. A collective.
 
         What cannot be written is a warning: the student is still to be saved.
         """

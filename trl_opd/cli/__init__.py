@@ -91,8 +91,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    owner = os.getpid()
+
     def end(*_):
-        raise Terminated
+        if os.getpid() == owner:
+            raise Terminated
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a process that was forked ends as it would without us
+        os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

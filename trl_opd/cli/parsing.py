@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from datetime import date
 from typing import Any, get_args, get_origin, get_type_hints
 
 # A recipe is a page. Anchors let a page stand for more values than a memory holds, so they are counted unfolded.
@@ -84,9 +85,14 @@ def _value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
         return value
     if type(value) in (int, float) and kinds & {float, str}:
         return value if float in kinds else str(value)
-    if value is True and field.name in FLAGS_OF_TEXT:
+    if field.name in FLAGS_OF_TEXT and isinstance(value, (bool, list)):
         return value
+    if isinstance(value, float) and int in kinds and value.is_integer():
+        return int(value)
+    if isinstance(value, date) and str in kinds:
+        return value.isoformat()
     if isinstance(value, list) and field.name in LISTS_IN_TEXT:
         return ",".join(map(str, value))
     wanted = sorted(kind.__name__ for kind in kinds & {bool, int, float, str, list, dict})
-    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {' or '.join(wanted) or 'str'}.")
+    why = " (YAML reads yes, no, on and off as truths: put them in quotes)" if isinstance(value, bool) else ""
+    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {' or '.join(wanted) or 'str'}{why}.")

@@ -78,7 +78,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     set_init_kwargs(training_args, model_args)
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args)
     resume = training_args.resume_from_checkpoint
-    with readable(script_args.dataset_name), read_errors("The checkpoint to go on from"):
+    with readable(script_args.dataset_name), read_errors("The folder of student or teacher"):
         trainer = OPDTrainer(
             model=model_args.model_name_or_path,
             teacher_model=training_args.teacher_model_name_or_path,
@@ -90,7 +90,8 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
             callbacks=[RolloutSamples(SAMPLES)],
         )
         trainer.run_record.dataset_name = script_args.dataset_name
-        trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+        with read_errors("The checkpoint to go on from"):
+            trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if training_args.push_to_hub:  # saves, too
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     else:
