@@ -260,19 +260,26 @@ def test_killed_runs_go_on_and_end_equal_to_the_bit():
 )
 def test_a_signal_ends_a_training_with_a_sentence_and_the_way_on(world, tmp_path, capsys, number, word, code):  # noqa: F811
     out = tmp_path / "out"
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 400}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4000}
 
     def send():
         until = time.monotonic() + 60
         while not (out / "checkpoint-2" / FILE_NAME).exists() and time.monotonic() < until:
             time.sleep(0.01)
-        os.kill(os.getpid(), number)
+        # Python loses an exception of a handler that runs within a destructor; who asks, asks again.
+        while not ended.is_set():
+            os.kill(os.getpid(), number)
+            ended.wait(10)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
     sender = threading.Thread(target=send)
     sender.start()
-    assert main(["train", *flags(world, out, **settings)]) == code
+    try:
+        found = main(["train", *flags(world, out, **settings)])
+    finally:
+        ended.set()
     sender.join()
+    assert found == code
     error = capsys.readouterr().err
     assert f"trl-opd train: {word}: its checkpoints are kept, and --resume_from_checkpoint goes on" in error
     assert "Traceback" not in error
