@@ -22,14 +22,14 @@ import yaml
 from safetensors.torch import save
 
 from trl_opd import RockSet, TokenSignals, TokenStats, detect_rocks, mass_matched_controls, token_weights
+from trl_opd.artefacts.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, write_occurrences
+from trl_opd.artefacts.sampled_rollouts import FILE_NAME, SCHEMA, join_parts, write_part
+from trl_opd.artefacts.token_stats import COUNTS, FORMAT, SUMS
 from trl_opd.cli import detect
+from trl_opd.cli.models import make_parser
 from trl_opd.cli.parsing import parse
-from trl_opd.cli.train import make_parser
-from trl_opd.gradients import read_rollouts
-from trl_opd.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, write_occurrences
 from trl_opd.report.build import write_report
-from trl_opd.rollout_file import FILE_NAME, SCHEMA, join_parts, write_part
-from trl_opd.token_stats import COUNTS, FORMAT, SUMS
+from trl_opd.studies.gradients import read_rollouts
 
 from .file_mutations import NUMBERS, REALS, mutated_json, mutated_safetensors, mutated_yaml
 from .parquet_mutations import field, footer_of, mutated_parquet, pages_of, with_footer, with_page

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_opd.occurrences import write_occurrences
+from trl_opd.artefacts.occurrences import write_occurrences
 
 KINDS = ("rock", "scattered", "learned", "rare", "common")
 OCCURRENCES = {"rock": 80, "scattered": 80, "learned": 80, "rare": 6, "common": 600}

@@ -14,9 +14,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import AccuracyCallback, Controls, OPDTrainer, RockSet, RolloutSamples
+from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.cli import main
-from trl_opd.rock_set import Rock
-from trl_opd.vocabulary import fingerprint
+from trl_opd.rocks.rock_set import Rock
 
 from .hub_server import TOKEN, HubServer
 from .test_push import WRONG

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from trl_opd import OPDTrainer, TokenStats
-from trl_opd.batching import completions_of, is_truncated, locate, loss_mask, tight_micro_batches
-from trl_opd.divergence import score
-from trl_opd.figures import FigureSums
-from trl_opd.finite import FiniteGuard
-from trl_opd.records import LMHead
+from trl_opd.loss.divergence import score
+from trl_opd.loss.lm_head import LMHead
+from trl_opd.rollouts.batches import completions_of, is_truncated, locate, loss_mask, tight_micro_batches
+from trl_opd.training.finite import FiniteGuard
+from trl_opd.training.metrics import FigureSums
 
 from . import reference
 from .test_laws import rock_file

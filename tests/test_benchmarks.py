@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_opd import opd_trainer, scoring
-from trl_opd.context import ContextSettings
+from trl_opd import opd_trainer
+from trl_opd.rocks.recurrence import ContextSettings
+from trl_opd.training import model_pair as scoring
 
 from .benchmarks import (
     detection,

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from trl_opd.publishing import write_card
 from trl_opd.report.card import render_card
-from trl_opd.rock_set import Controls, Rock, RockSet
+from trl_opd.rocks.rock_set import Controls, Rock, RockSet
+from trl_opd.saving.student import write_card
 
 HOSTILE = (
     "<script>alert(1)</script>",

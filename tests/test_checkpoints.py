@@ -18,11 +18,13 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
-from trl_opd import OPDTrainer, checkpoints, files
-from trl_opd.checkpoints import FILE_NAME, fault, resolve
+from trl_opd import OPDTrainer
+from trl_opd.artefacts import atomic as files
+from trl_opd.artefacts.hub import HubError
 from trl_opd.cli import main
-from trl_opd.hub import HubError
-from trl_opd.rollouts import EpochRepeatSampler
+from trl_opd.rollouts.data_order import EpochRepeatSampler
+from trl_opd.saving import checkpoints
+from trl_opd.saving.checkpoints import FILE_NAME, fault, resolve
 
 from .benchmarks.crash_runs import write_world
 from .test_cli import flags, world  # noqa: F401
@@ -437,7 +439,7 @@ def test_a_journal_that_was_cut_begins_anew_and_one_of_others_stays(collected, t
 
 def test_a_journal_with_a_damaged_line_is_named_with_the_line(collected, tmp_path, capsys, monkeypatch):
     journal = tmp_path / ".k.json.journal.jsonl"
-    monkeypatch.setattr("trl_opd.probe.Probe.close", lambda probe: None)
+    monkeypatch.setattr("trl_opd.studies.probe.Probe.close", lambda probe: None)
     assert main(commands(collected, tmp_path)["probe"]) == 0
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join([*lines[:3], '["token 60", 0]', *lines[4:]]) + "\n")

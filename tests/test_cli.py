@@ -16,9 +16,9 @@ from trl import DistillationConfig
 
 from trl_opd import OPDConfig
 from trl_opd.cli import COMMANDS, main
+from trl_opd.cli.models import make_parser
 from trl_opd.cli.options import OPD_OPTIONS
 from trl_opd.cli.parsing import parse
-from trl_opd.cli.train import make_parser
 
 from .test_laws import rock_file
 from .tiny import PROMPTS, make_model, make_tokenizer
@@ -210,7 +210,8 @@ def test_a_recipe_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, capsys, 
 
 
 def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
-    from trl_opd.cli.train import make_parser, parse
+    from trl_opd.cli.models import make_parser
+    from trl_opd.cli.train import parse
 
     monkeypatch.setenv("OPD_TEST", "before")
     recipe = tmp_path / "recipe.yaml"
@@ -279,7 +280,8 @@ def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_into_the_options_it_names(recipe, tmp_path):
-    from trl_opd.cli.train import make_parser, parse
+    from trl_opd.cli.models import make_parser
+    from trl_opd.cli.train import parse
 
     on_this_machine = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
     script_args, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])

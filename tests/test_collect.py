@@ -16,10 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from trl_opd import TokenSignals
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.artefacts.occurrences import Occurrences
 from trl_opd.cli import main
-from trl_opd.collect import Collector
-from trl_opd.occurrences import Occurrences
-from trl_opd.vocabulary import fingerprint
+from trl_opd.studies.collect import Collector
 
 from . import reference
 from .test_models import save

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opd.context import BLOCK, ContextSettings, measure_types, threshold
-from trl_opd.corpus import NO_TOKEN, Corpus
-from trl_opd.cutoff import jaccard, ranked, sweep_cutoffs
-from trl_opd.families import FAMILIES, family_of
-from trl_opd.selection import select_rocks
+from trl_opd.rocks.corpus import NO_TOKEN, Corpus
+from trl_opd.rocks.cutoff import jaccard, ranked, sweep_cutoffs
+from trl_opd.rocks.families import FAMILIES, family_of
+from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.recurrence import BLOCK, ContextSettings, measure_types, threshold
 
 from . import reference
 from .planted import EACH, make_world, save_world
@@ -70,7 +70,7 @@ def test_the_filter_equals_the_definition_pair_by_pair(data):
 
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_types_of_many_sizes_share_blocks_and_large_ones_are_cut_into_several(window, monkeypatch):
-    monkeypatch.setattr("trl_opd.context.BLOCK", 500)
+    monkeypatch.setattr("trl_opd.rocks.recurrence.BLOCK", 500)
     rng = np.random.default_rng(0)
     shares = np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.02, 0.02, 0.01])
     rows = [
@@ -206,7 +206,7 @@ def test_without_a_reference_student_the_learned_are_told_by_how_few_of_them_are
 def test_count_times_mean_divergence_gives_the_authors_order_and_scores(tmp_path):
     import csv
 
-    from trl_opd.occurrences import write_occurrences
+    from trl_opd.artefacts.occurrences import write_occurrences
 
     with AUTHORS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["group"] == "rock"]

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from trl_opd import OPDConfig
-from trl_opd.continuous_batching import engine_config
+from trl_opd.rollouts.continuous_batching import engine_config
 
 from . import test_opd_trainer as base
 from .test_models import FOUR_BIT, save

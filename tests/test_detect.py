@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_opd import RockSet
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.artefacts.occurrences import SCHEMA, Occurrences, write_occurrences
 from trl_opd.cli import detect, main
-from trl_opd.context import ContextSettings
-from trl_opd.corpus import halves, read_selection
 from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
-from trl_opd.occurrences import SCHEMA, Occurrences, write_occurrences
-from trl_opd.selection import select_rocks
+from trl_opd.rocks.corpus import halves, read_selection
+from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.recurrence import ContextSettings
 from trl_opd.statistics import ratio_interval
-from trl_opd.vocabulary import fingerprint
 
 from .planted import EACH, make_world, save_world
 from .tiny import make_tokenizer
@@ -363,7 +363,7 @@ def test_a_file_that_cannot_be_is_a_sentence_and_nothing_is_written(table, messa
 
 
 def test_the_row_is_counted_over_batches(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_opd.occurrences.BATCH_ROWS", 3)
+    monkeypatch.setattr("trl_opd.artefacts.occurrences.BATCH_ROWS", 3)
     for table, message in (
         (changed(**with_value("kl", 7, np.nan)), "row 7 has kl nan"),
         (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) stands twice"),

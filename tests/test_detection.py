@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_opd import Controls, RockSet, TokenSignals, TokenStats, detect_rocks, mass_matched_controls
-from trl_opd.detection import with_texts
+from trl_opd.rocks.controls import with_texts
 
 MEASURE = {"divergence": "reverse_kl", "temperature": 1.0, "student": "last", "teacher": "a/teacher"}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trl_opd import OPDTrainer
-from trl_opd.batching import loss_mask
-from trl_opd.vocabulary import turn_end, warn_of_other_ends
+from trl_opd.models.vocabulary import turn_end, warn_of_other_ends
+from trl_opd.rollouts.batches import loss_mask
 
 from .tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
 

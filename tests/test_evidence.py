@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trl_opd.evidence import (
+from trl_opd.statistics import (
     ALPHA,
     LEAST_EFFECT,
     benjamini_hochberg,

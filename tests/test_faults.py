@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import OPDConfig, OPDTrainer
-from trl_opd.preflight import warn_of_one_process
+from trl_opd.training.preflight import warn_of_one_process
 
 from . import reference
 from .test_laws import make_inputs

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opd import LMHead, fused_divergence, weighted_divergence
-from trl_opd.divergence import _by_trl
-from trl_opd.fused_divergence import MAX_ROWS, FusedDivergence, _rows_of_a_chunk
+from trl_opd import LMHead, weighted_divergence
+from trl_opd.loss import fused as fused_divergence
+from trl_opd.loss.divergence import _by_trl
+from trl_opd.loss.fused import MAX_ROWS, FusedDivergence, _rows_of_a_chunk
 
 from . import reference
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_opd import RockSet
 from trl_opd.cli import main
-from trl_opd.gradients import GradientSums, choose_types, logit_gradient, matched_rows
+from trl_opd.loss.logits import logit_gradient
+from trl_opd.studies.gradients import GradientSums, choose_types, matched_rows
 
 from . import reference
 from .test_models import save

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import LFS_BYTES, TOKEN, HubServer
-from trl_opd.hub import HubError, hub_errors, redact
-from trl_opd.rock_set import FILE_NAME, Controls, Rock, RockSet
+from trl_opd.artefacts.hub import HubError, hub_errors, redact
+from trl_opd.rocks.rock_set import FILE_NAME, Controls, Rock, RockSet
 
 WRONG = "hf_" + "NotTheRightOne" * 2
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_opd.knockout import Job, Sampling, baseline_jobs, decode, gumbel, knockout_jobs
+from trl_opd.studies.knockout import Job, Sampling, baseline_jobs, decode, gumbel, knockout_jobs
 
 from .tiny import PROMPTS, make_model, make_tokenizer
 

@@ -17,7 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.scripts.vllm_serve import ScriptArguments
 
 from trl_opd import OPDConfig
-from trl_opd.model_shape import shape_of
+from trl_opd.models.shape import shape_of
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "examples" / "launch"

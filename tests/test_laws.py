@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import LMHead, OPDConfig, OPDTrainer, Rock, RockSet, token_weights, weighted_divergence
-from trl_opd._trl import lm_head, logit_scale
+from trl_opd.loss.lm_head import lm_head, logit_scale
 
 from . import reference
 from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model

@@ -20,10 +20,11 @@ from transformers import (
 )
 from trl.kernels import chunked_divergence
 
-from trl_opd import memory, teacher_phase
 from trl_opd.cli import fit, main
-from trl_opd.memory import GIB, Setup, cheaper, parse_gigabytes, peak, phases
-from trl_opd.model_shape import quantization_constants, read_shape, shape_of, weight_bytes
+from trl_opd.models import memory_plan as memory
+from trl_opd.models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+from trl_opd.models.shape import quantization_constants, read_shape, shape_of, weight_bytes
+from trl_opd.training import teacher_states as teacher_phase
 
 from .tiny import make_model
 

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDTrainer
-from trl_opd.merging import replace_by_merged
-from trl_opd.teacher import make_readable
+from trl_opd.models.quantised import make_readable
+from trl_opd.saving.merging import replace_by_merged
 
 from .tiny import make_config, make_dataset, make_model
 

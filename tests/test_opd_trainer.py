@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDTrainer
-from trl_opd.teacher import keep_4bit_layout
+from trl_opd.models.quantised import keep_4bit_layout
 
 from . import reference
 from .test_laws import loss_and_gradient, make_inputs, rock_file

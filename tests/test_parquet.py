@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trl_opd.occurrences import Occurrences, read_prompts
-from trl_opd.parquet import open_parquet
+from trl_opd.artefacts.occurrences import Occurrences, read_prompts
+from trl_opd.artefacts.parquet import open_parquet
 
 from .hostile_files import good_files, large_files
 from .parquet_mutations import BINARY, I32, field, footer_of, pages_of, with_footer, with_page
@@ -33,8 +33,8 @@ def refused(path) -> str:
 @pytest.mark.parametrize("content", range(len(good_files("occurrences"))))
 def test_pages_of_every_codec_and_version_are_counted(tmp_path, content, monkeypatch):
     path = write(tmp_path, good_files("occurrences")[content])
-    monkeypatch.setattr("trl_opd.parquet.MOST_UNFOLDED", 7 * 192 * 4 - 1)
-    monkeypatch.setattr("trl_opd.parquet.MOST_TIMES", 0)
+    monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 7 * 192 * 4 - 1)
+    monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_TIMES", 0)
     with pytest.raises(ValueError, match=r"would unfold from \d+ bytes to \d+: no measurement") as caught:
         open_parquet(path)
     assert int(str(caught.value).split(" to ")[1].split(":")[0]) < 3 * 7 * 192 * 4
@@ -58,7 +58,7 @@ def test_prompts_that_repeat_for_ever_are_refused(tmp_path, place, reason):
 
 
 def test_a_large_file_of_different_values_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_opd.parquet.MOST_UNFOLDED", 1000)
+    monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 1000)
     values = np.random.default_rng(0).random(10_000, dtype=np.float32)
     pq.write_table(pa.table({"kl": values}), tmp_path / "a.parquet", compression="zstd")
     assert open_parquet(tmp_path / "a.parquet").metadata.num_rows == 10_000

@@ -13,14 +13,16 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from trl_opd.cutoff import Sweep
-from trl_opd.gradient_study import Study
-from trl_opd.report import canvas, evidence_plots, run_plots
-from trl_opd.report.canvas import save_png, to_svg
-from trl_opd.report.evidence_plots import plot_forest, plot_gradients
-from trl_opd.report.rock_plots import plot_before_after, plot_families, plot_funnel, plot_sweep
-from trl_opd.report.run_plots import plot_accuracy, plot_arms, plot_curves, plot_divergence, plot_phases
-from trl_opd.report.svg import inline_svg
+from trl_opd.artefacts.gradient_table import Study
+from trl_opd.report.plots import canvas
+from trl_opd.report.plots import evidence as evidence_plots
+from trl_opd.report.plots import runs as run_plots
+from trl_opd.report.plots.canvas import save_png, to_svg
+from trl_opd.report.plots.evidence import plot_forest, plot_gradients
+from trl_opd.report.plots.rocks import plot_before_after, plot_families, plot_funnel, plot_sweep
+from trl_opd.report.plots.runs import plot_accuracy, plot_arms, plot_curves, plot_divergence, plot_phases
+from trl_opd.report.plots.svg import inline_svg
+from trl_opd.rocks.cutoff import Sweep
 
 # Nothing that a plot does may reach its user as a warning; those of Matplotlib's own dependencies no user sees.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from trl_opd import OPDConfig, Rock, RockSet
 from trl_opd.cli import main
 from trl_opd.cli import probe as command
-from trl_opd.knockout import Sampling
-from trl_opd.preflight import load_rock_set
-from trl_opd.probe import Probe, arms_of, evaluate, tokenize
-from trl_opd.rewards import exact_match, last_number, reward_completions
-from trl_opd.rock_set import Controls
+from trl_opd.rocks.rock_set import Controls
+from trl_opd.studies.effects import arms_of, evaluate
+from trl_opd.studies.knockout import Sampling
+from trl_opd.studies.probe import Probe, tokenize
+from trl_opd.studies.rewards import exact_match, last_number, reward_completions
+from trl_opd.training.position_weights import load_rock_set
 
 from .test_models import save
 from .tiny import PROMPTS, config_kwargs, make_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trl_opd.checkpoints import fault
+from trl_opd.saving.checkpoints import fault
 
 from .tiny import PROMPTS, make_model, make_tokenizer
 

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl_opd import OPDTrainer
 from trl_opd.cli import main
 from trl_opd.cli.probe import _require_fit
-from trl_opd.prompts import require_prompt, tokens_of
+from trl_opd.rollouts.prompts import require_prompt, tokens_of
 
 from .test_cli import flags
 from .tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_opd import Controls, Rock, RockSet, TokenStats, token_weights
-from trl_opd.corpus import NO_TOKEN, Corpus
-from trl_opd.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, read_prompts, write_occurrences
+from trl_opd.artefacts.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, read_prompts, write_occurrences
+from trl_opd.rocks.corpus import NO_TOKEN, Corpus
 
 from . import reference
 from .test_token_stats import MEASURE, V, assert_sums, positions, slow_sums, stats_of

@@ -12,8 +12,8 @@ from transformers import ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import Controls, LMHead, OPDConfig, OPDTrainer, RockSet, token_weights, weighted_divergence
-from trl_opd.preflight import default_config, suppressible, warn_of_float32
-from trl_opd.vocabulary import fingerprint
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.training.preflight import default_config, suppressible, warn_of_float32
 
 from .test_laws import rock_file
 from .tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
@@ -242,5 +242,7 @@ def test_a_divergence_of_what_cannot_be_is_a_sentence(changes, sentence):
     "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(_name_or_path="student"))]
 )
 def test_a_trainer_without_a_configuration_writes_to_a_folder_named_after_its_student(monkeypatch, student):
-    monkeypatch.setattr("trl_opd.preflight.OPDConfig", lambda folder: folder)  # whose default is a GPU with bfloat16
+    monkeypatch.setattr(
+        "trl_opd.training.preflight.OPDConfig", lambda folder: folder
+    )  # whose default is a GPU with bfloat16
     assert default_config(student) == "student-OPD"

@@ -18,20 +18,21 @@ import torch
 from peft import LoraConfig
 
 from trl_opd import AccuracyCallback, OPDTrainer, RockSet, RolloutSamples, TokenSignals, TokenStats
+from trl_opd.artefacts.gradient_table import read_gradients
+from trl_opd.artefacts.occurrences import PROMPT_SCHEMA, Occurrences, write_occurrences
+from trl_opd.artefacts.sampled_rollouts import FILE_NAME, join_parts, keep_up_to, write_part
 from trl_opd.cli import main
-from trl_opd.families import family_of
-from trl_opd.occurrences import PROMPT_SCHEMA, Occurrences, write_occurrences
-from trl_opd.report import rollouts as shown_rollouts
 from trl_opd.report.blocks import Facts, Note, Plot, Rollouts, Section, Table
 from trl_opd.report.build import write_report
 from trl_opd.report.contents import read_contents
-from trl_opd.report.evidence_section import MOST_ARMS, arm_results, evidence, read_gradients
-from trl_opd.report.rock_section import MOST_ROCKS, find_types, rocks
-from trl_opd.report.rollout_section import rollouts
-from trl_opd.report.run_section import run_facts, training, what_was_run
+from trl_opd.report.sections import rollouts as shown_rollouts
+from trl_opd.report.sections.evidence import MOST_ARMS, arm_results, evidence
+from trl_opd.report.sections.rocks import MOST_ROCKS, find_types, rocks
+from trl_opd.report.sections.rollouts import rollouts
+from trl_opd.report.sections.run import run_facts, training, what_was_run
 from trl_opd.report.token_types import TokenTypes, kind_means, of_windows
-from trl_opd.rock_set import Controls
-from trl_opd.rollout_file import FILE_NAME, join_parts, keep_up_to, write_part
+from trl_opd.rocks.families import family_of
+from trl_opd.rocks.rock_set import Controls
 
 from .planted import make_world, save_world
 from .test_accuracy import Seen, problems
@@ -560,7 +561,7 @@ def test_the_sweep_is_the_one_that_chose_the_cutoff_else_coverage_alone(collecti
 
 
 def test_a_collection_with_its_tokenizer_has_names_and_prompts(collection, tokenizer, tmp_path):
-    from trl_opd.vocabulary import fingerprint
+    from trl_opd.artefacts.fingerprint import fingerprint
 
     shutil.copytree(collection, tmp_path / "c")
     tokenizer.save_pretrained(tmp_path / "c")
@@ -673,7 +674,7 @@ def test_of_many_rocks_and_knockouts_the_first_and_the_ends_are_listed_and_it_sa
 
 
 def test_what_probe_and_gradients_really_write_can_be_read(tmp_path):
-    from trl_opd.gradient_study import Study, write_table
+    from trl_opd.artefacts.gradient_table import Study, write_table
 
     class Names:
         def decode(self, ids):

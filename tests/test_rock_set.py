@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trl_opd import Controls, Rock, RockSet
-from trl_opd.rock_set import FILE_NAME, MAX_BYTES
-from trl_opd.vocabulary import fingerprint
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.rocks.rock_set import FILE_NAME, MAX_BYTES
 
 FILE = {
     "format": "trl_opd.rock_set",

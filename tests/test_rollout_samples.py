@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import DistillationTrainer
 
 from trl_opd import OPDTrainer, RolloutSamples
-from trl_opd.rollout_file import FILE_NAME, PARTS, SCHEMA, files_of, read_metadata
+from trl_opd.artefacts.sampled_rollouts import FILE_NAME, PARTS, SCHEMA, files_of, read_metadata
 
 from .test_laws import rock_file
 from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model

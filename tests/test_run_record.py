@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from trl_opd import OPDTrainer, RockSet, TokenStats
-from trl_opd.report.reading import read_run
+from trl_opd.artefacts.run_files import read_run
 
 from .test_laws import rock_file
 from .tiny import make_config, make_dataset, make_model

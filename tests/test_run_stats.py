@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from trl_opd import Controls, OPDTrainer, TokenStats
-from trl_opd.run_stats import describe_measure
-from trl_opd.vocabulary import fingerprint
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.training.model_pair import describe_measure
 
 from .test_laws import rock_file
 from .test_runs import ROCKS, measured, record

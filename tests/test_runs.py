@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
-from trl_opd import Controls, OPDTrainer, fused_divergence
-from trl_opd.figures import repetition
-from trl_opd.weighting import random_weights
+from trl_opd import Controls, OPDTrainer
+from trl_opd.loss import fused as fused_divergence
+from trl_opd.loss.weights import random_weights
+from trl_opd.training.metrics import repetition
 
 from . import reference
 from .test_laws import rock_file

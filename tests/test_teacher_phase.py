@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 
-from trl_opd import OPDConfig, OPDTrainer, teacher_phase
-from trl_opd.batching import left_aligned, length_groups
-from trl_opd.parking import Parking
+from trl_opd import OPDConfig, OPDTrainer
+from trl_opd.models.parking import Parking
+from trl_opd.rollouts.batches import left_aligned, length_groups
+from trl_opd.training import teacher_states as teacher_phase
 
 from . import reference
 from . import test_opd_trainer as base

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trl_opd import TokenSignals, TokenStats
-from trl_opd.run_stats import RunStats
+from trl_opd.training.token_sums import RunStats
 
 V = 5
 MEASURE = {

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from trl_opd.vocabulary import fingerprint, require_same_vocabulary
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.models.vocabulary import require_same_vocabulary
 
 
 def tokenizer_of(vocab: dict[str, int], name: str = "") -> PreTrainedTokenizerFast:

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "AccuracyCallback": "accuracy",
-    "Controls": "rock_set",
-    "LMHead": "records",
+    "AccuracyCallback": "studies.accuracy",
+    "Controls": "rocks.rock_set",
+    "LMHead": "loss.lm_head",
     "OPDConfig": "opd_config",
     "OPDTrainer": "opd_trainer",
-    "Rock": "rock_set",
-    "RockSet": "rock_set",
-    "RolloutSamples": "rollout_samples",
-    "TokenSignals": "records",
-    "TokenStats": "token_stats",
-    "detect_rocks": "detection",
-    "mass_matched_controls": "detection",
-    "token_weights": "weighting",
-    "weighted_divergence": "divergence",
+    "Rock": "rocks.rock_set",
+    "RockSet": "rocks.rock_set",
+    "RolloutSamples": "training.rollout_samples",
+    "TokenSignals": "loss.signals",
+    "TokenStats": "artefacts.token_stats",
+    "detect_rocks": "rocks.from_statistics",
+    "mass_matched_controls": "rocks.controls",
+    "token_weights": "loss.weights",
+    "weighted_divergence": "loss.divergence",
 }
 __all__ = [
     "AccuracyCallback",
@@ -42,16 +42,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .accuracy import AccuracyCallback
-    from .detection import detect_rocks, mass_matched_controls
-    from .divergence import weighted_divergence
+    from .artefacts.token_stats import TokenStats
+    from .loss.divergence import weighted_divergence
+    from .loss.lm_head import LMHead
+    from .loss.signals import TokenSignals
+    from .loss.weights import token_weights
     from .opd_config import OPDConfig
     from .opd_trainer import OPDTrainer
-    from .records import LMHead, TokenSignals
-    from .rock_set import Controls, Rock, RockSet
-    from .rollout_samples import RolloutSamples
-    from .token_stats import TokenStats
-    from .weighting import token_weights
+    from .rocks.controls import mass_matched_controls
+    from .rocks.from_statistics import detect_rocks
+    from .rocks.rock_set import Controls, Rock, RockSet
+    from .studies.accuracy import AccuracyCallback
+    from .training.rollout_samples import RolloutSamples
 
 
 def __getattr__(name: str):

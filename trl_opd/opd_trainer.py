@@ -21,24 +21,27 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
-from . import checkpoints, preflight, publishing, rollouts
-from ._trl import output_rows
-from .arm import Arm
-from .batching import completions_of, locate, tight_micro_batches
-from .continuous_batching import generate_continuously
-from .figures import FigureSums
-from .finite import FiniteGuard, name_the_sampling_student
-from .hub import hub_errors
+from .artefacts.hub import hub_errors
+from .artefacts.token_stats import TokenStats
+from .loss.lm_head import output_rows
+from .models.quantised import make_readable
+from .models.teacher import check_teacher_vocabulary, load_teacher, place_teacher
 from .opd_config import OPDConfig
-from .phases import PhaseClock
-from .prompts import require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
-from .run_occurrences import RunOccurrences
-from .run_record import RunRecord
-from .run_stats import RunStats, describe_measure
-from .scoring import weighted_loss
-from .teacher import check_teacher_vocabulary, load_teacher, make_readable, place_teacher
-from .teacher_phase import TeacherPhase
-from .token_stats import TokenStats
+from .rollouts import sampling as rollouts
+from .rollouts.batches import completions_of, locate, tight_micro_batches
+from .rollouts.continuous_batching import generate_continuously
+from .rollouts.prompts import require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
+from .saving import checkpoints
+from .saving import student as publishing
+from .saving.run_record import RunRecord
+from .training import preflight
+from .training.finite import FiniteGuard, name_the_sampling_student
+from .training.metrics import FigureSums, PhaseClock
+from .training.model_pair import describe_measure, weighted_loss
+from .training.occurrence_writer import RunOccurrences
+from .training.position_weights import Arm
+from .training.teacher_states import TeacherPhase
+from .training.token_sums import RunStats
 
 
 class OPDTrainer(DistillationTrainer):

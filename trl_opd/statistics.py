@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -106,3 +108,138 @@ def ratio_interval(
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+ALPHA, LEAST_EFFECT = 0.05, 0.01
+FLIPS, RESAMPLES = 100_000, 10_000
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an arm changed.
+
+    Args:
+        estimate (`float`): Mean reward of the arm less that of the baseline.
+        ci95 (`tuple[float, float]`, *optional*): Paired bootstrap over problems; `None` where nothing changed.
+        better, worse (`int`): Problems whose reward rose, and fell.
+        p (`float`): Two-sided: McNemar's exact test, or sign flips.
+        p_bootstrap (`float`): Two-sided, of the paired bootstrap: for the label as published only.
+    """
+
+    estimate: float
+    ci95: tuple[float, float] | None
+    better: int
+    worse: int
+    p: float
+    p_bootstrap: float
+
+
+def effect_of(rewards: Sequence[float], baseline: Sequence[float], *, seed: int) -> Effect:
+    """Return the effect of an arm on the same problems.
+
+    Raises:
+        `ValueError`: if the two are not of the same problems.
+    """
+    if len(rewards) != len(baseline) or len(rewards) == 0:
+        raise ValueError(f"An effect needs the same problems, at least one, got {len(rewards)} and {len(baseline)}.")
+    difference = np.asarray(rewards, dtype=float) - np.asarray(baseline, dtype=float)
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    values = np.unique(np.concatenate([np.asarray(rewards, float), np.asarray(baseline, float)]))
+    is_binary = np.isin(values, (0.0, 1.0)).all()
+    p = float(mcnemar(np.array(better), np.array(worse))) if is_binary else sign_flips(difference, seed=seed)
+    if better + worse == 0:
+        return Effect(0.0, None, 0, 0, 1.0, 1.0)
+    means = bootstrap_means(difference, seed=seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    beyond = min((means <= 0).mean(), (means >= 0).mean())
+    p_bootstrap = min(1.0, 2 * max(float(beyond), 1 / RESAMPLES))
+    return Effect(float(difference.mean()), (float(low), float(high)), better, worse, p, p_bootstrap)
+
+
+def mcnemar(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """Return the two-sided p of McNemar's exact test for counts of discordant pairs, of any equal shape."""
+    less = np.minimum(better, worse)
+    return np.minimum(1.0, 2 * stats.binom.cdf(less, better + worse, 0.5))
+
+
+def sign_flips(difference: np.ndarray, *, seed: int) -> float:
+    """Return the two-sided p of the mean under random signs: 100 000 draws, or all of them where that is fewer."""
+    moved = difference[difference != 0]
+    if len(moved) == 0:
+        return 1.0
+    found = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
+    if 2 ** len(moved) <= FLIPS:
+        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        return float((np.abs(signs @ moved) >= found).mean())
+    rng, beyond, step = np.random.default_rng(seed), 0, max(1, 2**22 // len(moved))
+    for first in range(0, FLIPS, step):
+        count = min(step, FLIPS - first)
+        signs = rng.integers(2, size=(count, len(moved)), dtype=np.int8) * 2 - 1
+        beyond += int((np.abs(signs @ moved) >= found).sum())
+    return (1 + beyond) / (1 + FLIPS)
+
+
+def bootstrap_means(difference: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the means of 10 000 resamples of problems, `(10 000,)`.
+
+    Only how often each value is drawn matters, so the counts of values are drawn, which is the same.
+    """
+    values, counts = np.unique(difference, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=RESAMPLES)
+    return drawn @ values / len(difference)
+
+
+def benjamini_hochberg(p: Sequence[float]) -> np.ndarray:
+    """Return the p values adjusted for the false discovery rate (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p, method="bh") if len(p) else np.empty(0)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Return the p values adjusted for the family-wise error rate (Holm 1979)."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
+    found = np.empty(len(p))
+    found[order] = adjusted
+    return found
+
+
+def label(estimate: float, p: float) -> str:
+    """Return "pillar" where forbidding costs 0.01 or more at p <= 0.05, "stumbling" where it gains it, or "neutral"."""
+    if p <= ALPHA and abs(estimate) >= LEAST_EFFECT:
+        return "pillar" if estimate < 0 else "stumbling"
+    return "neutral"
+
+
+def minimal_effect(problems: int, tests: int, discordance: float) -> float:
+    """Return the smallest effect that one of several tests finds with power 0.8 (Bonferroni at its first threshold).
+
+    Args:
+        problems (`int`): Problems.
+        tests (`int`): Candidates.
+        discordance (`float`): Share of the problems whose reward an arm changes.
+    """
+    quantiles = stats.norm.ppf(1 - ALPHA / (2 * max(tests, 1))) + stats.norm.ppf(POWER)
+    return float(quantiles * math.sqrt(discordance / problems))
+
+
+def problems_for(effect: float, tests: int, discordance: float) -> int:
+    """Return how many problems an effect needs to be found with power 0.8."""
+    return math.ceil((minimal_effect(1, tests, discordance) / effect) ** 2)
+
+
+def rocks_against_controls(rocks: Sequence[float], controls: Sequence[float]) -> float | None:
+    """Return the two-sided p of Mann and Whitney's test between rocks' and controls' effects; `None` without both."""
+    if not len(rocks) or not len(controls):
+        return None
+    return float(stats.mannwhitneyu(rocks, controls, alternative="two-sided").pvalue)
+
+
+def correlation(effects: Sequence[float], figures: Sequence[float | None]) -> dict[str, float | int] | None:
+    """Return Spearman's correlation of effects with a figure of the tokens where it is known; `None` below three."""
+    pairs = [(effect, figure) for effect, figure in zip(effects, figures, strict=True) if figure is not None]
+    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+        return None
+    found = stats.spearmanr(*zip(*pairs, strict=True))
+    return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}

@@ -15,10 +15,11 @@ from peft import LoraConfig
 from transformers.trainer import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_opd import AccuracyCallback, Controls, OPDTrainer, RockSet, RolloutSamples, TokenStats, token_stats
-from trl_opd.checkpoints import FILE_NAME, fault
+from trl_opd import AccuracyCallback, Controls, OPDTrainer, RockSet, RolloutSamples, TokenStats
+from trl_opd.artefacts import token_stats
 from trl_opd.cli import main
-from trl_opd.rock_set import Rock
+from trl_opd.rocks.rock_set import Rock
+from trl_opd.saving.checkpoints import FILE_NAME, fault
 
 from ..tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
 

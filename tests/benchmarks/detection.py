@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_opd.occurrences import write_occurrences
+from trl_opd.artefacts.occurrences import write_occurrences
 
 from .workload import host_peak_bytes, machine
 
@@ -39,7 +39,7 @@ def make_file(path: Path, rows: int, types: int, seed: int = 0) -> None:
 
 def ours(path: str, score: str) -> list[int]:
     """Return the ids of the rocks."""
-    from trl_opd.selection import select_rocks
+    from trl_opd.rocks.from_occurrences import select_rocks
 
     return [rock.id for rock in select_rocks(path, score=score).rock_set.rocks]
 

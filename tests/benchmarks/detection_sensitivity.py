@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from scipy import sparse
 from tqdm import tqdm
 
-from trl_opd.context import ContextSettings, threshold
-from trl_opd.corpus import Corpus, window_offsets
-from trl_opd.cutoff import ranked
 from trl_opd.demo.arithmetic import PLANTED_ROCKS
 from trl_opd.demo.arms import load
-from trl_opd.selection import select_rocks
+from trl_opd.rocks.corpus import Corpus, window_offsets
+from trl_opd.rocks.cutoff import ranked
+from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.recurrence import ContextSettings, threshold
 
 from ..planted import EACH, World, make_world, save_world
 

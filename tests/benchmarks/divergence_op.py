@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from trl_opd import LMHead, weighted_divergence
-from trl_opd.divergence import _by_trl, _in_one_pass
+from trl_opd.loss.divergence import _by_trl, _in_one_pass
 
 from .workload import in_a_process, machine, peak_bytes
 

@@ -41,9 +41,6 @@ COMMANDS = {
     "--output rollouts/aggregate.json",
     "gradients": f"trl-opd gradients rollouts/occurrences.parquet --rock_set rollouts/aggregate.json {STUDENT} {TEACHER} "
     f"{ON_CPU} --output rollouts/gradients.parquet",
-    "probe": "trl-opd probe --rock_set rollouts/aggregate.json --model_name_or_path tiny/student "
-    f"{PROMPTS} --num_problems 12 --greedy --max_completion_length 24 --reward tests.benchmarks.crash_runs.even "
-    f"{ON_CPU} --output rollouts/knockout.json",
     "train_rock": f"trl-opd train --config {{root}}/examples/recipes/two_minutes.yaml --max_steps 4 {TEACHER} "
     "--token_weighting rock --rock_set rollouts/aggregate.json --rock_window 1 --weight_normalization weights "
     "--output_dir runs/rock",
@@ -51,6 +48,11 @@ COMMANDS = {
     "report_run": "trl-opd report runs/two_minutes --output runs/two_minutes.html",
     "fit": f"trl-opd fit --model_name_or_path tiny/student {TEACHER} --gpu 8GB --use_peft",
     "demo": "trl-opd demo --output_dir demo",
+    "demo_models": "python {root}/examples/demo_models.py --output_dir demo_models",
+    "probe": "trl-opd probe --model_name_or_path demo_models/student --rock_set demo/rock_set.json "
+    "--dataset_name demo_models/problems.jsonl --reward trl_opd.demo.arithmetic.solved --num_prompts 60 "
+    "--max_completion_length 56 --temperature 0.9 --use_cpu --output demo/knockout.json",
+    "report_demo": "trl-opd report demo",
 }
 # Not a function of the code: times, throughput, sizes of processes, paths.
 TIMES = re.compile(r"(_s|seconds|runtime|per_second|step_time|date|created|version|output|path|folder|peak)$")
@@ -104,7 +106,11 @@ def differences(before: Path, after: Path) -> list[str]:
     if kind == ".safetensors":
         return _different_tensors(load_file(before), load_file(after))
     if kind in (".pt", ".pth"):
-        return [] if _plain(torch.load(before, weights_only=False)) == _plain(torch.load(after, weights_only=False)) else ["state"]
+        return (
+            []
+            if _plain(torch.load(before, weights_only=False)) == _plain(torch.load(after, weights_only=False))
+            else ["state"]
+        )
     if kind == ".parquet":
         return _different_tables(before, after)
     if kind == ".json":

@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from trl_opd.gradients import ROWS, GradientSums, logit_gradient
+from trl_opd.loss.logits import ROWS, logit_gradient
+from trl_opd.studies.gradients import GradientSums
 
 from .workload import host_peak_bytes, machine
 

@@ -19,9 +19,9 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_opd.memory import Setup, phases
-from trl_opd.model_shape import shape_of
-from trl_opd.teacher import keep_4bit_layout
+from trl_opd.models.memory_plan import Setup, phases
+from trl_opd.models.quantised import keep_4bit_layout
+from trl_opd.models.shape import shape_of
 
 from .workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step
 

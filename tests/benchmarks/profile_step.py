@@ -16,7 +16,8 @@ from collections import defaultdict
 import torch
 from transformers import TrainerCallback
 
-from trl_opd import opd_trainer, scoring
+from trl_opd import opd_trainer
+from trl_opd.training import model_pair as scoring
 
 from .workload import machine, make_rollouts, make_trainer
 

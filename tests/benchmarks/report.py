@@ -17,10 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_opd.occurrences import write_occurrences
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.artefacts.occurrences import write_occurrences
+from trl_opd.artefacts.sampled_rollouts import join_parts, write_part
 from trl_opd.report.build import write_report
-from trl_opd.rollout_file import join_parts, write_part
-from trl_opd.vocabulary import fingerprint
 
 from ..test_card import record
 from .workload import in_a_process, machine

@@ -77,8 +77,9 @@ class CollectArguments:
 
 def run(argv: list[str]) -> None:
     """Parse, collect, and say what was collected; raises `ValueError` or `OSError` for what a user can mend."""
-    from ..collect import is_complete
-    from .train import make_parser, readable, set_init_kwargs
+    from ..studies.collect import is_complete
+    from .models import make_parser, set_init_kwargs
+    from .prompts import readable, take_prompts
 
     script_args, own, args, model_args, dataset_args = parse(make_parser("collect", CollectArguments), argv)
     _check(own, args, model_args)
@@ -90,15 +91,16 @@ def run(argv: list[str]) -> None:
         print(f"{args.output_dir} is complete already: nothing to do.")
         return
     with readable(script_args.dataset_name):
-        dataset = _prompts(script_args, dataset_args, args, own.num_prompts)
+        dataset = take_prompts(script_args, dataset_args, args, own.num_prompts)
         make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
     print(summary(Path(args.output_dir)))
 
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
     """Return the collector of a dataset's rollouts, with the models loaded."""
-    from ..collect import ADAPTER_OFF, Collector
-    from ..student import load_reference
+    from ..models.student import load_reference
+    from ..studies.collect import ADAPTER_OFF, Collector
+    from .models import make_trainer
 
     generations = args.num_generations
     trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
@@ -108,37 +110,10 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
     return Collector(trainer, dataset, folder, num_generations=generations, reference=reference, settings=settings)
 
 
-def make_trainer(dataset, args, model_args):
-    """Return a trainer whose student is only read, and what the student was loaded with."""
-    from transformers import AutoTokenizer
-    from trl import get_quantization_config
-
-    from ..opd_trainer import OPDTrainer
-    from ..student import load_student
-
-    args.num_generations = 1  # batches repeat their prompts themselves
-    quantization, kwargs = get_quantization_config(model_args), dict(args.model_init_kwargs)
-    student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization)
-    is_name = isinstance(student, str)
-    if not is_name:
-        args.model_init_kwargs = None
-    processor = None
-    if not is_name:
-        processor = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code)
-    trainer = OPDTrainer(
-        model=student,
-        args=args,
-        train_dataset=dataset,
-        processing_class=processor,
-        quantization_config=quantization if is_name else None,
-    )
-    return trainer, kwargs, quantization
-
-
 def summary(folder: Path) -> str:
     """Return the lines that end a collection."""
-    from ..collect import OCCURRENCES
-    from ..occurrences import Occurrences
+    from ..artefacts.occurrences import Occurrences
+    from ..studies.collect import OCCURRENCES
 
     file = Occurrences(folder / OCCURRENCES)
     sums, prompts, last = {"kl": 0.0, "kl_pre": 0.0}, 0, 0
@@ -153,22 +128,6 @@ def summary(folder: Path) -> str:
         f"{sums['kl'] / file.rows:.4f} nats per token{before} (no interval).\n"
         f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES}` finds the rocks."
     )
-
-
-def _prompts(script_args, dataset_args, args, count: int | None):
-    """Return the first `count` rows of the dataset, all of them when it is `None`."""
-    from datasets import Dataset
-
-    from .train import load_prompts
-
-    dataset, _ = load_prompts(script_args, dataset_args, args)
-    if not isinstance(dataset, Dataset):
-        if count is None:
-            raise ValueError("A streaming dataset has no known end: set --num_prompts.")
-        dataset = Dataset.from_list(list(dataset.take(count)))
-    if count is not None and count > len(dataset):
-        raise ValueError(f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset.")
-    return dataset if count is None else dataset.select(range(count))
 
 
 def _settings(own, args, model_args, script_args, dataset_args) -> dict:

@@ -40,7 +40,7 @@ def run(argv: list[str]) -> None:
     from trl import TrlParser
 
     from ..demo.run import ARMS, run_demo
-    from ..publishing import REPORT
+    from ..saving.student import REPORT
 
     parser = TrlParser((DemoArguments,), prog="trl-opd demo")
     (args,) = parse(parser, argv)

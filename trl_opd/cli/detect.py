@@ -64,10 +64,10 @@ def run(argv: list[str]) -> None:
     top_k = _top_k(args.top_k)
     _check(args)
 
-    from ..context import ContextSettings
-    from ..files import require_writable
-    from ..occurrences import Occurrences
-    from ..selection import select_rocks
+    from ..artefacts.atomic import require_writable
+    from ..artefacts.occurrences import Occurrences
+    from ..rocks.from_occurrences import select_rocks
+    from ..rocks.recurrence import ContextSettings
 
     output = Path(args.output)
     require_writable(output)
@@ -87,8 +87,8 @@ def run(argv: list[str]) -> None:
     )
     found.rock_set.save(output)
     if found.sweep is not None:
-        from ..report.canvas import save_png
-        from ..report.rock_plots import plot_sweep
+        from ..report.plots.canvas import save_png
+        from ..report.plots.rocks import plot_sweep
 
         save_png(plot_sweep(found.sweep), sweep_path(output))
     print("\n".join([*lines(found), *note, *found.notes, f"The rock set is in {output}"]))
@@ -114,7 +114,7 @@ def find_tokenizer(path: str | None, section) -> tuple[object | None, list[str]]
     if path is not None and path.startswith((".", "/", "~")) and not Path(path).exists():
         raise FileNotFoundError(f"There is no tokenizer in {path}: no such folder.")
     if path is None:
-        from ..vocabulary import load_tokenizer
+        from ..artefacts.fingerprint import load_tokenizer
 
         found = load_tokenizer(name, section.get("fingerprint"))
         return found, unnamed if found is None else []

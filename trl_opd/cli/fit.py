@@ -64,8 +64,8 @@ def run(argv: list[str]) -> None:
     """Print the plan; raises `ValueError` or `OSError` for what a user can mend."""
     from trl import TrlParser
 
-    from ..memory import GIB, Setup, cheaper, parse_gigabytes, peak, phases
-    from ..model_shape import read_shape
+    from ..models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+    from ..models.shape import read_shape
 
     parser = TrlParser((FitArguments,), prog="trl-opd fit")
     (args,) = parse(parser, argv)

@@ -40,7 +40,7 @@ class GradientArguments:
 
 def run(argv: list[str]) -> None:
     """Study, write table and plot, and print the groups; raises `ValueError` or `OSError` for a user's error."""
-    from .train import make_parser, set_init_kwargs
+    from .models import make_parser, set_init_kwargs
 
     parser = make_parser("gradients", GradientArguments)
     parser.add_argument("occurrences", help="occurrences.parquet")
@@ -50,13 +50,15 @@ def run(argv: list[str]) -> None:
     _check(own, args, model_args)
     set_init_kwargs(args, model_args)
 
-    from ..files import require_writable
-    from ..gradient_study import lines, study, write_table
-    from ..gradients import read_rollouts
-    from ..occurrences import Occurrences
-    from ..report.canvas import save_png
-    from ..report.evidence_plots import plot_gradients
-    from .collect import PROMPTS, make_trainer
+    from ..artefacts.atomic import require_writable
+    from ..artefacts.gradient_table import write_table
+    from ..artefacts.occurrences import Occurrences
+    from ..report.plots.canvas import save_png
+    from ..report.plots.evidence import plot_gradients
+    from ..studies.gradient_study import lines, study
+    from ..studies.gradients import read_rollouts
+    from .collect import PROMPTS
+    from .models import make_trainer
 
     output, path = Path(own.output), Path(given.occurrences)
     require_writable(output)

@@ -89,12 +89,13 @@ def run(argv: list[str]) -> None:
             parser.error(f"the following arguments are required: --{name}")
     _check(args)
 
-    from ..files import complete_file, require_writable
-    from ..probe import VERSION, Probe, arms_of, evaluate
-    from ..report.canvas import save_png
-    from ..report.evidence_plots import plot_forest
-    from ..report.reading import KNOCKOUT_FORMAT
-    from ..rock_set import RockSet
+    from ..artefacts.atomic import complete_file, require_writable
+    from ..artefacts.run_files import KNOCKOUT_FORMAT
+    from ..report.plots.canvas import save_png
+    from ..report.plots.evidence import plot_forest
+    from ..rocks.rock_set import RockSet
+    from ..studies.effects import arms_of, evaluate, with_roles
+    from ..studies.probe import VERSION, Probe
 
     output = Path(args.output)
     require_writable(output)
@@ -130,27 +131,13 @@ def run(argv: list[str]) -> None:
     print("\n".join([*lines(result), f"The result is in {output}" + (f", the roles in {roles}" if rock_set else "")]))
 
 
-def with_roles(rock_set, result: dict):
-    """Return the rock set with what the probe found of its rocks."""
-    from dataclasses import replace
-
-    found = {arm["ids"][0]: arm for arm in result["arms"] if arm["label"] is not None}
-    rocks = [
-        replace(rock, role=found[rock.id]["label"], role_uncorrected=found[rock.id]["label_as_published"])
-        if rock.id in found
-        else rock
-        for rock in rock_set.rocks
-    ]
-    return replace(rock_set, rocks=rocks)
-
-
 def load_reward(name: str) -> Callable:
     """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
 
     Raises:
         `ValueError`: if there is no such function.
     """
-    from ..rewards import BUILT_IN
+    from ..studies.rewards import BUILT_IN
 
     if name in BUILT_IN:
         if name == "math_verify" and importlib.util.find_spec("math_verify") is None:
@@ -173,10 +160,9 @@ def load_reward(name: str) -> Callable:
 def _problems(args: ProbeArguments) -> list[dict]:
     from types import SimpleNamespace
 
-    from ..prompts import require_prompts
-    from ..rewards import BUILT_IN
-    from .collect import _prompts
-    from .train import readable
+    from ..rollouts.prompts import require_prompts
+    from ..studies.rewards import BUILT_IN
+    from .prompts import readable, take_prompts
 
     script = SimpleNamespace(
         dataset_name=args.dataset_name,
@@ -186,7 +172,9 @@ def _problems(args: ProbeArguments) -> list[dict]:
         dataset_streaming=False,
     )
     with readable(args.dataset_name):
-        found = _prompts(script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts)
+        found = take_prompts(
+            script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts
+        )
         require_prompts(found, "dataset of problems")
         rows = list(found)
     for name in ("prompt", *(["answer"] if args.reward in BUILT_IN else [])):
@@ -200,9 +188,10 @@ def _load(args: ProbeArguments, rock_set):
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
-    from .._trl import create_model_from_path, output_rows
-    from ..student import load_student
-    from ..teacher import make_readable
+    from .._trl import create_model_from_path
+    from ..loss.lm_head import output_rows
+    from ..models.quantised import make_readable
+    from ..models.student import load_student
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
@@ -223,9 +212,9 @@ def _load(args: ProbeArguments, rock_set):
 
 def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> None:
     """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context."""
-    from ..preflight import context_length
-    from ..probe import tokenize
-    from ..prompts import require_fit, tokens_of
+    from ..models.shape import context_length
+    from ..rollouts.prompts import require_fit, tokens_of
+    from ..studies.probe import tokenize
 
     prompts = [row["prompt"] for row in rows]
     ids = tokens_of(lambda found: [tokenize(prompt, tokenizer) for prompt in found], prompts)
@@ -233,7 +222,7 @@ def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> No
 
 
 def _sampling(args: ProbeArguments):
-    from ..knockout import Sampling
+    from ..studies.knockout import Sampling
 
     names = ("greedy", "temperature", "top_p", "top_k", "min_p", "seed", "batch_size")
     return Sampling(max_new_tokens=args.max_completion_length, **{name: getattr(args, name) for name in names})

@@ -48,7 +48,7 @@ def lines(result: dict) -> list[str]:
 
 def _too_few(result: dict, tests: int) -> list[str]:
     """Return a warning where the effect that was asked about would hardly be found."""
-    from ..evidence import problems_for
+    from ..statistics import problems_for
 
     asked = result["settings"]["effect"]
     if result["minimal_effect"] <= asked:

@@ -38,8 +38,8 @@ def run(argv: list[str]) -> None:
     if args.output is not None and (not isinstance(args.output, str) or not args.output.strip()):
         raise ValueError(f"--output takes a path, got {args.output!r}.")
 
-    from ..publishing import REPORT
     from ..report.build import write_report
+    from ..saving.student import REPORT
 
     output = Path(given.folder) / REPORT if args.output is None else Path(args.output)
     parts = write_report(given.folder, output)

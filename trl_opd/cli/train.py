@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 
 from .options import OPD_OPTIONS, table
@@ -33,12 +32,12 @@ example:
 
 INTERRUPTED = ": its checkpoints are kept, and --resume_from_checkpoint goes on from the newest whole one"
 SAMPLES = 2  # rollouts of each log that the report shows
-# Extensions of a single data file and the loader that `datasets` has for each.
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def run(argv: list[str]) -> None:
     """Parse, train, save; raises `ValueError` or `OSError` for what a user can mend."""
+    from .models import make_parser
+
     parser = make_parser()
     if "--help_all" in argv:
         parser.print_help()
@@ -47,29 +46,16 @@ def run(argv: list[str]) -> None:
     train(script_args, training_args, model_args, dataset_args)
 
 
-def make_parser(command: str = "train", *own: type):
-    """Return TRL's parser of script, dataset and model arguments, with `OPDConfig` and a command's own dataclass."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
-    from ..opd_config import OPDConfig
-
-    kinds = (ScriptArguments, *own, OPDConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(kinds, prog=f"trl-opd {command}")
-    parser.usage = f"trl-opd {command} [--config FILE.yaml] [options]; `trl-opd {command} --help` lists them"
-    for action in parser._actions:
-        if action.dest == "resume_from_checkpoint":
-            action.nargs, action.const = "?", "true"
-    return parser
-
-
 def train(script_args, training_args, model_args, dataset_args) -> None:
     """Distil with `OPDTrainer`, save the student, and say what came of it."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..checkpoints import read_errors
     from ..opd_trainer import OPDTrainer
-    from ..publishing import add_report
-    from ..rollout_samples import RolloutSamples
+    from ..saving.checkpoints import read_errors
+    from ..saving.student import add_report
+    from ..training.rollout_samples import RolloutSamples
+    from .models import set_init_kwargs
+    from .prompts import load_prompts, readable
 
     if model_args.model_name_or_path is None:
         raise ValueError("A student is required: set --model_name_or_path.")
@@ -105,77 +91,12 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     trainer.end()
 
 
-@contextmanager
-def readable(name: str | None):
-    """Raise `ValueError` that names the dataset where its rows turn out to be broken while they are read."""
-    from pyarrow import ArrowInvalid, ArrowTypeError
-
-    try:
-        yield
-    except (ArrowInvalid, ArrowTypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name or 'The dataset'} cannot be read: {error}") from error
-
-
-def load_prompts(script_args, dataset_args, training_args):
-    """Return the training and evaluation datasets (the latter `None` without evaluation)."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from trl import get_dataset
-
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("Prompts are required: set --dataset_name to a dataset or a file of JSON lines.")
-    try:
-        if dataset_args.datasets:
-            dataset = get_dataset(dataset_args)
-        else:
-            path = Path(script_args.dataset_name)
-            source, files = script_args.dataset_name, None
-            if path.suffix in LOADERS:
-                if not path.is_file():
-                    raise FileNotFoundError(f"There is no dataset file {path}.")
-                if path.stat().st_size == 0:
-                    raise ValueError(f"The dataset file {path} is empty.")
-                source, files = LOADERS[path.suffix], str(path)
-            streaming = script_args.dataset_streaming
-            dataset = load_dataset(source, name=script_args.dataset_config, data_files=files, streaming=streaming)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{script_args.dataset_name} cannot be read: {error.__cause__ or error}") from error
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"The dataset {script_args.dataset_name} has no rows.") from error
-    splits = [script_args.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        splits.append(script_args.dataset_test_split)
-    for split in splits:
-        if split not in dataset:
-            raise ValueError(
-                f"The dataset has no split {split!r} (it has {', '.join(dataset)}): set --dataset_train_split and "
-                "--dataset_test_split."
-            )
-    return dataset[splits[0]], dataset[splits[1]] if len(splits) > 1 else None
-
-
 def summary(trainer) -> str:
     """Return the lines that end a run: steps, divergence of first and last log, where student and report are."""
-    from ..publishing import REPORT
+    from ..saving.student import REPORT
 
     figures = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
     divergence = f", divergence {figures[0]:.3f} -> {figures[-1]:.3f} nats per token" if figures else ""
     folder = Path(trainer.args.output_dir)
     text = f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
     return f"{text}\nOpen {folder / REPORT} in a browser: the report" if (folder / REPORT).is_file() else text
-
-
-def set_init_kwargs(training_args, model_args) -> None:
-    """Let the flags of `ModelConfig` reach both models, as far as their own init kwargs leave them open."""
-    # As in TRL's script: the flags of ModelConfig reach both models, explicit init kwargs win. The student's
-    # quantisation is an argument of the trainer; the teacher's only comes through its own init kwargs.
-    common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
-    for name, revision in (
-        ("model_init_kwargs", model_args.model_revision),
-        ("teacher_model_init_kwargs", training_args.teacher_model_revision),
-    ):
-        given = getattr(training_args, name) or {}
-        kwargs = {"revision": revision, "trust_remote_code": training_args.trust_remote_code, **common, **given}
-        setattr(training_args, name, kwargs)

@@ -22,13 +22,13 @@ from transformers import (
     TrainerCallback,
 )
 
-from ..accuracy import AccuracyCallback
-from ..files import complete_file
+from ..artefacts.atomic import complete_file
+from ..artefacts.token_stats import TokenStats
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
-from ..rock_set import FILE_NAME
-from ..rollout_samples import RolloutSamples
-from ..token_stats import TokenStats
+from ..rocks.rock_set import FILE_NAME
+from ..studies.accuracy import AccuracyCallback
+from ..training.rollout_samples import RolloutSamples
 from .arithmetic import Problem, draw_problems, is_right, solved
 
 MODELS = Path(__file__).parent / "models"

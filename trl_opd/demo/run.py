@@ -8,15 +8,16 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..detection import detect_rocks, mass_matched_controls, with_texts
-from ..publishing import REPORT, write_card
+from ..artefacts.token_stats import TokenStats
 from ..report.build import write_report
-from ..report.canvas import save_png
-from ..report.run_plots import plot_accuracy, plot_divergence
+from ..report.plots.canvas import save_png
+from ..report.plots.runs import plot_accuracy, plot_divergence
 from ..report.token_types import kind_means
-from ..rock_set import RockSet
+from ..rocks.controls import mass_matched_controls, with_texts
+from ..rocks.from_statistics import detect_rocks
+from ..rocks.rock_set import RockSet
+from ..saving.student import REPORT, write_card
 from ..statistics import accuracy_interval, paired_difference
-from ..token_stats import TokenStats
 from .arithmetic import PLANTED_ROCKS
 from .arms import (
     CURVE_PROBLEMS,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import complete_file, require_writable
+from ..artefacts.atomic import complete_file, require_writable
 from .blocks import Page, Section
 from .contents import Contents, read_contents
-from .evidence_section import evidence
 from .page import render
-from .rock_section import rocks
-from .rollout_section import rollouts
-from .run_section import training, what_was_run
+from .sections.evidence import evidence
+from .sections.rocks import rocks
+from .sections.rollouts import rollouts
+from .sections.run import training, what_was_run
 
 PARTS: dict[str, Callable[[Contents], Section | None]] = {
     "what was run": what_was_run,

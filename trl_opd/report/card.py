@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .._trl import distillation_paper
-from ..families import family_of
+from ..artefacts.run_files import SUMMARY_FILE, read_summary
+from ..rocks.families import family_of
 from .contents import Contents, Run, read_contents
-from .evidence_section import arm_results
-from .reading import SUMMARY_FILE, read_summary
-from .run_section import DIVERGENCES, model_name, run_facts
+from .sections.evidence import arm_results
+from .sections.run import DIVERGENCES, model_name, run_facts
 from .text import named, visible
 
 TAGS = ("generated_from_trainer", "trl", "distillation", "trl-opd", "on-policy-distillation")

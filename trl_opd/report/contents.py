@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import rock_set, rollout_file, token_stats
-from ..occurrences import Occurrences
-from ..rock_set import RockSet
-from ..vocabulary import load_tokenizer
-from .reading import KNOCKOUT_FILE, RUN_FILE, SUMMARY_FILE, Log, read_knockout, read_run, read_summary
-from .run_plots import ARMS
+from ..artefacts import sampled_rollouts, token_stats
+from ..artefacts.fingerprint import load_tokenizer
+from ..artefacts.occurrences import Occurrences
+from ..artefacts.run_files import KNOCKOUT_FILE, RUN_FILE, SUMMARY_FILE, Log, read_knockout, read_run, read_summary
+from ..rocks import rock_set
+from ..rocks.rock_set import RockSet
+from .plots.runs import ARMS
 
 OCCURRENCES, PROMPTS, GRADIENTS = "occurrences.parquet", "prompts.parquet", "gradients.parquet"
 
@@ -48,7 +49,7 @@ class Run:
     @property
     def samples(self) -> list[Path]:
         """Files of its sampled rollouts."""
-        return rollout_file.files_of(self.folder)
+        return sampled_rollouts.files_of(self.folder)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Return a figure of the log over steps; a step that was done again counts once, the last time."""

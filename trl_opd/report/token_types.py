@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cutoff import Sweep
-from ..families import family_of
-from ..occurrences import Occurrences
-from ..token_stats import TokenStats, require_same_measure
+from ..artefacts.occurrences import Occurrences
+from ..artefacts.token_stats import TokenStats, require_same_measure
+from ..rocks.cutoff import Sweep
+from ..rocks.families import family_of
 
 LAST_QUARTER = 0.75
 # Types that are named for families, those of the largest divergence first; the rest has less than a thousandth of it.

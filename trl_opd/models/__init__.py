@@ -1,0 +1,1 @@
+"""The two models: how they are loaded, quantised, placed, compared and measured."""

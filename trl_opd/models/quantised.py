@@ -1,0 +1,100 @@
+"""Quantised and adapted layers in the form that the divergence reads and the trainer trains."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PromptLearningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+
+def require_readable_head(model: PreTrainedModel, name: str) -> None:
+    """Raise `ValueError` when a PEFT adapter lies where the divergence does not look: outside the backbone."""
+    if not is_peft_model(model):
+        return
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"The {name} has a PEFT adapter on its LM head, whose weight the divergence reads directly, without the "
+            "adapter: merge it first (`model = model.merge_and_unload()`), or leave `lm_head` out of target_modules."
+        )
+    if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+        raise ValueError(
+            f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone does not see: use a "
+            "weight-based adapter such as LoRA."
+        )
+
+
+def make_readable(model: PreTrainedModel) -> None:
+    """Put the quantised layers of a student or teacher in the form that the trainer reads and trains."""
+    dequantize_head(model)
+    keep_4bit_layout(model)
+
+
+def dequantize_head(model: PreTrainedModel) -> None:
+    """Put an LM head in full precision in the place of one that bitsandbytes has quantised, once.
+
+    The divergence reads the head's weight directly, and a packed one has neither the shape nor the numbers.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    head = model.get_output_embeddings()
+    if head.weight.is_floating_point():
+        return
+    weight = dequantize_bnb_weight(head.weight, getattr(head, "state", None))
+    if not weight.is_floating_point():
+        raise ValueError(
+            "The LM head of student or teacher is quantised in a way that cannot be undone here: load it with "
+            "`lm_head` among the modules that its quantisation skips (`llm_int8_skip_modules`)."
+        )
+    full = torch.nn.Linear(*weight.shape[::-1], bias=head.bias is not None, device="meta")
+    full.weight = torch.nn.Parameter(weight.to(model.dtype), requires_grad=False)
+    if head.bias is not None:
+        full.bias = head.bias
+    model.set_output_embeddings(full)
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Keep the 4-bit layers of a model in the layout that has gradients, on every CPU.
+
+    On CPUs with avx512_bf16, bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode. The packed
+    layout has no backward (every gradient of a QLoRA student is None from then on) and crashes on widths that 32 does
+    not divide. It came with https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804; this can go when the
+    packed layout can be trained.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_by_bitsandbytes(config: BitsAndBytesConfig | dict | None) -> bool:
+    if isinstance(config, dict):
+        return bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+    return isinstance(config, BitsAndBytesConfig)
+
+
+def require_linear_weights(name: str, kwargs: dict) -> None:
+    """Raise `ValueError` for a mixture of experts whose experts are no linear layers: they would stay unquantised.
+
+    Looks at the configuration only. bitsandbytes quantises `torch.nn.Linear`, and transformers 5 keeps the experts of
+    Qwen3-MoE and others as one fused parameter each: 28.99 of 30.53 billion weights.
+    """
+    hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **hub)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return  # of another kind, or with code of its own: nothing is known of its layers before it is loaded
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    fused = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 2)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if fused > total / 10:
+        raise ValueError(
+            f"The teacher {name} cannot be quantised by bitsandbytes: its experts are fused parameters, so "
+            f"{fused / 1e9:.2f} of {total / 1e9:.2f} billion weights would stay as they are. Use a dense teacher, or "
+            "leave the quantisation out (`trl-opd fit` tells the true size)."
+        )

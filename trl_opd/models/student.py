@@ -1,0 +1,66 @@
+"""A student that is only read: a model, or the folder of a LoRA adapter on its base; and the one before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from .._trl import create_model_from_path
+from ..loss.lm_head import output_rows
+from .quantised import make_readable
+
+
+def load_student(
+    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None
+) -> tuple[str | PeftModel, str]:
+    """Return what a trainer takes as its student, and the name of its tokenizer.
+
+    The name itself for a model, which the trainer loads; for an adapter the adapter on its base.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub.
+        kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the base of an adapter.
+
+    Raises:
+        `OSError`: if there is no such folder.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no student in {name}: no such folder.")
+    if find_adapter_config_file(name) is None:
+        return name, name
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter in {name} does not name its base model: merge it, and name the merged model.")
+    if quantization is not None:
+        kwargs = {**kwargs, "quantization_config": quantization}
+    own = Path(name, "tokenizer_config.json").is_file()
+    return PeftModel.from_pretrained(create_model_from_path(base, **kwargs), name), name if own else base
+
+
+def load_reference(
+    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None, trainer
+) -> PreTrainedModel | PeftModel:
+    """Return the student before the distillation, frozen, on the device of the trainer's.
+
+    Raises:
+        `ValueError`: if its vocabulary is not the student's.
+    """
+    model, _ = load_student(name, kwargs, quantization)
+    if isinstance(model, str):
+        quantised = {} if quantization is None else {"quantization_config": quantization}
+        model = create_model_from_path(model, **kwargs, **quantised)
+    make_readable(model)
+    rows = output_rows(model), output_rows(trainer.model)
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"The reference student {name} has {rows[0]} vocabulary entries, the student {rows[1]}: it must be the "
+            "same model before the distillation."
+        )
+    if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
+        model.to(trainer.accelerator.device)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,203 @@
+"""The teacher: load it, place it, and find out whether it speaks the student's vocabulary."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .._trl import create_model_from_path, prepare_deepspeed
+from ..opd_config import OPDConfig
+from .quantised import is_by_bitsandbytes, make_readable, require_linear_weights, require_readable_head
+from .vocabulary import require_reachable, require_same_vocabulary, turn_end, warn_of_other_ends
+
+
+def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTrainedModel, args: OPDConfig):
+    """Return the frozen teacher in eval mode: the object given, or the model loaded from a name or path.
+
+    Args:
+        teacher (`str` or `transformers.PreTrainedModel`, *optional*):
+            Name, path or object; `args.teacher_model_name_or_path` when `None`.
+        student (`str` or `transformers.PreTrainedModel`): The student as the trainer received it.
+        args (`OPDConfig`): The configuration.
+
+    Raises:
+        `OSError`: if the path or name leads to no model.
+        `ValueError`: if there is no teacher, it is the student's own object, or the settings contradict each other.
+    """
+    if teacher is None:
+        teacher = args.teacher_model_name_or_path
+    if teacher is None:
+        raise ValueError(
+            "There is no teacher: pass `teacher_model` to the trainer or set `teacher_model_name_or_path`."
+        )
+    if isinstance(teacher, str):
+        if teacher.startswith((".", "/", "~")) and not Path(teacher).is_dir():
+            raise FileNotFoundError(f"There is no teacher in {teacher}: no such folder.")
+        kwargs = _init_kwargs(args)
+        if is_by_bitsandbytes(kwargs.get("quantization_config")):
+            require_linear_weights(teacher, kwargs)
+        try:
+            teacher = create_model_from_path(teacher, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"The teacher cannot be loaded with `teacher_model_init_kwargs`: {error}") from error
+    else:
+        for name in ("teacher_model_init_kwargs", "teacher_quantization"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect on a teacher that is already instantiated: remove it, or pass the "
+                    "teacher's name."
+                )
+        # Also an adapter around the other model's own object: it puts its layers into that object.
+        mine = set() if isinstance(student, str) else {id(parameter) for parameter in student.parameters()}
+        if any(id(parameter) in mine for parameter in teacher.parameters()):
+            raise ValueError(
+                "Student and teacher are the same object, or share weights: training one would change the other. Load "
+                "the teacher separately, or pass its name."
+            )
+    require_readable_head(teacher, "teacher")
+    make_readable(teacher)
+    return teacher.eval().requires_grad_(False)
+
+
+def place_teacher(
+    teacher: PreTrainedModel, accelerator: Accelerator, device: str | None = None, *, sharded: bool
+) -> PreTrainedModel:
+    """Return the teacher on a device, the accelerator's by default; with FSDP or DeepSpeed, wrapped as TRL wraps it."""
+    if sharded:
+        if accelerator.state.deepspeed_plugin is not None:
+            return prepare_deepspeed(teacher, accelerator)
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
+    if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
+        teacher.to(device or accelerator.device)
+    # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the student
+    # for evaluation, the training takes it for prepared, and every process trains on gradients of its own that nobody
+    # averages (transformers 5.23, `Trainer.evaluation_loop`).
+    accelerator._models.append(teacher)
+    return teacher
+
+
+def check_teacher_vocabulary(teacher: PreTrainedModel, trainer, rows: tuple[int, int]) -> None:
+    """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
+
+    Warns when they may not end their turns alike.
+
+    Args:
+        teacher (`transformers.PreTrainedModel`): The teacher, whose configuration names its tokenizer.
+        trainer (`trl.DistillationTrainer`): Holds the student's tokenizer, the ids that end a rollout, and the prompts.
+        rows (`tuple[int, int]`): Rows of the output embeddings of student and teacher.
+    """
+    tokenizer = trainer._tokenizer
+    require_reachable(tokenizer, trainer.eos_token_ids, rows[0])
+    theirs = _teacher_tokenizer(teacher, trainer.args)
+    _warn_of_other_ends(teacher, theirs, trainer)
+    if theirs is not None:
+        require_same_vocabulary(tokenizer, theirs)
+        _warn_of_other_template(tokenizer, theirs)
+        return
+    advice = "Set `teacher_tokenizer_name_or_path` to the teacher's tokenizer."
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"The student has {rows[0]} vocabulary entries, the teacher {rows[1]}, and the teacher names no tokenizer "
+            f"that can be loaded, so nothing tells whether their ids mean the same tokens. {advice}"
+        )
+    warnings.warn(
+        f"The teacher names no tokenizer that can be loaded: its {rows[1]} ids are taken to mean the student's tokens. "
+        + advice,
+        stacklevel=2,
+    )
+
+
+def _init_kwargs(args: OPDConfig) -> dict:
+    kwargs = dict(args.teacher_model_init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"`dtype` of the teacher must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}."
+            )
+        kwargs["dtype"] = getattr(torch, dtype)
+    # TRL's own default for the teacher, whose configuration names the dtype it was saved in.
+    kwargs.setdefault("dtype", None)
+    if args.teacher_quantization is not None:
+        kwargs["quantization_config"] = _quantization(args, kwargs)
+    if args.teacher_device is not None:
+        kwargs.setdefault("device_map", {"": args.teacher_device})
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    # A device map of "auto" would spread the teacher over the other ranks' GPUs.
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED") and args.teacher_device is None:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return kwargs
+
+
+def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
+    """Return what `teacher_quantization` stands for, and set the dtype of what is not quantised."""
+    on_cpu = torch.device(args.teacher_device or args.device).type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    if kwargs["dtype"] is None:
+        kwargs["dtype"] = dtype
+    if args.teacher_quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:
+    name = args.teacher_tokenizer_name_or_path or getattr(teacher.config, "_name_or_path", None)
+    if not name:
+        return None
+    revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
+    try:
+        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        # For a folder without tokenizer files transformers 5 makes one up that knows its special tokens only.
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():
+            raise ValueError("its vocabulary is empty")
+        return found
+    except (OSError, ValueError, KeyError) as error:
+        if args.teacher_tokenizer_name_or_path:
+            raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error
+        return None
+
+
+def _warn_of_other_ends(teacher: PreTrainedModel, theirs: PreTrainedTokenizerBase | None, trainer) -> None:
+    holders = (getattr(teacher, "generation_config", None), teacher.config.get_text_config())
+    found = [getattr(holder, "eos_token_id", None) for holder in holders]
+    found.append(None if theirs is None else theirs.eos_token_id)
+    ends = next((ids for ids in found if ids is not None), [])
+    ends = [ends] if isinstance(ends, int) else ends
+    closing = turn_end(trainer._tokenizer, trainer.chat_template_kwargs)
+    # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
+    if closing not in ends and not _has_chats(trainer.train_dataset):
+        closing = None
+    warn_of_other_ends(trainer._tokenizer, trainer.eos_token_ids, ends, closing)
+
+
+def _has_chats(dataset) -> bool:
+    """Return whether a dataset is known to hold conversations; of a stream nothing is known before it is read."""
+    return isinstance(dataset, Dataset) and len(dataset) > 0 and isinstance(dataset[0]["prompt"], list)
+
+
+def _warn_of_other_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:
+    if ours.chat_template and theirs.chat_template and ours.chat_template != theirs.chat_template:
+        warnings.warn(
+            "The chat templates of student and teacher differ. Prompts are rendered with the student's, so the teacher "
+            "sees a format that it was not trained on: expect a larger divergence, or give the student's tokenizer the "
+            "teacher's template.",
+            stacklevel=3,
+        )

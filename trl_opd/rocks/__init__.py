@@ -1,0 +1,1 @@
+"""Token statistics or occurrences -> rock sets."""

@@ -1,0 +1,315 @@
+"""RockSet, the artefact: the token types that did not converge, their figures, their controls and where they come from.
+
+The file is JSON in the format `trl_opd.rock_set`, version 1. What is read comes from outside and is checked before use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artefacts import json_checks
+from ..artefacts.atomic import complete_file
+from ..artefacts.fingerprint import fingerprint
+from ..artefacts.hub import hub_errors
+
+if TYPE_CHECKING:
+    import torch
+    from huggingface_hub import CommitInfo
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = "trl_opd.rock_set"
+VERSION = 1
+FILE_NAME = "rock_set.json"
+ROLES = (None, "pillar", "stumbling", "neutral")
+# Far above any rock set (300 types are 100 kB): a larger file is a mistake, and is refused before it fills the memory.
+MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Rock:
+    """A token type that did not converge; `count`, `mean_kl` (nats) and `score` are those of the selection half."""
+
+    id: int
+    text: str | None
+    count: int
+    mean_kl: float
+    score: float
+    mean_kl_pre: float | None = None
+    ccr: float | None = None
+    context_score: float | None = None
+    family: str | None = None
+    role: str | None = None
+    role_uncorrected: str | None = None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Token types that are no rocks and together occur as often as the rocks: `mass_ratio` = theirs / the rocks'."""
+
+    ids: list[int]
+    mass_ratio: float
+    matched: bool
+    seed: int | None = None
+    texts: list[str | None] | None = None
+
+
+@dataclass(frozen=True)
+class RockSet:
+    """Rocks in rank order, with what measured them.
+
+    Args:
+        rocks (`list[Rock]`): The rocks, highest score first.
+        tokenizer (`dict`): `name`, `vocab_size`, `fingerprint` of the tokenizer whose ids these are; null if unknown.
+        measure (`dict`): `divergence` and `temperature` that the figures were measured with.
+        method (`dict`): `score`, `top_k` and the thresholds that chose them.
+        corpus (`dict`): `rollouts`, `tokens`, `kl_sum` of the rollouts that chose them.
+        controls (`Controls`, *optional*): Mass-matched controls.
+        heldout (`dict`, *optional*): `token_share` and `kl_share` on rollouts that did not choose them.
+    """
+
+    rocks: list[Rock]
+    tokenizer: dict[str, Any]
+    measure: dict[str, Any]
+    method: dict[str, Any]
+    corpus: dict[str, Any]
+    controls: Controls | None = None
+    heldout: dict[str, float] | None = field(default=None)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Ids of the rocks in rank order, int64, shape `(K,)`."""
+        import torch
+
+        return torch.tensor([rock.id for rock in self.rocks], dtype=torch.long)
+
+    @property
+    def token_share(self) -> float:
+        """Share of the corpus's tokens that are rocks: the sum of their `count` / `corpus.tokens`."""
+        return sum(rock.count for rock in self.rocks) / max(self.corpus["tokens"], 1)
+
+    @classmethod
+    def load(cls, path_or_repo: str | os.PathLike) -> RockSet:
+        """Return the rock set in a file, in a folder's `rock_set.json`, or in a Hub repository's.
+
+        Raises:
+            `ValueError`: if the file is no rock set of a known version, with the file and the reason.
+            `OSError`: if there is no such file or repository, or the Hub cannot be reached.
+        """
+        path = _find(path_or_repo)
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path}: not a rock set: {path.stat().st_size} bytes, at most {MAX_BYTES} are read.")
+        try:
+            content = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=json_checks.refuse_constant,
+                parse_float=json_checks.finite,
+            )
+            return _parse(content)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise ValueError(f"{path}: not a rock set: {reason}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the rock set as JSON; the file appears under its name only when it is complete."""
+        text = self._json()
+        with complete_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> CommitInfo:
+        """Upload the rock set to a Hub repository, from which `load` reads it, and return the client's commit.
+
+        Args:
+            repo_id (`str`): `"user/name"`: a model repository, which is created if there is none.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            token (`str`, *optional*): One that may write; defaults to HF_TOKEN, or that of `hf auth login`.
+            commit_message (`str`, *optional*): Defaults to the client's, which names the file.
+
+        Raises:
+            `ValueError`: if the set is none that `load` would read; nothing is uploaded then.
+            `OSError`: if the Hub refuses it or cannot be reached.
+        """
+        content = self._json().encode()
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"push the rock set to {repo_id}"):
+            api = HfApi(token=token, library_name="trl_opd")
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # a bare name gets the user's
+            return api.upload_file(
+                path_or_fileobj=content, path_in_repo=FILE_NAME, repo_id=repo, commit_message=commit_message
+            )
+
+    def _json(self) -> str:
+        content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
+        content["rocks"] = [asdict(rock) for rock in self.rocks]
+        if self.controls is not None:  # seed and texts are left out where they are not known
+            content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
+        _parse(content)
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Raise `ValueError` unless the ids of this set mean the same tokens for `tokenizer`.
+
+        A set that does not name its tokenizer, and one from a tokenizer that differs only by added tokens, are accepted
+        with a warning.
+
+        Args:
+            tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
+            vocab_size (`int`): The range of ids that student and teacher share; ids at or above it are an error.
+        """
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        texts = {rock.id: rock.text for rock in self.rocks}
+        if self.controls is not None:
+            texts |= dict(zip(self.controls.ids, self.controls.texts or [None] * len(self.controls.ids), strict=True))
+        if outside := [id for id in texts if id >= vocab_size]:
+            raise ValueError(
+                f"The rock set holds token id {outside[0]}, but student and teacher share only {vocab_size} ids."
+            )
+        known, size = self.tokenizer.get("fingerprint"), self.tokenizer.get("vocab_size")
+        source = f"tokenizer {self.tokenizer.get('name') or '(unnamed)'} of {size} tokens"
+        if known is None and size in (None, len(tokenizer)):
+            warnings.warn(
+                f"The rock set does not say which tokenizer its ids belong to ({source}): they are taken as those of "
+                f"{name}.",
+                stacklevel=2,
+            )
+        elif known is None or known != fingerprint(tokenizer):
+            if known is None or not _only_tokens_added(texts, size, tokenizer):
+                raise ValueError(
+                    f"The rock set was made with {source}, the student has {name} of {len(tokenizer)} tokens: the ids "
+                    "name other tokens. Detect rocks with the student's tokenizer."
+                )
+            warnings.warn(
+                f"The rock set was made with {source}, the student has {name} of {len(tokenizer)} tokens; they differ "
+                "by added tokens only, so the rocks are taken over.",
+                stacklevel=2,
+            )
+
+
+def _only_tokens_added(texts: dict[int, str | None], size: int | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if size is None or size > len(tokenizer):
+        return False
+    return all(
+        text is not None and text in (tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id))
+        for id, text in texts.items()
+    )
+
+
+def _find(path_or_repo: str | os.PathLike) -> Path:
+    path = Path(path_or_repo)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if path.is_file():
+        return path
+    owner, _, name = str(path_or_repo).partition("/")
+    if path.name == FILE_NAME or owner in ("", ".", "..") or not name or "/" in name or name.endswith(".json"):
+        raise FileNotFoundError(f"No rock set at {path}: no such file, and not the name of a Hub repository.")
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"load the rock set {path_or_repo}, which is no file or folder here, from the Hub"):
+        return Path(hf_hub_download(str(path_or_repo), FILE_NAME))
+
+
+def _parse(content: Any) -> RockSet:
+    """Return the rock set that parsed JSON describes, or raise `ValueError` with the reason alone."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'its "format" is not "{FORMAT}"; `trl-opd detect` makes one')
+    if content.get("version") is True or content.get("version") != VERSION:
+        raise ValueError(
+            f"version {json_checks.short(content.get('version'))}, this trl_opd reads version {VERSION}: upgrade it"
+        )
+    tokenizer = json_checks.section(
+        content,
+        "tokenizer",
+        {"name": json_checks.text, "vocab_size": json_checks.whole, "fingerprint": json_checks.text},
+        null=True,
+    )
+    rocks = [_rock(entry, place) for place, entry in enumerate(json_checks.entries(content, "rocks"))]
+    controls = _controls(content.get("controls"))
+    _check_ids([rock.id for rock in rocks], controls.ids if controls else [], tokenizer["vocab_size"])
+    heldout = content.get("heldout")
+    if heldout is not None:
+        heldout = json_checks.section(
+            content, "heldout", {"token_share": json_checks.number, "kl_share": json_checks.number}
+        )
+    measure = json_checks.section(
+        content, "measure", {"divergence": json_checks.text, "temperature": json_checks.number}
+    )
+    method = json_checks.section(content, "method", {"score": json_checks.text, "top_k": json_checks.whole})
+    thresholds = ("tau_pre", "tau_post", "window", "gamma", "eta")
+    json_checks.require(method, dict.fromkeys(thresholds, json_checks.number), "method", null=True)
+    corpus = json_checks.section(content, "corpus", {"tokens": json_checks.whole, "kl_sum": json_checks.number})
+    corpus.setdefault("rollouts", None)
+    if corpus["rollouts"] is not None:
+        json_checks.whole(corpus["rollouts"], "corpus.rollouts")
+    return RockSet(rocks, tokenizer, measure, method, corpus, controls, heldout)
+
+
+def _rock(entry: Any, place: int) -> Rock:
+    where = f"rocks[{place}]"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is not an object")
+    kinds = {
+        "id": json_checks.whole,
+        "count": json_checks.whole,
+        "mean_kl": json_checks.number,
+        "score": json_checks.number,
+    }
+    json_checks.require(entry, kinds, where)
+    optional = {
+        "text": json_checks.text,
+        "mean_kl_pre": json_checks.number,
+        "ccr": json_checks.number,
+        "context_score": json_checks.number,
+        "family": json_checks.text,
+    }
+    json_checks.require(
+        entry, optional | {"role": json_checks.text, "role_uncorrected": json_checks.text}, where, null=True
+    )
+    for name in ("role", "role_uncorrected"):
+        if entry.get(name) not in ROLES:
+            raise ValueError(
+                f"{where}.{name} is {json_checks.short(entry[name])}, known are {', '.join(ROLES[1:])} and null"
+            )
+    return Rock(**({"text": None} | {f.name: entry[f.name] for f in fields(Rock) if f.name in entry}))
+
+
+def _controls(section: Any) -> Controls | None:
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise ValueError("controls is not an object")
+    json_checks.require(section, {"mass_ratio": json_checks.number, "matched": json_checks.truth}, "controls")
+    json_checks.require(section, {"seed": json_checks.whole}, "controls", null=True)
+    ids = json_checks.entries(section, "ids", "controls.")
+    texts = section.get("texts")
+    for place, id in enumerate(ids):
+        json_checks.whole(id, f"controls.ids[{place}]")
+    if texts is not None:
+        if not isinstance(texts, list) or len(texts) != len(ids):
+            raise ValueError("controls.texts is not a list as long as controls.ids")
+        for place, text in enumerate(texts):
+            if text is not None:
+                json_checks.text(text, f"controls.texts[{place}]")
+    return Controls(list(ids), section["mass_ratio"], section["matched"], section.get("seed"), texts)
+
+
+def _check_ids(rocks: Sequence[int], controls: Sequence[int], vocab_size: int | None) -> None:
+    for ids, where in ((rocks, "rocks"), (controls, "controls")):
+        if len(set(ids)) < len(ids):
+            twice = Counter(ids).most_common(1)[0][0]
+            raise ValueError(f"token id {twice} stands twice in {where}")
+        # Without a vocabulary size the bound is what an id can be at all: int32 in every file of this project.
+        limit = 2**31 if vocab_size is None else vocab_size
+        if outside := [id for id in ids if id >= limit]:
+            raise ValueError(f"token id {outside[0]} in {where} is outside the vocabulary of {limit}")
+    if both := set(rocks) & set(controls):
+        raise ValueError(f"token id {min(both)} is a rock and a control")

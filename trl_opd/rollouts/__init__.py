@@ -1,0 +1,1 @@
+"""Which prompts when, how completions are sampled, and how they are batched."""

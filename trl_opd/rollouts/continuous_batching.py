@@ -1,0 +1,107 @@
+"""Rollouts from transformers' continuous batching: no padding, and a rollout that ends makes room for the next.
+
+The names are those of TRL's GRPOConfig. The behaviour is not: TRL casts the trainable student to half precision for
+good, where parameters keep their dtype here, and a rollout that is missing or was sampled otherwise than asked is an
+error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
+
+from .._trl import unwrap_model_for_generation
+
+# What each request is sampled with. The engine drops other processors, or calls them without the request's own tokens.
+PROCESSORS = {
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+}
+
+
+def generate_continuously(trainer, prompt_ids: list[list[int]]) -> list[list[int]]:
+    """Return the ids of one completion per prompt, the end token included, sampled by the trainer's student.
+
+    Args:
+        trainer (`OPDTrainer`): The trainer.
+        prompt_ids (`list[list[int]]`): Token ids of the prompts.
+
+    Raises:
+        `ValueError`: if the generation settings ask for something that the engine does not do.
+        `RuntimeError`: if the engine lost a rollout.
+    """
+    args = trainer.args
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            generation_kwargs=trainer.generation_kwargs,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model,
+        torch.no_grad(),
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        model = model.get_base_model() if is_peft_model(model) else model  # the adapter is inside of its layers
+        # As `generate` does: what the trainer leaves open is as the model's own configuration has it.
+        settings, _ = model._prepare_generation_config(trainer.generation_config)
+        require_supported(model, settings)
+        engine = engine_config(model, args.transformers_continuous_batching_config, prompt_ids, settings.max_new_tokens)
+        outputs = model.generate_batch(
+            prompt_ids, generation_config=settings, continuous_batching_config=engine, progress_bar=False
+        )
+    failed = [output.error for output in outputs.values() if output.error is not None]
+    if failed or len(outputs) < len(prompt_ids):
+        lost = len(prompt_ids) - len(outputs) + len(failed)
+        raise RuntimeError(
+            f"Continuous batching lost {lost} of {len(prompt_ids)} rollouts ({(failed or ['see the log above'])[0]}): "
+            "give it more room (`transformers_continuous_batching_config`, max_memory_percent), or leave "
+            "use_transformers_continuous_batching out."
+        )
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def require_supported(model: PreTrainedModel, settings: GenerationConfig) -> None:
+    """Raise `ValueError` for generation settings that the engine would leave out."""
+    model._prepare_special_tokens(settings, device=model.device)  # some processors look for them
+    processors = model._get_logits_processor(settings, input_ids_seq_length=1)
+    asked = {type(processor).__name__ for processor in processors} - PROCESSORS
+    mode = settings.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        asked.add(mode)
+    asked |= {name for name in ("stop_strings", "max_time") if getattr(settings, name, None) is not None}
+    if asked:
+        raise ValueError(
+            f"Continuous batching does not apply {', '.join(sorted(asked))}, which the generation settings ask for: "
+            "remove it (repetition_penalty, generation_kwargs or the student's generation_config.json), or leave "
+            "use_transformers_continuous_batching out."
+        )
+
+
+def engine_config(
+    model: PreTrainedModel, given: dict[str, Any] | None, prompt_ids: list[list[int]], room: int
+) -> ContinuousBatchingConfig:
+    """Return the configuration of the engine: what is given, over defaults that leave memory to the training.
+
+    Args:
+        model (`transformers.PreTrainedModel`): The student.
+        given (`dict`, *optional*): Keyword arguments of `transformers.generation.ContinuousBatchingConfig`.
+        prompt_ids (`list[list[int]]`): Token ids of the prompts.
+        room (`int`): Longest completion, in tokens.
+    """
+    # transformers would take 0.9 of the free memory for the cache; half is TRL's default.
+    config = ContinuousBatchingConfig(**{"max_memory_percent": 0.5, **(given or {})})
+    if model.device.type == "cpu" and config.num_blocks is None:
+        # There it is the machine's memory that would be half filled, with zeros: take what the rollouts need.
+        config.num_blocks = sum(-(-(len(ids) + room) // config.page_size) for ids in prompt_ids)
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if "auto_switch_to_flash" not in (given or {}):
+        config.auto_switch_to_flash = model.device.type == "cuda" and half  # it knows no float32
+    return config

@@ -1,0 +1,118 @@
+"""Which prompts are drawn when: TRL's order, also after a resume, for several rollouts per prompt and for streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .._trl import RepeatSampler, repeat_iterable_dataset
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler, which draws the permutation of the epoch that it is in.
+
+    TRL's own draws permutation after permutation from one generator, so a run that is resumed in epoch 3 sees the
+    prompts of epoch 1 again. Uninterrupted, the two are the same.
+
+    Args:
+        epoch (`Callable[[], int]`): Returns the number of epochs that are complete when the first one is drawn.
+        **kwargs: As [`trl.trainer.utils.RepeatSampler`] has them.
+    """
+
+    def __init__(self, *, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self._complete, self._epoch = epoch, None
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            # From then on it is the next one each time, also after an epoch that was cut short.
+            self._epoch = self._complete() if self._epoch is None else self._epoch + 1
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRepeatSampler:
+    """Return the sampler of a training run: `num_generations` times each of `prompts` prompts, then all of them again.
+
+    Once per accumulation step, as TRL has it: it makes a generation batch of the first and drops the others.
+    """
+    args = trainer.args
+    if dataset is None and trainer.train_dataset is None:
+        raise ValueError("There are no prompts to train on: pass `train_dataset` to the trainer.")
+    return EpochRepeatSampler(
+        # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+        epoch=lambda: int(trainer.state.epoch or 0),
+        data_source=trainer.train_dataset if dataset is None else dataset,
+        mini_repeat_count=args.num_generations,
+        batch_size=prompts,
+        repeat_count=args.gradient_accumulation_steps,
+        shuffle=trainer.shuffle_dataset,
+        seed=args.seed,
+    )
+
+
+def place_in_epoch(
+    trainer,
+    place: tuple[int, int],
+    max_steps: int,
+    num_update_steps_per_epoch: int,
+    num_train_epochs: int,
+    resume_from_checkpoint: str | None,
+    trial=None,
+) -> tuple[int, int]:
+    """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
+
+    Corrects the Trainer in two places. A run that has all its steps would do one more. And a streaming dataset is one
+    epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's end: in its state `epoch`
+    counts as the run went, passes and batches of the last one.
+
+    Args:
+        trainer (`trl.DistillationTrainer`): The trainer, whose state is that of the checkpoint.
+        place (`tuple[int, int]`): The two numbers as the Trainer has them.
+        max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial:
+            As `Trainer._init_training_state` takes them.
+    """
+    if resume_from_checkpoint is None or not (path := Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
+        return place
+    if trainer.state.global_step >= max_steps:
+        return num_train_epochs, 0
+    if trainer.args.ignore_data_skip or not isinstance(trainer.train_dataset, IterableDataset):
+        return place
+    before = TrainerState.load_from_json(path)  # its `max_steps` may be another now
+    epochs = int(before.epoch)
+    batches = (before.epoch - epochs) * before.max_steps * trainer.args.gradient_accumulation_steps
+    return epochs, round(batches)
+
+
+@contextmanager
+def grouped_stream(trainer, *, prompts: int, rollouts: int):
+    """Let TRL's `get_train_dataloader` read a streaming dataset in which each prompt stands `rollouts` times.
+
+    TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the
+    order that the sampler has for indexed datasets; the shuffle has to come before that. Other datasets and single
+    rollouts are left alone.
+
+    Args:
+        trainer (`trl.DistillationTrainer`): The trainer, changed inside and restored after.
+        prompts (`int`): Different prompts of a generation batch.
+        rollouts (`int`): Rollouts of each.
+    """
+    stream, shuffle = trainer.train_dataset, trainer.shuffle_dataset
+    if rollouts == 1 or not isinstance(stream, IterableDataset):
+        yield
+        return
+    shuffled = stream.shuffle(seed=trainer.args.seed) if shuffle else stream
+    trainer.train_dataset = repeat_iterable_dataset(shuffled, rollouts, batch_size=prompts)
+    trainer.shuffle_dataset = False
+    try:
+        yield
+    finally:
+        trainer.train_dataset, trainer.shuffle_dataset = stream, shuffle

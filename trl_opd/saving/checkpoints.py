@@ -1,0 +1,226 @@
+"""Which checkpoints are whole, and from which of them a run goes on.
+
+A process can be killed at any moment, also while it saves. So the last file of a checkpoint is `opd_complete.json`,
+which names every other file with its size; it is there before the checkpoint is pushed, and before an older one goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..artefacts.atomic import complete_file
+
+FILE_NAME = "opd_complete.json"
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+FORMAT, VERSION = "trl_opd.checkpoint", 1
+STATES = (".pt", ".pth")  # archives that torch writes
+# How torch words a write that failed, in an error of no particular class.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
+    return CHECKPOINT.fullmatch(Path(folder).name) is not None
+
+
+@contextmanager
+def completing(trainer, run_dir: str | os.PathLike) -> Iterator[None]:
+    """Let the checkpoint that the trainer saves inside say of itself that it is whole. A collective.
+
+    The Trainer's state is the last file that it writes, on the process that pushes and rotates next.
+
+    Raises:
+        `OSError`: if a file cannot be written, with the checkpoint from which the run can go on.
+    """
+    state, folder = trainer.state, Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    save_state, wait = state.save_to_json, trainer.accelerator.wait_for_everyone
+
+    def save_and_complete(path: str) -> None:
+        save_state(path)
+        wait()  # for what the other processes write: their random states, their shards
+        write_complete(folder)
+
+    if trainer.args.should_save:
+        (folder / FILE_NAME).unlink(missing_ok=True)  # a step that is done again
+        state.save_to_json = save_and_complete
+    try:
+        with write_errors(folder, run_dir):
+            yield
+            if not trainer.args.should_save:
+                wait()
+    finally:
+        vars(state).pop("save_to_json", None)
+
+
+def write_complete(folder: str | os.PathLike) -> None:
+    """Write the names and sizes of a checkpoint's files into it, once they are on the disk."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == FILE_NAME or path.name.startswith(f".{FILE_NAME}."):
+            continue
+        with open(path, "rb" if os.name == "posix" else "r+b") as file:
+            os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
+        files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    with complete_file(folder / FILE_NAME) as part:
+        part.write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1) + "\n")
+
+
+def fault(folder: str | os.PathLike) -> str | None:
+    """Return what a checkpoint lacks, or `None` when it is whole.
+
+    A kill leaves files that are cut or missing. One that has grown was changed by somebody since.
+    """
+    folder = Path(folder)
+    if not (folder / FILE_NAME).is_file():
+        return f"it has no {FILE_NAME}, so its saving was not finished"
+    try:
+        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        files = dict(content["files"])
+        if content["format"] != FORMAT or not files or not all(type(size) is int for size in files.values()):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"its {FILE_NAME} is damaged"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is gone"
+        if path.stat().st_size < size:
+            return f"its {name} has {path.stat().st_size} of {size} bytes"
+        if path.suffix in STATES and not zipfile.is_zipfile(path):
+            return f"its {name} is damaged"
+    return None
+
+
+def newest_complete(run_dir: str | os.PathLike) -> Path | None:
+    """Return the whole checkpoint of the latest step in a run's folder, or `None`."""
+    return next((folder for folder in _checkpoints(run_dir) if fault(folder) is None), None)
+
+
+def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
+    """Return the folder of the checkpoint to go on from, `None` for a run that begins.
+
+    `True` means the newest whole one. So does the newest folder of the run, which is what transformers'
+    `get_last_checkpoint` returns: where its saving was not finished, a warning names the one that is taken.
+
+    Args:
+        resume (`str` or `os.PathLike` or `bool`, *optional*): As `Trainer.train` takes it.
+        run_dir (`str` or `os.PathLike`): The run's output folder.
+
+    Raises:
+        `ValueError`: if no checkpoint is whole, or the one that is named is not.
+        `OSError`: if there is no such folder.
+    """
+    if resume is None or resume is False:
+        return None
+    found = _checkpoints(run_dir)
+    if resume is True:
+        if not found:
+            raise ValueError(
+                f"There is no checkpoint in {run_dir} to go on from: begin without resume_from_checkpoint."
+            )
+        return _told(_newest_of(found, run_dir))
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {folder}: no such folder.")
+    if (reason := fault(folder)) is None:
+        return _told(folder)
+    if found and folder.resolve() == found[0].resolve() and newest_complete(run_dir):
+        return _told(_newest_of(found, run_dir))
+    if (folder / FILE_NAME).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
+        raise ValueError(
+            f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew; if you changed it "
+            f"yourself, remove its {FILE_NAME} and name it again."
+        )
+    warnings.warn(
+        f"The checkpoint {folder} has no {FILE_NAME}, as if another trainer had written it: whether it is whole cannot "
+        "be told.",
+        stacklevel=3,
+    )
+    return _told(folder)
+
+
+def _told(folder: Path) -> str:
+    """Return a checkpoint to go on from; warn where it holds the model only."""
+    # DeepSpeed and FSDP keep optimizers in folders.
+    if not (folder / SCHEDULER_NAME).is_file() and not any(path.is_dir() for path in folder.iterdir()):
+        warnings.warn(
+            f"{folder} holds the model only (save_only_model): optimizer and learning rates begin anew.", stacklevel=4
+        )
+    return str(folder)
+
+
+@contextmanager
+def write_errors(folder: Path, run_dir: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors of writing a folder (full disk, no permission), of several classes, into one `OSError`.
+
+    Errors of anything else pass unchanged.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
+        of_system = isinstance(error, OSError) and error.errno is not None  # the Hub's errors are of none
+        if not (of_torch or of_system or isinstance(error, SafetensorError)):
+            raise
+        whole = newest_complete(run_dir)
+        after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(f"{folder} cannot be written: {reason:.300}.{after}") from error
+
+
+@contextmanager
+def read_errors(what: str) -> Iterator[None]:
+    """Turn the error of a state that torch's safe loader refuses into one `ValueError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":  # by its name, since nothing here is to import pickle
+            raise
+        raise ValueError(
+            f"{what} holds a file that torch's safe loader refuses: it is cut, a pointer of git-lfs, or would run code."
+        ) from error
+
+
+def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
+    """Return the newest whole checkpoint of some, with a warning where a newer one is not whole."""
+    whole = newest_complete(run_dir)
+    if whole is None:
+        raise ValueError(
+            f"No checkpoint in {run_dir} is whole ({found[0].name}: {fault(found[0])}). Begin without "
+            "resume_from_checkpoint; one of another trainer can be named by its folder, one that you changed yourself "
+            f"when its {FILE_NAME} is removed."
+        )
+    if whole != found[0]:
+        warnings.warn(f"{found[0]} is not whole ({fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4)
+    return whole
+
+
+def _checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """Return the checkpoints of a run, the latest step first."""
+    run_dir = Path(run_dir)
+    folders = run_dir.iterdir() if run_dir.is_dir() else ()
+    steps = {}
+    for folder in folders:
+        match = CHECKPOINT.fullmatch(folder.name)
+        if match and folder.is_dir():
+            steps[int(match[1])] = folder
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        return "global_step" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False

@@ -1,0 +1,1 @@
+"""The parts of one training step, named after what they give."""

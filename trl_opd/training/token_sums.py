@@ -1,0 +1,105 @@
+"""The token statistics of a run: of the window since the last checkpoint, and of everything before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..artefacts.token_stats import COUNTS, FILE_NAME, SUMS, TokenStats
+from ..loss.signals import TokenSignals
+from ..saving.checkpoints import is_checkpoint
+
+
+class RunStats:
+    """Statistics of this process, kept on the device without synchronisation between logs.
+
+    A window is closed by a checkpoint and starts at zero, so a resumed run writes the windows of an unbroken one.
+
+    Args:
+        vocab_size (`int`): The range of ids that student and teacher share.
+        measure (`dict`): What is measured (see [`TokenStats`]).
+        device (`torch.device`): Where signals come from.
+        enabled (`bool`, *optional*, defaults to `True`): Whether to keep any.
+    """
+
+    def __init__(self, vocab_size: int, measure: dict[str, Any], device: torch.device, *, enabled: bool = True):
+        self._enabled = enabled
+        vocab_size = vocab_size if enabled else 1
+        # MPS has no float64: its signals wait there, and are added up on the host when a log is due.
+        self._waits = device.type == "mps"
+        self._new = lambda: TokenStats(vocab_size, measure, "cpu" if self._waits else device)
+
+        self._waiting: list[TokenSignals] = []
+        self._folder, self._written = None, None
+        self._closed, self._window = self._new(), self._new()
+
+    def start(self, *, resumed: bool) -> None:
+        """Begin a run: one that goes on from a checkpoint forgets all, another one its window only."""
+        self.close_window()
+        self._folder, self._written = None, None
+        if resumed:
+            self._closed = self._new()
+
+    def update(self, signals: TokenSignals) -> None:
+        """Add the signals of a micro-batch."""
+        if not self._enabled:
+            return
+        if self._waits:
+            self._waiting.append(signals)
+        else:
+            self._window.update(signals)
+
+    def flush(self) -> None:
+        """Add up the signals that wait on a device without float64."""
+        for signals in self._waiting:
+            on_host = (tensor.cpu() for tensor in (signals.token_ids, signals.divergence, signals.entropy))
+            self._window.update(TokenSignals(*on_host, signals.weights.cpu()))
+        self._waiting.clear()
+
+    def total(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TokenStats | None:
+        """Return the statistics of all windows, on the CPU; `None` when they are off.
+
+        Args:
+            reduce (`Callable`, *optional*): Sums over processes, a collective; without it, of this process.
+        """
+        if not self._enabled:
+            return None
+        self.flush()
+        stats = self._new().merge(self._closed).merge(self._window)
+        return (stats if reduce is None else _reduced(stats, reduce)).copy()
+
+    def close_window(self) -> TokenStats:
+        """Return the statistics since the last call, and start a new window."""
+        self.flush()
+        window, self._window = self._window, self._new()
+        self._closed.merge(window)
+        return window
+
+    def write_window(self, folder: str, reduce: Callable[[torch.Tensor], torch.Tensor], *, is_main: bool) -> None:
+        """Close the window and write it, summed over processes, into a checkpoint's folder. A collective.
+
+        Does nothing for a folder that is no checkpoint: `push_to_hub` saves the model elsewhere.
+        """
+        if self._enabled and is_checkpoint(folder):
+            window = self.close_window()
+            if folder == self._folder:  # saved again, by a callback or before a shutdown: the window goes on
+                window = self._new().merge(self._written).merge(window)
+            self._folder, self._written = folder, window
+            total = _reduced(window, reduce)
+            if is_main:
+                os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
+                total.save(os.path.join(folder, FILE_NAME))
+
+
+def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:
+    """Return statistics summed over processes, on the device of `stats`. A collective."""
+    device = stats.seen.device
+    total = TokenStats(stats.vocab_size, stats.measure, device)
+    for names in (COUNTS, SUMS):
+        sums = reduce(torch.stack([getattr(stats, name) for name in names]))
+        for name, row in zip(names, sums, strict=True):
+            getattr(total, name).copy_(row)
+    return total
