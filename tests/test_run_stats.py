@@ -182,7 +182,7 @@ def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_
 def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     before = trainer.token_stats
-    trainer._stats._waits = True  # as on MPS, which has no float64
+    trainer._token_sums._waits = True  # as on MPS, which has no float64
     trainer.train()
-    assert trainer._stats._waiting == []
+    assert trainer._token_sums._waiting == []
     assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
