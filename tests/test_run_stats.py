@@ -53,6 +53,15 @@ def test_without_statistics_there_are_none(tokenizer, tmp_path):
     assert not list(tmp_path.rglob("token_stats*"))
 
 
+def test_a_model_saved_outside_of_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run")
+    seen = trainer.token_stats.seen
+    trainer.save_model(str(tmp_path / "elsewhere"), _internal_call=True)  # as `push_to_hub` does
+    assert not list((tmp_path / "elsewhere").glob("token_stats*"))
+    trainer.save_model(str(tmp_path / "checkpoint-9"), _internal_call=True)
+    assert torch.equal(TokenStats.load(tmp_path / "checkpoint-9").seen, seen)
+
+
 @pytest.mark.parametrize("changes", [{}, {"mask_truncated_completions": True}], ids=["all", "without cut rollouts"])
 def test_a_frozen_position_is_seen_always_and_counted_in_the_steps_that_log(tokenizer, tmp_path, changes):
     settings = {"token_weighting": "rock", "rock_set": rock_file(tmp_path / "rocks.json", ROCKS), "logging_steps": 3}
