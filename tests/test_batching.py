@@ -13,7 +13,7 @@ from trl_opd import OPDTrainer, TokenStats
 from trl_opd.loss.divergence import loss_and_signals
 from trl_opd.loss.lm_head import LMHead
 from trl_opd.loss.signals import HiddenStates
-from trl_opd.rollouts.batches import completions_of, is_truncated, locate, loss_mask, tight_micro_batches
+from trl_opd.rollouts.batches import completions_of, is_truncated, locate_loss_positions, loss_mask, tight_micro_batches
 from trl_opd.training.finite import FiniteGuard
 from trl_opd.training.metrics import MetricSums
 
@@ -83,12 +83,12 @@ def test_every_rollout_is_in_one_micro_batch_with_no_padding_but_its_own(lengths
 @given(lengths=LENGTHS, tools=st.booleans())
 def test_positions_are_those_of_the_loss_mask_in_order(lengths, tools):
     (batch,) = split(lengths, 1, tools=tools)
-    located = locate(batch)
+    located = locate_loss_positions(batch)
     mask = loss_mask(batch)
     assert torch.equal(batch["completion_ids"].flatten()[located["positions"]], batch["completion_ids"][mask])
     assert torch.equal(located["position_weights"], batch["weights"][mask])
     without = {key: value for key, value in batch.items() if key != "weights"}
-    assert torch.equal(locate(without)["position_weights"], torch.ones(int(mask.sum())))
+    assert torch.equal(locate_loss_positions(without)["position_weights"], torch.ones(int(mask.sum())))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])

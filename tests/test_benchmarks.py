@@ -65,7 +65,10 @@ def test_the_peak_of_a_call_is_what_it_held_for_a_moment():
 
 
 def test_the_phases_of_a_step_are_told_apart(monkeypatch):
-    for module, name in ((opd_trainer, "loss_and_signals"), (opd_trainer, "locate")):  # which the profile replaces
+    for module, name in (
+        (opd_trainer, "loss_and_signals"),
+        (opd_trainer, "locate_loss_positions"),
+    ):  # which the profile replaces
         monkeypatch.setattr(module, name, getattr(module, name))
     options = argparse.Namespace(vocab=512, steps=2, log_every=1, freeze=True, lora=True)
     seconds = profile_step.profile(options)

@@ -85,7 +85,7 @@ def test_the_states_are_those_of_each_rollout_alone(tmp_path, monkeypatch, famil
     teacher = make_model(family, seed=1).eval()
     trainer = build(tmp_path, teacher=teacher)
     inputs = make_inputs(tools=tools)
-    states = trainer.model_pair.teacher_states.score(inputs)
+    states = trainer.model_pair.teacher_states.compute_states(inputs)
     for row, found in enumerate(states):
         prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
         completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]

@@ -37,19 +37,26 @@ from .models.teacher import (
     place_teacher,
     teacher_end_ids,
 )
-from .models.vocabulary import require_reachable, turn_end, warn_of_other_ends
+from .models.vocabulary import find_turn_end, require_reachable, warn_of_other_ends
 from .opd_config import OPDConfig
-from .rollouts.batches import completions_of, locate, tight_micro_batches
+from .rollouts.batches import completions_of, locate_loss_positions, tight_micro_batches
 from .rollouts.continuous_batching import generate_continuously
 from .rollouts.data_order import EpochRepeatSampler, grouped_stream, place_after_resume
-from .rollouts.prompts import has_chats, require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
+from .rollouts.prompts import (
+    has_chats,
+    require_embeddable,
+    require_fit,
+    require_prompt,
+    require_prompts,
+    tokenize_prompts,
+)
 from .rollouts.sampling import mask_repeated, own_random_stream, positions_from_mask, sampling_mode
 from .saving import checkpoints
 from .saving.run_record import RunRecord
 from .saving.student import add_report, save_student, warn_of_failed_pushes, write_card
 from .training import preflight
 from .training.callbacks import OPDCallback
-from .training.finite import FiniteGuard, name_the_sampling_student
+from .training.finite import FiniteGuard, name_student_in_sampling_error
 from .training.metrics import MetricSums, StepTimer
 from .training.model_pair import ModelPair, describe_measure
 from .training.occurrence_writer import OccurrenceWriter
@@ -182,7 +189,7 @@ class OPDTrainer(DistillationTrainer):
         )
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
         self._as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
-        self._scores_ahead = not sharded and not self._as_trl
+        self._teacher_runs_ahead = not sharded and not self._as_trl
 
     def _check_vocabulary(self, teacher: PreTrainedModel, student_rows: int, teacher_rows: int) -> None:
         """Raise `ValueError` unless both models number their tokens alike; warn of turns that may end apart."""
@@ -190,7 +197,7 @@ class OPDTrainer(DistillationTrainer):
         teacher_tokenizer = load_teacher_tokenizer(teacher, self.args)
 
         teacher_ends = teacher_end_ids(teacher, teacher_tokenizer)
-        closing = turn_end(self._tokenizer, self.chat_template_kwargs)
+        closing = find_turn_end(self._tokenizer, self.chat_template_kwargs)
         # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
         if closing not in teacher_ends and not has_chats(self.train_dataset):
             closing = None
@@ -280,7 +287,7 @@ class OPDTrainer(DistillationTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _tokenize_prompts(self, prompts: list):
-        prompt_ids, *rest = tokens_of(super()._tokenize_prompts, prompts)
+        prompt_ids, *rest = tokenize_prompts(super()._tokenize_prompts, prompts)
         budget = 1 if self.args.max_completion_length is None else self.max_completion_length
         require_fit(prompts, prompt_ids, budget, self.context_length, self.train_dataset)
         return prompt_ids, *rest
@@ -362,7 +369,7 @@ class OPDTrainer(DistillationTrainer):
         require_embeddable(prompt_ids, self.model_pair.vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
-        stop = name_the_sampling_student(self.state.global_step + 1)
+        stop = name_student_in_sampling_error(self.state.global_step + 1)
         with stop, sampling_mode(self.model), positions_from_mask(self.model):
             if not self.args.use_transformers_continuous_batching:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
@@ -396,9 +403,9 @@ class OPDTrainer(DistillationTrainer):
         if training:  # evaluation is never weighted, and counts every position
             self._position_weights.prepare(batch, self.state.global_step)
             self._occurrence_writer.number(batch)
-        if self._scores_ahead:
+        if self._teacher_runs_ahead:
             with self._step_timer.time("teacher", on=training):
-                batch["teacher_hidden"] = self.model_pair.teacher_states.score(batch)
+                batch["teacher_hidden"] = self.model_pair.teacher_states.compute_states(batch)
         if training:
             for callback in self._opd_callbacks():
                 callback.on_generation_batch(batch)
@@ -407,13 +414,13 @@ class OPDTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
-            return locate(inputs)
+            return locate_loss_positions(inputs)
         # TRL has split a new generation batch when its buffer is not the one that we left there.
         if self._buffered_inputs is not self._micro_batches:
             batches = self._buffered_inputs
             if self.args.micro_batching == "tight":
                 batches = tight_micro_batches(batches, self.pad_to_multiple_of)
-            self._micro_batches = [locate(batch) for batch in batches]
+            self._micro_batches = [locate_loss_positions(batch) for batch in batches]
             self._buffered_inputs = self._micro_batches
         return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
 
@@ -446,7 +453,7 @@ class OPDTrainer(DistillationTrainer):
             num_items_in_batch (`torch.Tensor` or `float`, *optional*):
                 What the sum over positions is divided by; the positions of the micro-batch by default.
         """
-        inputs = inputs if "positions" in inputs else locate(inputs)
+        inputs = inputs if "positions" in inputs else locate_loss_positions(inputs)
         weights = inputs["position_weights"]
         training = self.model.training
         measure_frozen = "weights" not in inputs or self._position_weights.measures_all(self.state)

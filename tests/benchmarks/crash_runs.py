@@ -148,13 +148,13 @@ def train(kind: str) -> Callable[[Path, Phases], None]:
         )
         trainer.phases = phases
         teacher_states = trainer.model_pair.teacher_states
-        score = teacher_states.score
+        score = teacher_states.compute_states
 
         def score_watched(batch):
             with phases.within("teacher"):
                 return score(batch)
 
-        teacher_states.score = score_watched
+        teacher_states.compute_states = score_watched
         found = get_last_checkpoint(folder) if folder.is_dir() else None
         whole = found and any(fault(path) is None for path in folder.glob("checkpoint-*"))
         if whole:

@@ -142,7 +142,7 @@ def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placeme
         trainer._generate_single_turn([list(ids) for ids in rollouts.prompts], None, {})
     rows = replay(trainer, rollouts)
     if ours:
-        score = trainer.model_pair.teacher_states.score
+        score = trainer.model_pair.teacher_states.compute_states
 
         def timed(batch):
             with peaks.phase("teacher"):
@@ -151,7 +151,7 @@ def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placeme
                 torch.cuda.reset_peak_memory_stats()
             return states
 
-        trainer.model_pair.teacher_states.score = timed
+        trainer.model_pair.teacher_states.compute_states = timed
     with peaks.phase("student"):
         step(trainer, rows)
         trainer.optimizer.step()

@@ -92,7 +92,7 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
         (trainer._finite_guard, "end_step"),
         (trainer._metric_sums["train"], "add_signals"),
         (trainer._metric_sums["train"], "add_forward"),
-        (opd_trainer, "locate"),
+        (opd_trainer, "locate_loss_positions"),
     ):
         clock.time(owner, name, "statistics")
     callback = LeaveOutTheFirst(clock)

@@ -83,7 +83,7 @@ def _trimmed(whole: dict[str, torch.Tensor], rows: torch.Tensor, prompt: int, co
     return batch
 
 
-def locate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a batch with `positions`, `(N,)`, the places of the loss mask in its completions, flattened, in order.
 
     And with `position_weights`, float32, `(N,)`, which stay on the host: so it is known there which rows are projected,

@@ -93,7 +93,7 @@ def _require_text(text: str, where: str) -> None:
         ) from error
 
 
-def tokens_of(tokenize: Callable[[Sequence], Tokens], prompts: Sequence) -> Tokens:
+def tokenize_prompts(tokenize: Callable[[Sequence], Tokens], prompts: Sequence) -> Tokens:
     """Return what `tokenize` makes of prompts that are all texts or all lists of messages.
 
     Raises:

@@ -143,7 +143,7 @@ class Collector:
         """Return divergence and entropy of a batch's positions, and the divergence under the reference student."""
         student = self._pair.student
         if "teacher_hidden" not in inputs:
-            inputs["teacher_hidden"] = self._pair.teacher_states.score(inputs)
+            inputs["teacher_hidden"] = self._pair.teacher_states.compute_states(inputs)
         kl, entropy = self._kl_and_entropy(student, inputs, "student or teacher")
         columns = {"kl": kl, "entropy": entropy}
         if self._reference == ADAPTER_OFF:

@@ -14,7 +14,7 @@ import torch
 
 from ..artefacts.occurrences import Occurrences, read_prompts
 from ..loss.logits import logit_chunks, reverse_kl_gradient
-from ..rollouts.batches import locate
+from ..rollouts.batches import locate_loss_positions
 from ..training.model_pair import ModelPair
 
 
@@ -116,7 +116,7 @@ def add_rollouts(
     Raises:
         `ValueError`: where the logits of a model are not finite.
     """
-    inputs = locate(_padded(rollouts, pad_id, pair.device))
+    inputs = locate_loss_positions(_padded(rollouts, pad_id, pair.device))
     pair.student.eval()
     with pair.teacher_resident():
         states = pair.hidden_states(inputs)

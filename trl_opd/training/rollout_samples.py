@@ -13,7 +13,7 @@ from ..artefacts.sampled_rollouts import TOP, join_parts, keep_up_to, write_part
 from ..loss.logits import entropy, logit_chunks, reverse_kl
 from ..loss.signals import HiddenStates
 from ..opd_config import require_whole
-from ..rollouts.batches import locate, take_rollouts
+from ..rollouts.batches import locate_loss_positions, take_rollouts
 from ..rollouts.sampling import sampling_mode
 from .callbacks import OPDCallback
 from .position_weights import ends_in_log
@@ -74,7 +74,7 @@ class RolloutSamples(OPDCallback):
         """Return the columns of some rollouts of a generation batch, and the token ids of their prompts."""
         count = len(batch["completion_ids"])
         rows = torch.linspace(0, count - 1, min(self._n, count)).round().long()
-        inputs = locate(take_rollouts(batch, rows))
+        inputs = locate_loss_positions(take_rollouts(batch, rows))
         with torch.no_grad(), sampling_mode(self.trainer.model):
             # Through the wrapper, as in a step: FSDP and DeepSpeed gather the weights in its forward.
             columns = self.model_pair.call_inside(self.trainer.model_wrapped, self._measure_tokens, inputs)

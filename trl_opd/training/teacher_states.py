@@ -76,11 +76,11 @@ class TeacherStates:
         Args:
             inputs (`dict[str, torch.Tensor]`): A micro-batch, with `teacher_hidden` if it was scored already.
         """
-        states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.score(inputs)
+        states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.compute_states(inputs)
         return torch.cat([rows.to(self._device, non_blocking=True) for rows in states]), self._head
 
     @torch.no_grad()
-    def score(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def compute_states(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return the teacher's last hidden states that predict the tokens of the loss mask, `(n, H)` for each rollout.
 
         Args:
