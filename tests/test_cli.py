@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,16 @@ from trl import DistillationConfig
 
 from trl_opd import OPDConfig
 from trl_opd.cli import COMMANDS, main
+from trl_opd.cli.collect import CollectArguments
+from trl_opd.cli.demo import DemoArguments
+from trl_opd.cli.detect import DetectArguments
+from trl_opd.cli.fit import FitArguments
+from trl_opd.cli.gradients import GradientArguments
 from trl_opd.cli.models import make_parser
-from trl_opd.cli.options import OPD_OPTIONS
+from trl_opd.cli.options import Option, options_of, options_of_config, show_default
 from trl_opd.cli.parsing import parse
+from trl_opd.cli.probe import ProbeArguments
+from trl_opd.cli.report import ReportArguments
 
 from .test_laws import rock_file
 from .tiny import PROMPTS, make_model, make_tokenizer
@@ -61,30 +70,68 @@ def flags(world: Path, output: Path, **changes) -> list[str]:
     return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
-def test_help_needs_no_torch_and_lists_every_command_and_option():
+@pytest.mark.parametrize("command", ["--help", *COMMANDS])
+def test_help_answers_in_a_second_without_torch(command):
+    argv = [command] if command == "--help" else [command, "--help"]
     code = (
-        "import sys; from trl_opd.cli import main; main(['--help']); main(['train', '--help']); "
-        "loaded = {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules); sys.exit(len(loaded))"
+        f"import sys; from trl_opd.cli import main; main({argv!r}); "
+        "sys.exit(len({'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules)))"
     )
+    began = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert all(f"\n  {command} " in run.stdout for command in COMMANDS)
-    assert all(f"--{option} " in run.stdout for option in OPD_OPTIONS)
+    assert time.monotonic() - began < 1.0
+    assert run.stdout.startswith("usage: trl-opd ")
+    assert max(map(len, run.stdout.splitlines())) <= 120
+    if command == "--help":
+        assert all(f"\n  {name} " in run.stdout for name in COMMANDS)
 
 
-def test_the_table_of_options_is_that_of_the_dataclass():
-    new = {f.name: f.default for f in dataclasses.fields(OPDConfig)}
-    inherited = {f.name for f in dataclasses.fields(DistillationConfig)}
-    shown = {name: "none" if value is None else str(value).lower() for name, value in new.items()}
-    assert {name: default for name, (default, _) in OPD_OPTIONS.items()} == {
-        name: shown[name] for name in new if name not in inherited
-    }
+OPTIONS = {
+    "collect": options_of(CollectArguments),
+    "demo": options_of(DemoArguments),
+    "detect": options_of(DetectArguments),
+    "fit": options_of(FitArguments),
+    "gradients": options_of(GradientArguments),
+    "probe": options_of(ProbeArguments),
+    "report": options_of(ReportArguments),
+    "train": options_of_config(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option_with_its_default_and_its_documentation(command, capsys):
+    assert main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    words = " ".join(page.split())
+    for option in OPTIONS[command]:
+        assert option.help.endswith(".")
+        assert " ".join(option.help.split()) in words, option.name
+        row = next(line for line in page.splitlines() if line.startswith(f"  --{option.name} "))
+        assert f" {show_default(option)} " in row or " required " in row
+
+
+def test_the_options_that_help_reads_are_the_fields_of_the_config():
+    inherited = {field.name for field in dataclasses.fields(DistillationConfig)}
+    new = [field for field in dataclasses.fields(OPDConfig) if field.name not in inherited]
+    assert options_of_config() == [Option(field.name, field.default, field.metadata["help"]) for field in new]
+
+
+def test_the_docstring_of_the_config_documents_every_field():
+    words = " ".join(OPDConfig.__doc__.split())
+    for option in options_of_config():
+        assert re.search(rf"^    {option.name} \(`\w+`.*, \*optional\*", OPDConfig.__doc__, re.MULTILINE)
+        assert f": {' '.join(option.help.split())} " in f"{words} "
+    assert OPDConfig.__doc__.count("\n    > Parameters that ") == 4
+    assert "rock_weight (`float`, *optional*, defaults to `0.0`):" in OPDConfig.__doc__
+    assert 'micro_batching (`str`, *optional*, defaults to `"tight"`):' in OPDConfig.__doc__
 
 
 def test_help_all_lists_the_options_of_trl_and_ours(capsys):
     assert main(["train", "--help_all"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"--{option}" in printed for option in (*OPD_OPTIONS, "lora_r", "dataset_name", "max_completion_length"))
+    ours = [option.name for option in OPTIONS["train"]]
+    assert all(f"--{name}" in printed for name in (*ours, "lora_r", "dataset_name", "max_completion_length"))
 
 
 def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(world, tmp_path, capsys):
@@ -242,6 +289,27 @@ def test_a_value_of_a_file_is_of_the_kind_that_its_option_takes(tmp_path, line, 
     _, config, *_ = parse(make_parser(), ["--config", str(tmp_path / "recipe.yaml")])
     assert getattr(config, name) == value
     assert type(getattr(config, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--resume_from_checkpoint"], "true"),
+        (["--resume_from_checkpoint", "--seed", "7"], "true"),
+        (["--resume-from-checkpoint"], "true"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "checkpoint-3"),
+        (["--resume_from_checkpoint=checkpoint-3"], "checkpoint-3"),
+        (["--resume_from_checkpoint=true"], "true"),
+        (["--resume_from", "--seed", "7"], "true"),  # argparse takes a unique beginning
+    ],
+)
+def test_resume_may_stand_without_a_value(tmp_path, words, value):
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    for argv in ([*given, *words], [*words, *given]):
+        _, config, *_ = parse(make_parser(), argv)
+        assert config.resume_from_checkpoint == value
+        assert config.output_dir == str(tmp_path)
 
 
 def test_a_word_that_yaml_reads_as_a_truth_is_told(tmp_path, capsys):

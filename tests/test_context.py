@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trl_opd.rocks.corpus import NO_TOKEN, Corpus
 from trl_opd.rocks.cutoff import jaccard, ranked, sweep_cutoffs
 from trl_opd.rocks.families import FAMILIES, family_of
-from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import BLOCK, ContextSettings, measure_types, threshold
 
 from . import reference
@@ -183,7 +183,7 @@ def test_planted_rocks_are_found_among_decoys_of_the_same_total_and_the_aggregat
     for path, world in worlds:
         rocks = set(world.ids["rock"].tolist())
         for score, shares in (("context", context), ("aggregate", aggregate)):
-            found = {rock.id for rock in select_rocks(path, top_k=EACH, score=score).rock_set.rocks}
+            found = {rock.id for rock in detect_from_occurrences(path, top_k=EACH, score=score).rock_set.rocks}
             shares.append(len(found & rocks) / EACH)  # as many are asked for as there are: precision is recall
     assert min(context) >= 0.95
     assert max(aggregate) < 0.5
@@ -195,7 +195,7 @@ def test_without_a_reference_student_the_learned_are_told_by_how_few_of_them_are
 
     table = pq.read_table(worlds[0][0]).drop_columns(["kl_pre"])
     pq.write_table(table, tmp_path / "post.parquet")
-    found = select_rocks(tmp_path / "post.parquet", top_k=EACH)
+    found = detect_from_occurrences(tmp_path / "post.parquet", top_k=EACH)
     assert len({rock.id for rock in found.rock_set.rocks} & set(world.ids["rock"].tolist())) >= 0.9 * EACH
     assert found.rock_set.method["tau_pre"] is None
     assert found.rock_set.rocks[0].mean_kl_pre is None
@@ -215,7 +215,7 @@ def test_count_times_mean_divergence_gives_the_authors_order_and_scores(tmp_path
     kl = np.concatenate([np.full(int(row["freq"]), float(row["mean_kl"])) for row in rows])
     columns = {"rollout": np.repeat([0, 1], len(ids)), "position": np.tile(np.arange(len(ids)), 2)}
     write_occurrences(tmp_path / "o.parquet", {**columns, "token_id": np.tile(ids, 2), "kl": np.tile(kl, 2)}, {})
-    found = select_rocks(tmp_path / "o.parquet", score="aggregate").rock_set.rocks
+    found = detect_from_occurrences(tmp_path / "o.parquet", score="aggregate").rock_set.rocks
     assert [rock.id for rock in found] == [int(row["token_id"]) for row in rows]
     np.testing.assert_allclose(
         [rock.score for rock in found], [float(row["freq_x_mean_kl"]) for row in rows], rtol=1e-6

@@ -19,7 +19,7 @@ from trl_opd.artefacts.occurrences import SCHEMA, Occurrences, write_occurrences
 from trl_opd.cli import detect, main
 from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
 from trl_opd.rocks.corpus import halves, read_selection
-from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings
 from trl_opd.statistics import ratio_interval
 
@@ -93,7 +93,7 @@ def test_the_rock_set_has_the_fields_that_are_promised(path, world, tmp_path, ca
 
 
 def test_the_other_half_judges(path, world):
-    found = select_rocks(path, top_k=EACH).rock_set
+    found = detect_from_occurrences(path, top_k=EACH).rock_set
     tokens, kl = world.tokens[1::2], world.kl[1::2].astype(float)
     is_rock = np.isin(tokens, found.ids.numpy())
     held = found.heldout
@@ -140,7 +140,7 @@ def test_the_joint_score_is_the_smaller_of_two(tmp_path):
         }
         write_occurrences(tmp_path / name, rows | {"kl": np.tile(kl, 3)}, {})
         files.append(tmp_path / name)
-    found = select_rocks(files[0], joint=files[1], score="aggregate").rock_set
+    found = detect_from_occurrences(files[0], joint=files[1], score="aggregate").rock_set
     assert [(rock.id, rock.score) for rock in found.rocks] == [(6, 3.0), (5, 2.0), (4, 1.0)]
     assert [rock.mean_kl for rock in found.rocks] == [2.0, 1.0, 3.0]  # of the first file
     assert found.method["joint"] == "b"
@@ -155,7 +155,7 @@ def test_two_files_of_unlike_size_or_tokenizer_are_noted_or_refused(tmp_path, ca
     files = write("a", 8, "sha256:1"), write("b", 16, "sha256:1"), write("c", 8, "sha256:2")
     assert any(
         "differ in size (4 and 8 tokens)" in note
-        for note in select_rocks(files[0], joint=files[1], score="aggregate").notes
+        for note in detect_from_occurrences(files[0], joint=files[1], score="aggregate").notes
     )
     code, _, error = run([files[0], "--joint", files[2], "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
     assert code == 1
@@ -164,10 +164,12 @@ def test_two_files_of_unlike_size_or_tokenizer_are_noted_or_refused(tmp_path, ca
 
 def test_the_joint_context_score_is_the_smaller_of_two(worlds_of_two):
     one, two = (
-        {rock.id: rock.score for rock in select_rocks(path, top_k=300).rock_set.rocks} for path in worlds_of_two
+        {rock.id: rock.score for rock in detect_from_occurrences(path, top_k=300).rock_set.rocks}
+        for path in worlds_of_two
     )
     both = {
-        rock.id: rock.score for rock in select_rocks(worlds_of_two[0], joint=worlds_of_two[1], top_k=300).rock_set.rocks
+        rock.id: rock.score
+        for rock in detect_from_occurrences(worlds_of_two[0], joint=worlds_of_two[1], top_k=300).rock_set.rocks
     }
     assert both == {id: min(one[id], two[id]) for id in one.keys() & two.keys()}
 
@@ -313,7 +315,7 @@ def test_a_tokenizer_that_does_not_fit_is_a_sentence(named, capsys):
 def test_a_token_is_shown_unambiguously(text, shown):
     from trl_opd import Rock
 
-    assert detect._shown(Rock(1, text, 1, 1.0, 1.0)) == shown
+    assert detect.show_token(Rock(1, text, 1, 1.0, 1.0)) == shown
 
 
 # What cannot be
@@ -482,7 +484,7 @@ def test_the_help_lists_every_option_with_its_default():
 
     for option in dataclasses.fields(detect.DetectArguments):
         row = next(line for line in detect.HELP.splitlines() if line.startswith(f"  --{option.name} "))
-        default = {"top_k": 100}.get(option.name, "none" if option.default is None else option.default)
+        default = "none" if option.default is None else option.default
         assert f" {default} " in f"{row} ", option.name
     settings = ContextSettings()
     assert all(getattr(settings, name) == getattr(detect.DetectArguments(), name) for name in vars(settings))

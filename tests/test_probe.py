@@ -11,7 +11,7 @@ from trl_opd import OPDConfig, Rock, RockSet
 from trl_opd.cli import main
 from trl_opd.cli import probe as command
 from trl_opd.rocks.rock_set import Controls
-from trl_opd.studies.effects import arms_of, evaluate
+from trl_opd.studies.effects import evaluate_arms, make_arms
 from trl_opd.studies.knockout import Sampling
 from trl_opd.studies.probe import Probe, tokenize
 from trl_opd.studies.rewards import exact_match, last_number, reward_completions
@@ -139,12 +139,12 @@ def test_a_label_is_that_of_the_corrected_p():
     worse = [0.0] * 6 + [1.0] * 94  # p = 0.03 alone
     arms = {f"token {id}": ("other", frozenset([id])) for id in range(40)}
     rewards = {"baseline": baseline, "token 0": worse} | {f"token {id}": baseline for id in range(1, 40)}
-    found = evaluate(arms, rewards, {}, seed=0)
+    found = evaluate_arms(arms, rewards, {}, seed=0)
     first = found["arms"][0]
     assert (first["arm"], first["p"]) == ("token 0", 0.03125)
     assert first["p_bh"] == first["p_holm"] == 1.0
     assert (first["label"], first["label_as_published"]) == ("neutral", "pillar")
-    alone = evaluate({"token 0": arms["token 0"]}, rewards, {}, seed=0)["arms"][0]
+    alone = evaluate_arms({"token 0": arms["token 0"]}, rewards, {}, seed=0)["arms"][0]
     assert (alone["p_bh"], alone["label"]) == (0.03125, "pillar")
     assert found["discordance"] == pytest.approx(0.06 / 40)
 
@@ -223,7 +223,7 @@ def test_the_entropy_of_a_token_is_that_of_the_distributions_that_chose_it(world
 
 
 def test_arms_are_single_tokens_and_all_together():
-    found = arms_of([1, 2], [3, 4], [1, 2, 3, 4, 5])
+    found = make_arms([1, 2], [3, 4], [1, 2, 3, 4, 5])
     assert [(arm, kind) for arm, (kind, _) in found.items()] == [
         ("token 1", "rock"),
         ("token 2", "rock"),
@@ -329,10 +329,7 @@ def test_bad_usage_and_help(capsys):
     assert caught.value.code == 2
     for option in dataclasses.fields(command.ProbeArguments):
         required = option.name in ("model_name_or_path", "dataset_name")
-        default = "required" if required else "all" if option.name == "num_prompts" else option.default
+        default = "required" if required else option.default
         default = "none" if default is None else "false" if default is False else default
-        if option.name in ("top_p", "top_k", "min_p"):
-            assert f"--{option.name} {default}" in command.HELP
-        else:
-            row = next(line for line in command.HELP.splitlines() if line.startswith(f"  --{option.name} "))
-            assert f" {default} " in f"{row} ", option.name
+        row = next(line for line in command.HELP.splitlines() if line.startswith(f"  --{option.name} "))
+        assert f" {default} " in f"{row} ", option.name

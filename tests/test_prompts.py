@@ -9,8 +9,8 @@ from datasets import Dataset, IterableDataset
 
 from trl_opd import OPDTrainer
 from trl_opd.cli import main
-from trl_opd.cli.probe import _require_fit
 from trl_opd.rollouts.prompts import require_prompt, tokenize_prompts
+from trl_opd.studies.probe import require_prompts_fit
 
 from .test_cli import flags
 from .tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
@@ -179,7 +179,7 @@ def test_the_probe_says_it_of_a_template_too():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = RAISING
     with pytest.raises(ValueError, match="cannot render a prompt of the dataset: roles must alternate"):
-        _require_fit([{"prompt": chat("a")}], make_model(), tokenizer, None)
+        require_prompts_fit([{"prompt": chat("a")}], make_model(), tokenizer, 8)
 
 
 def test_an_error_that_is_not_the_templates_passes_unchanged():

@@ -1,10 +1,13 @@
 """OPDConfig: TRL's DistillationConfig and what is new."""
 
 import copy
+import inspect
 import os
+import textwrap
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, ClassVar, get_args
 
 import torch
 from transformers.generation import ContinuousBatchingConfig
@@ -19,81 +22,22 @@ TEACHER_QUANTIZATIONS = ("8bit", "4bit")
 TEACHER_PLACEMENTS = ("resident", "parked")
 
 
+# The first parameter of each group of the documentation, and the heading above it.
+PARAMETER_GROUPS = {
+    "token_weighting": "Parameters that weight tokens",
+    "num_generations": "Parameters that control rollouts and batches",
+    "token_statistics": "Parameters that control what is kept",
+    "teacher_quantization": "Parameters that control the teacher",
+}
+
+
 @dataclass
 class OPDConfig(DistillationConfig):
     r"""
     Configuration class for the [`OPDTrainer`].
 
-    Extends [`~trl.DistillationConfig`]; with nothing new set it trains as TRL does.
-
-    Parameters:
-        > Parameters that weight tokens
-
-        token_weighting (`str`, *optional*, defaults to `"uniform"`):
-            Which positions get `rock_weight` in the loss: `"uniform"` (none), `"rock"` (the types of `rock_set`),
-            `"control"` (its mass-matched control types) or `"random"` (as many positions as rocks have, drawn by a hash
-            of seed, step, rollout and position). Evaluation is never weighted.
-        rock_set (`str`, *optional*):
-            Path or Hub repository of a rock set. Required unless `token_weighting` is `"uniform"`; with `"uniform"` it
-            only adds the `rock/*` figures to the log.
-        rock_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the chosen positions, in [0, 1]: `0.0` freezes them, `1.0` changes nothing.
-        rock_window (`int`, *optional*, defaults to `0`):
-            Positions on each side of a rock (or control), within the completion, that get the same weight.
-        rock_exclude_pillars (`bool`, *optional*, defaults to `False`):
-            Whether to leave alone the rocks that `trl-opd probe` found to be pillars (role "pillar" in `rock_set`).
-        weight_normalization (`str`, *optional*, defaults to `"tokens"`):
-            What the weighted sum is divided by: `"tokens"` (all positions of the loss mask, as TRL: freezing some
-            leaves the gradient of the others as it was) or `"weights"` (the sum of the weights: the others' gradient
-            grows).
-
-        > Parameters that control rollouts and batches
-
-        num_generations (`int`, *optional*, defaults to `1`):
-            Rollouts per prompt. `per_device_train_batch_size` counts rollouts; times processes times
-            `gradient_accumulation_steps` it must be divisible by this. Evaluation uses 1.
-        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Whether to leave rollouts that were cut at the length limit out of the loss.
-        use_transformers_continuous_batching (`bool`, *optional*, defaults to `False`):
-            Whether rollouts come from transformers' continuous batching engine, as with [`~trl.GRPOConfig`]: faster
-            than its `generate` where lengths differ, without vLLM. Parameters keep their dtype.
-        transformers_continuous_batching_config (`dict`, *optional*):
-            Keyword arguments of [`~transformers.generation.ContinuousBatchingConfig`]; `max_memory_percent` is 0.5
-            unless given.
-        micro_batching (`str`, *optional*, defaults to `"tight"`):
-            How a generation batch is split into micro-batches: `"tight"` puts rollouts of like length together, the
-            longest first, and trims each micro-batch to its own longest prompt and completion; `"trl"` is TRL's
-            random split, every micro-batch padded to the longest rollout of the generation batch.
-        divergence_chunk_bytes (`int`, *optional*, defaults to 512 MiB):
-            Memory in which the divergence forms rows of the vocabulary; one row is always formed. Not on CUDA, where
-            TRL's kernels go over tiles.
-
-        > Parameters that control what is kept
-
-        token_statistics (`bool`, *optional*, defaults to `True`):
-            Whether to keep the divergence per token type, and write it into every checkpoint. With `False` and nothing
-            else new set the loss is TRL's own, to the bit.
-        save_occurrences (`int`, *optional*):
-            Every how many optimizer steps the step's rollouts are written, token by token, to
-            `output_dir/occurrences/step-S.parquet` (docs/detection.md). Needs `beta=1.0`.
-        merge_adapter (`bool`, *optional*, defaults to `False`):
-            Whether `save_model` and `push_to_hub` write a LoRA student as a whole model, in the place of its adapter.
-            Checkpoints keep the adapter, and nothing is pushed before the end. Not with FSDP or DeepSpeed.
-
-        > Parameters that control the teacher
-
-        teacher_quantization (`str`, *optional*):
-            `"4bit"` (nf4, double quantisation, computing in bfloat16, on a CPU in float32) or `"8bit"`, with
-            bitsandbytes; the LM head stays in full precision. For anything else leave it out and put a
-            `quantization_config` into `teacher_model_init_kwargs`.
-        teacher_placement (`str`, *optional*, defaults to `"resident"`):
-            `"parked"` lets the teacher's weights leave the GPU, all but its head, while rollouts are sampled and the
-            student trains; they wait in pinned host memory. Not with `"8bit"`, FSDP or DeepSpeed.
-        teacher_device (`str`, *optional*):
-            Another device for the teacher, such as `"cuda:1"` or `"cpu"`; its hidden states travel. Not with FSDP or
-            DeepSpeed.
-        teacher_tokenizer_name_or_path (`str`, *optional*):
-            Tokenizer of the teacher, to compare vocabularies when the teacher object does not name one.
+    Extends [`~trl.DistillationConfig`]; with default options it trains as TRL's trainer does. The help of each field
+    below documents it: `describe_parameters` appends it here, and `trl-opd train --help` prints it.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -104,13 +48,17 @@ class OPDConfig(DistillationConfig):
     token_weighting: str = field(
         default="uniform",
         metadata={
-            "help": "Which positions get `rock_weight` in the loss: 'uniform' (none), 'rock' (types of `rock_set`), "
-            "'control' (its mass-matched control types) or 'random' (as many positions as rocks have).",
+            "help": "Which positions get `rock_weight` in the loss: `'uniform'` (none), `'rock'` (the token types of "
+            "`rock_set`), `'control'` (its mass-matched control types) or `'random'` (as many positions as rocks have, "
+            "drawn by a hash of seed, step, rollout and position). Evaluation is never weighted.",
         },
     )
     rock_set: str | None = field(
         default=None,
-        metadata={"help": "Path or Hub repository of a rock set. Required unless `token_weighting` is 'uniform'."},
+        metadata={
+            "help": "File, folder or Hub repository of a rock set. Required unless `token_weighting` is `'uniform'`, "
+            "with which it only adds the `rock/*` metrics to the log.",
+        },
     )
     rock_weight: float = field(
         default=0.0,
@@ -118,73 +66,121 @@ class OPDConfig(DistillationConfig):
     )
     rock_window: int = field(
         default=0,
-        metadata={"help": "Positions on each side of a rock that get the same weight."},
+        metadata={
+            "help": "Number of positions on each side of a rock (or control), within the completion, that get the same "
+            "weight.",
+        },
     )
     rock_exclude_pillars: bool = field(
         default=False,
-        metadata={"help": "Leave alone the rocks that `trl-opd probe` found to be pillars."},
+        metadata={
+            "help": "Whether to leave alone the rocks that `trl-opd probe` found to be pillars (role `'pillar'` in "
+            "`rock_set`); the log says how many.",
+        },
     )
     weight_normalization: str = field(
         default="tokens",
         metadata={
-            "help": "What the weighted sum is divided by: 'tokens' (all positions of the loss mask, as TRL) or "
-            "'weights' (the sum of the weights).",
+            "help": "What the weighted sum is divided by: `'tokens'` (all positions of the loss mask, as in TRL: "
+            "freezing some leaves the gradient of the others as it was) or `'weights'` (the sum of the weights: the "
+            "gradient of the others grows).",
         },
     )
     num_generations: int = field(
         default=1,
-        metadata={"help": "Rollouts per prompt; divides the number of rollouts of an optimizer step."},
+        metadata={
+            "help": "Number of rollouts per prompt. It must divide the rollouts of an optimizer step, which are "
+            "`per_device_train_batch_size` (it counts rollouts) x processes x `gradient_accumulation_steps`. "
+            "Evaluation uses 1.",
+        },
     )
     mask_truncated_completions: bool = field(
         default=False,
-        metadata={"help": "Whether to leave rollouts that were cut at the length limit out of the loss."},
+        metadata={
+            "help": "Whether to leave rollouts that were cut at the length limit (`max_completion_length`) out of the "
+            "loss.",
+        },
     )
     use_transformers_continuous_batching: bool = field(
         default=False,
-        metadata={"help": "Take rollouts from transformers' continuous batching engine."},
+        metadata={
+            "help": "Whether to sample rollouts with transformers' continuous batching engine, as in TRL's "
+            "`GRPOConfig`: faster than `generate` where lengths differ, without vLLM. Parameters keep their dtype.",
+        },
     )
     transformers_continuous_batching_config: dict | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments of `transformers.generation.ContinuousBatchingConfig`."},
+        metadata={
+            "help": "Keyword arguments of transformers' `ContinuousBatchingConfig`, a dictionary or JSON; "
+            "`max_memory_percent` is 0.5 unless given.",
+        },
     )
     micro_batching: str = field(
         default="tight",
         metadata={
-            "help": "How a generation batch is split into micro-batches: 'tight' (rollouts of like length together, "
-            "trimmed) or 'trl' (TRL's random split, all padded to the longest rollout).",
+            "help": "How a generation batch is split into micro-batches: `'tight'` puts rollouts of similar length "
+            "together, the longest first, and trims each micro-batch to its own longest prompt and completion; "
+            "`'trl'` is TRL's random split, every micro-batch padded to the longest rollout of the generation batch.",
         },
     )
     divergence_chunk_bytes: int = field(
-        default=512 * 2**20,
-        metadata={"help": "Memory in which the divergence forms rows of the vocabulary (not on CUDA)."},
+        default=536870912,
+        metadata={
+            "help": "Upper limit in bytes for the float32 logits that the divergence holds at once (512 MiB by "
+            "default), though never less than one row; less is slower. Ignored on CUDA, where the divergence uses "
+            "TRL's tiled kernel.",
+        },
     )
     token_statistics: bool = field(
         default=True,
-        metadata={"help": "Keep the divergence per token type, and write it into every checkpoint."},
+        metadata={
+            "help": "Whether to keep the divergence per token type, and write it into every checkpoint. With `False`, "
+            "`micro_batching='trl'` and every other option of this class at its default the loss is TRL's own, to the "
+            "bit.",
+        },
     )
     save_occurrences: int | None = field(
         default=None,
-        metadata={"help": "Write the rollouts of every N-th optimizer step, token by token."},
+        metadata={
+            "help": "Write the rollouts of every N-th optimizer step, token by token, to "
+            "`output_dir/occurrences/step-S.parquet` (docs/detection.md). Needs `beta=1.0`.",
+        },
     )
     merge_adapter: bool = field(
         default=False,
-        metadata={"help": "Save and push a LoRA student as a whole model, in the place of its adapter."},
+        metadata={
+            "help": "Whether `save_model` and `push_to_hub` write a LoRA student as a whole model, in the place of its "
+            "adapter. Checkpoints keep the adapter, and nothing is pushed before the end. Not with FSDP or DeepSpeed.",
+        },
     )
     teacher_quantization: str | None = field(
         default=None,
-        metadata={"help": "Quantise the teacher with bitsandbytes: '4bit' or '8bit'."},
+        metadata={
+            "help": "Quantisation of the teacher with bitsandbytes: `'4bit'` (nf4, double quantisation, computing in "
+            "bfloat16, on a CPU in float32) or `'8bit'`; the LM head stays in full precision. For anything else leave "
+            "it out and put a `quantization_config` into `teacher_model_init_kwargs`.",
+        },
     )
     teacher_placement: str = field(
         default="resident",
-        metadata={"help": "'parked': the teacher's weights leave the GPU while nobody needs them; or 'resident'."},
+        metadata={
+            "help": "Where the teacher's weights are: `'resident'` (always on its device) or `'parked'` (all but its "
+            "head leave the GPU while rollouts are sampled and the student trains; they wait in pinned host memory). "
+            "`'parked'` does not work with `'8bit'`, FSDP or DeepSpeed.",
+        },
     )
     teacher_device: str | None = field(
         default=None,
-        metadata={"help": "Another device for the teacher, such as 'cuda:1' or 'cpu'."},
+        metadata={
+            "help": "Another device for the teacher, such as `'cuda:1'` or `'cpu'`; its hidden states are copied to "
+            "the student's. Not with FSDP or DeepSpeed.",
+        },
     )
     teacher_tokenizer_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer of the teacher, when the teacher object does not name one."},
+        metadata={
+            "help": "Tokenizer of the teacher, to compare vocabularies when the teacher model does not name one.",
+        },
     )
 
     def __post_init__(self):
@@ -299,6 +295,31 @@ class OPDConfig(DistillationConfig):
             self._dict_dtype_to_str(kwargs)
             content["teacher_model_init_kwargs"] = kwargs
         return content
+
+
+def describe_parameters(config: type) -> str:
+    """Return the `Parameters:` section of a config's docstring, made from the help of the fields that it declares."""
+    declared = inspect.get_annotations(config)
+    lines = []
+    for parameter in fields(config):
+        if parameter.name not in declared:
+            continue
+        if parameter.name in PARAMETER_GROUPS:
+            lines += ["", f"    > {PARAMETER_GROUPS[parameter.name]}", ""]
+
+        kinds = get_args(parameter.type) or (parameter.type,)
+        signature = " or ".join(f"`{kind.__name__}`" for kind in kinds if kind is not NoneType) + ", *optional*"
+        if parameter.default is not None:
+            default = f'"{parameter.default}"' if isinstance(parameter.default, str) else parameter.default
+            signature += f", defaults to `{default}`"
+        lines.append(f"    {parameter.name} ({signature}):")
+
+        help_text = textwrap.wrap(parameter.metadata["help"], width=108, break_on_hyphens=False)
+        lines.append(textwrap.indent("\n".join(help_text), " " * 8))
+    return "Parameters:" + "\n".join(lines)
+
+
+OPDConfig.__doc__ = f"{inspect.cleandoc(OPDConfig.__doc__)}\n\n{describe_parameters(OPDConfig)}\n"
 
 
 # Counts of transformers' engine, with the least that it works with.

@@ -39,9 +39,9 @@ def make_file(path: Path, rows: int, types: int, seed: int = 0) -> None:
 
 def ours(path: str, score: str) -> list[int]:
     """Return the ids of the rocks."""
-    from trl_opd.rocks.from_occurrences import select_rocks
+    from trl_opd.rocks.from_occurrences import detect_from_occurrences
 
-    return [rock.id for rock in select_rocks(path, score=score).rock_set.rocks]
+    return [rock.id for rock in detect_from_occurrences(path, score=score).rock_set.rocks]
 
 
 def by_dicts(path: str) -> list[int]:

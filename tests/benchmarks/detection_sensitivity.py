@@ -23,7 +23,7 @@ from trl_opd.demo.arithmetic import PLANTED_ROCKS
 from trl_opd.demo.arms import load
 from trl_opd.rocks.corpus import Corpus, window_offsets
 from trl_opd.rocks.cutoff import ranked
-from trl_opd.rocks.from_occurrences import select_rocks
+from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings, threshold
 
 from ..planted import EACH, World, make_world, save_world
@@ -49,7 +49,7 @@ LINES = {"planted": ("#0072B2", "o", "planted worlds, least of ten"), "demo": ("
 def share(path: str, planted: set[int], count: int, settings: ContextSettings) -> float:
     """Return the share of the planted rocks among as many types of the highest score."""
     try:
-        found = select_rocks(path, top_k=count, settings=settings).rock_set.rocks
+        found = detect_from_occurrences(path, top_k=count, settings=settings).rock_set.rocks
     except ValueError:  # nothing is left
         return 0.0
     return len({rock.id for rock in found} & planted) / count

@@ -14,16 +14,16 @@ from importlib import import_module
 
 PATIENCE = 5.0  # seconds; torch's launcher needs a tenth of one to end the others
 
-# Command -> its module here and what it does, in the order of `trl-opd --help`.
+# Command, which is also its module here -> what it does, in the order of `trl-opd --help`.
 COMMANDS = {
-    "collect": ("collect", "let a student write completions, and score every token of them"),
-    "demo": ("demo", "distil tiny models on this machine, find their rock tokens, and freeze them"),
-    "detect": ("detect", "find the tokens that did not converge, in rollouts that were collected"),
-    "fit": ("fit", "predict whether a distillation fits on a card, from two configurations"),
-    "gradients": ("gradients", "norm and direction of the gradient of each token type, on collected rollouts"),
-    "probe": ("probe", "forbid tokens while decoding, and see whether it matters"),
-    "report": ("report", "one HTML page of what a run, a demo or a collection wrote"),
-    "train": ("train", "distil a teacher into a student, on the student's own rollouts"),
+    "collect": "let a student write completions, and score every token of them",
+    "demo": "distil tiny models on this machine, find their rock tokens, and freeze them",
+    "detect": "find the tokens that did not converge, in rollouts that were collected",
+    "fit": "predict whether a distillation fits on a card, from two configurations",
+    "gradients": "norm and direction of the gradient of each token type, on collected rollouts",
+    "probe": "forbid tokens while decoding, and see whether it matters",
+    "report": "one HTML page of what a run, a demo or a collection wrote",
+    "train": "distil a teacher into a student, on the student's own rollouts",
 }
 
 USAGE = """usage: trl-opd COMMAND [options]
@@ -39,20 +39,24 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 after a user's error, 2 on bad usage."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in COMMANDS:
-        commands = "\n".join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())
-        wanted = bool(argv) and argv[0] in ("-h", "--help")
-        print(USAGE.format(commands=commands), file=sys.stdout if wanted else sys.stderr)
-        if argv and not wanted:
-            print(f"\ntrl-opd: error: there is no command {argv[0]!r}", file=sys.stderr)
-        return 0 if wanted else 2
-    name, module = argv[0], import_module(f".{COMMANDS[argv[0]][0]}", __name__)
+    name = argv[0] if argv else None
+    if name not in COMMANDS:
+        asks_for_help = name in ("-h", "--help")
+        commands = "\n".join(f"  {command:<11}{text}" for command, text in COMMANDS.items())
+        print(USAGE.format(commands=commands), file=sys.stdout if asks_for_help else sys.stderr)
+        if asks_for_help:
+            return 0
+        if name is not None:
+            print(f"\ntrl-opd: error: there is no command {name!r}", file=sys.stderr)
+        return 2
+
+    module = import_module(f".{name}", __name__)
     try:
         if any(flag in argv[1:] for flag in ("-h", "--help")):
             print(module.HELP, flush=True)
             return 0
         with _ended_by_sigterm(), warnings.catch_warnings():
-            # What transformers is about to rename is no news for somebody at a command line.
+            # transformers warns of its own coming renames, on which nobody at a command line can act.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.showwarning = _show_warning
             module.run(argv[1:])
@@ -61,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             how = "terminated" if ended else "interrupted"
             print(f"\ntrl-opd {name}: {how}{getattr(module, 'INTERRUPTED', '')}.", file=sys.stderr)
-        return 128 + (signal.SIGTERM if ended else signal.SIGINT)  # as shells have it
-    except BrokenPipeError:  # the reader has seen enough: `trl-opd detect ... | head`
+        return 128 + (signal.SIGTERM if ended else signal.SIGINT)  # the exit code that shells use
+    except BrokenPipeError:  # the reader closed the pipe: `trl-opd detect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:  # Hub errors are OSErrors
         return _fail(name, error)
     except ImportError as error:
-        # TRL and transformers raise it without a name for an optional package that a flag asks for (vLLM, flash_attn).
+        # TRL and transformers raise it without a name when an optional package of a flag is missing (vLLM, flash_attn).
         if error.name not in (None, "trl"):
             raise
         return _fail(name, error)
@@ -76,18 +80,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: a scheduler, or the launcher of several processes, ends this one."""
+    """SIGTERM was received: a scheduler, or the launcher of several processes, ends this one."""
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: temporary files go, and a sentence says how to go on.
+    """Let SIGTERM end a command as Ctrl-C does: temporary files are removed, and a message says how to resume.
 
-    Not one of several processes, where a launcher sends it to those that wait for one that has failed: Python would
-    hear it only when they have waited enough.
+    With several processes SIGTERM keeps its default action. The launcher sends it to those that wait in a collective
+    for a failed one, and Python runs a signal handler only after the collective has timed out.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if not alone or threading.current_thread() is not threading.main_thread():  # only that one may
+    if not alone or threading.current_thread() is not threading.main_thread():  # only the main thread sets handlers
         yield
         return
 
@@ -96,7 +100,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     def end(*_):
         if os.getpid() == owner:
             raise Terminated
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a process that was forked ends as it would without us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process ends as it would without this handler
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -108,11 +112,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _fail(name: str, error: Exception) -> int:
     rank = os.environ.get("RANK", "0")
+    where = ""
     if rank != "0":
-        # Most errors are those of every process: the first speaks for all, and the launcher ends the others meanwhile.
+        # Most errors hit every process: the first one prints them, and the launcher ends the others in the meantime.
         time.sleep(PATIENCE)
+        where = f" on process {rank}"
     sentence = " ".join(str(error).split()) or type(error).__name__
-    print(f"trl-opd {name}: error{'' if rank == '0' else f' on process {rank}'}: {sentence}", file=sys.stderr)
+    print(f"trl-opd {name}: error{where}: {sentence}", file=sys.stderr)
     return 1
 
 

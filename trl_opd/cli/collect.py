@@ -5,10 +5,38 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .options import format_options, options_of
 from .parsing import parse
 
-HELP = """usage: trl-opd collect --model_name_or_path M --teacher_model_name_or_path T --dataset_name D [...]
+if TYPE_CHECKING:
+    from ..studies.collect import CollectionSummary
+
+
+@dataclass
+class CollectArguments:
+    """Arguments of `trl-opd collect` beside those of `trl-opd train`."""
+
+    num_prompts: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "Number of prompts to use, from the first on; all when omitted."},
+    )
+    greedy: bool = field(
+        default=False,
+        metadata={"help": "Take the likeliest token instead of sampling as in training."},
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "P",
+            "help": "The student before the distillation: a model, or adapter_off for a LoRA student without its "
+            "adapter (no extra memory).",
+        },
+    )
+
+
+HELP = f"""usage: trl-opd collect --model_name_or_path M --teacher_model_name_or_path T --dataset_name D [...]
 
 Let a student write completions for the prompts of a dataset, in its order, and score every token of them with the
 teacher. Writes DIR/occurrences.parquet and DIR/prompts.parquet, which `trl-opd detect` reads. A run that was killed
@@ -20,15 +48,11 @@ usual options:
   --dataset_name D                    prompts: a name on the Hub, a folder, or a file of JSON lines
   --output_dir DIR                    where the two files go
   --max_completion_length N           tokens of a completion at most
+  --num_generations N                 rollouts per prompt (1)
   --per_device_eval_batch_size N      rollouts of a batch (8)
   --use_cpu --bf16 false              without a GPU
 
-options of collect:                   default
-  --num_prompts N                     all      prompts to use, from the first on
-  --num_generations N                 1        rollouts per prompt
-  --greedy                            false    take the likeliest token instead of sampling as in training
-  --reference_model_name_or_path P    none     the student before the distillation: a model, or adapter_off for a
-                                               LoRA student without its adapter (no extra memory)
+{format_options("options of collect:", options_of(CollectArguments))}
 
   `trl-opd train --help_all` lists every option of TRL and transformers.
 
@@ -37,10 +61,9 @@ example:
       --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit --dataset_name trl-lib/tldr \\
       --num_prompts 500 --output_dir rollouts"""
 
-PROMPTS = "prompts.parquet"
 INTERRUPTED = ": finished batches are kept, and the same command goes on from there"
 
-# What decides the rows, beside the models and the dataset.
+# Options that decide the rows, beside the models and the dataset.
 SETTINGS = (
     "seed",
     "num_generations",
@@ -64,36 +87,26 @@ SETTINGS = (
 )
 
 
-@dataclass
-class CollectArguments:
-    """What collecting takes beside models, data and sampling."""
-
-    num_prompts: int | None = field(default=None, metadata={"help": "Prompts to use, from the first on."})
-    greedy: bool = field(default=False, metadata={"help": "Take the likeliest token instead of sampling."})
-    reference_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student before the distillation, or adapter_off."}
-    )
-
-
 def run(argv: list[str]) -> None:
-    """Parse, collect, and say what was collected; raises `ValueError` or `OSError` for what a user can mend."""
-    from ..studies.collect import is_complete
+    """Parse, collect, and print a summary; raises `ValueError` or `OSError` for a user's error."""
+    from ..studies.collect import is_complete, summarise_collection
     from .models import make_parser, set_init_kwargs
-    from .prompts import readable, take_prompts
+    from .prompts import dataset_errors, make_source, take_prompts
 
     script_args, own, args, model_args, dataset_args = parse(make_parser("collect", CollectArguments), argv)
-    _check(own, args, model_args)
+    check_arguments(own, args, model_args)
     set_init_kwargs(args, model_args)
     if own.greedy:
         args.generation_kwargs = {**(args.generation_kwargs or {}), "do_sample": False}
-    settings = _settings(own, args, model_args, script_args, dataset_args)
-    if is_complete(Path(args.output_dir), settings):
+    settings = describe_settings(own, args, model_args, script_args, dataset_args)
+    folder = Path(args.output_dir)
+    if is_complete(folder, settings):
         print(f"{args.output_dir} is complete already: nothing to do.")
         return
-    with readable(script_args.dataset_name):
-        dataset = take_prompts(script_args, dataset_args, args, own.num_prompts)
+    with dataset_errors(script_args.dataset_name):
+        dataset = take_prompts(make_source(script_args, dataset_args, args), own.num_prompts)
         make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
-    print(summary(Path(args.output_dir)))
+    print(format_summary(summarise_collection(folder), folder))
 
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
@@ -123,28 +136,20 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
     )
 
 
-def summary(folder: Path) -> str:
+def format_summary(summary: CollectionSummary, folder: Path) -> str:
     """Return the lines that end a collection."""
-    from ..artefacts.occurrences import Occurrences
     from ..studies.collect import OCCURRENCES
 
-    file = Occurrences(folder / OCCURRENCES)
-    sums, prompts, last = {"kl": 0.0, "kl_pre": 0.0}, 0, 0
-    for batch in file.batches():
-        last = int(batch["unit"][-1])
-        for name in sums.keys() & batch.keys():
-            sums[name] += float(batch[name].sum(dtype="float64"))
-    prompts = last + 1
-    before = f", {sums['kl_pre'] / file.rows:.4f} before the distillation" if file.has_pre else ""
+    before = "" if summary.mean_kl_pre is None else f", {summary.mean_kl_pre:.4f} before the distillation"
     return (
-        f"Collected {file.metadata['num_rollouts']} rollouts of {prompts} prompts, {file.rows} tokens; mean divergence "
-        f"{sums['kl'] / file.rows:.4f} nats per token{before} (no interval).\n"
+        f"Collected {summary.rollouts} rollouts of {summary.prompts} prompts, {summary.tokens} tokens; mean divergence "
+        f"{summary.mean_kl:.4f} nats per token{before} (no interval).\n"
         f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES}` finds the rocks."
     )
 
 
-def _settings(own, args, model_args, script_args, dataset_args) -> dict:
-    """Return what makes the rows what they are, as JSON has it."""
+def describe_settings(own: CollectArguments, args, model_args, script_args, dataset_args) -> dict:
+    """Return the settings that decide the rows, as JSON holds them."""
     settings = {
         "model_name_or_path": model_args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
@@ -160,8 +165,8 @@ def _settings(own, args, model_args, script_args, dataset_args) -> dict:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _check(own: CollectArguments, args, model_args) -> None:
-    """Raise `ValueError` for values that cannot be, before anything is loaded."""
+def check_arguments(own: CollectArguments, args, model_args) -> None:
+    """Raise `ValueError` for invalid values, before anything is loaded."""
     for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
         value = getattr(holder, name)
         if not isinstance(value, str) or not value.strip():

@@ -6,36 +6,49 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .options import format_options, options_of
 from .parsing import parse
-
-HELP = """usage: trl-opd demo [--output_dir DIR] [--seed S] [--steps N] [--arms LIST] [--config FILE.yaml]
-
-Distil a tiny teacher into a tiny student that solves word problems, find the tokens that never converge, freeze them,
-and compare with freezing as many others. Needs no network and no accelerator; about three minutes on two cores.
-
-options:            default
-  --output_dir DIR  opd_demo               where students, rock_set.json, summary.json and plots go
-  --seed S          0                      seed of prompts, rollouts and controls
-  --steps N         240                    optimizer steps of each arm
-  --arms LIST       uniform,rock,control   arms to run, of uniform, rock, control, random; uniform always runs
-
-Finished arms are kept: an interrupted demo goes on where it was when it is started again."""
 
 INTERRUPTED = ": finished arms are kept, and the same command goes on from there"
 
 
 @dataclass
 class DemoArguments:
-    """What the demo takes."""
+    """Arguments of `trl-opd demo`."""
 
-    output_dir: str = field(default="opd_demo", metadata={"help": "Where everything goes."})
-    seed: int = field(default=0, metadata={"help": "Seed of prompts, rollouts and controls."})
-    steps: int = field(default=240, metadata={"help": "Optimizer steps of each arm."})
-    arms: str = field(default="uniform,rock,control", metadata={"help": "Arms to run, separated by commas."})
+    output_dir: str = field(
+        default="opd_demo",
+        metadata={"metavar": "DIR", "help": "Where students, rock_set.json, summary.json and plots go."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"metavar": "S", "help": "Seed of prompts, rollouts and controls."},
+    )
+    steps: int = field(
+        default=240,
+        metadata={"metavar": "N", "help": "Optimizer steps of each arm."},
+    )
+    arms: str = field(
+        default="uniform,rock,control",
+        metadata={
+            "metavar": "LIST",
+            "help": "Arms to run, separated by commas, of uniform, rock, control, random; uniform always runs.",
+        },
+    )
+
+
+HELP = f"""usage: trl-opd demo [--output_dir DIR] [--seed S] [--steps N] [--arms LIST] [--config FILE.yaml]
+
+Distil a tiny teacher into a tiny student that solves word problems, find the tokens that never converge, freeze them,
+and compare with freezing as many others. Needs no network and no accelerator; about three minutes on two cores.
+
+{format_options("options:", options_of(DemoArguments))}
+
+Finished arms are kept: an interrupted demo goes on where it was when it is started again."""
 
 
 def run(argv: list[str]) -> None:
-    """Run the demo and print its table; raises `ValueError` or `OSError` for what a user can mend."""
+    """Run the demo and print its table; raises `ValueError` or `OSError` for a user's error."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # TRL sends telemetry on construction otherwise
     from trl import TrlParser
 
@@ -55,14 +68,16 @@ def run(argv: list[str]) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
     summary, notes = run_demo(output_dir, seed=args.seed, steps=args.steps, arms=arms)
-    where = f"Students, rock_set.json, summary.json and plots are in {output_dir}"
-    print("\n".join([*lines(summary), *notes, where, f"Open {output_dir / REPORT} in a browser: the report"]))
+    lines = format_summary(summary)
+    lines += notes
+    lines.append(f"Students, rock_set.json, summary.json and plots are in {output_dir}")
+    lines.append(f"Open {output_dir / REPORT} in a browser: the report")
+    print("\n".join(lines))
 
 
-def lines(summary: dict) -> list[str]:
+def format_summary(summary: dict) -> list[str]:
     """Return the table of a summary, a line each."""
-    rocks = summary["rocks"]
-    text = [
+    lines = [
         "",
         f"{summary['task']}: {summary['eval_problems']} held-out problems, greedy",
         f"teacher {summary['teacher']['accuracy']:.3f}, student at the start {summary['start']['accuracy']:.3f}",
@@ -70,20 +85,25 @@ def lines(summary: dict) -> list[str]:
         f"{'arm':<9}{'accuracy  [95 % interval]':<28}{'difference to uniform':<28}{'frozen':>8}{'seconds':>9}",
     ]
     for arm, result in summary["arms"].items():
-        accuracy = f"{result['accuracy']:.3f}  {_interval(result['accuracy_ci95'])}"
-        difference = summary["differences"].get(arm)
-        difference = f"{difference['estimate']:+.3f}  {_interval(difference['ci95'], '+')}" if difference else ""
-        share, seconds = f"{result['frozen_token_share']:.1%}", f"{result['seconds']:.0f}"
-        text.append(f"{arm:<9}{accuracy:<28}{difference:<28}{share:>8}{seconds:>9}")
-    text += [
+        accuracy = f"{result['accuracy']:.3f}  {_format_interval(result['accuracy_ci95'])}"
+        difference = ""
+        if arm in summary["differences"]:
+            found = summary["differences"][arm]
+            difference = f"{found['estimate']:+.3f}  {_format_interval(found['ci95'], '+')}"
+        share = f"{result['frozen_token_share']:.1%}"
+        seconds = f"{result['seconds']:.0f}"
+        lines.append(f"{arm:<9}{accuracy:<28}{difference:<28}{share:>8}{seconds:>9}")
+    lines += [
         "Intervals: accuracy Wilson, difference paired bootstrap over problems; both of one training seed.",
         f"{summary['seconds']:.0f} s in all.",
         "",
     ]
+
+    rocks = summary["rocks"]
     if not rocks["tokens"]:
-        return [*text, "No rocks were found: no token type kept a divergence above 0."]
+        return [*lines, "No rocks were found: no token type kept a divergence above 0."]
     return [
-        *text,
+        *lines,
         f"rocks found: {' '.join(rocks['tokens'])}",
         f"{rocks['planted_precision']:.0%} of them are planted, {rocks['planted_recall']:.0%} of the planted are found "
         "(as many are asked for as are planted, so the two are equal when the list is full);",
@@ -92,5 +112,5 @@ def lines(summary: dict) -> list[str]:
     ]
 
 
-def _interval(bounds: list[float] | None, sign: str = "") -> str:
+def _format_interval(bounds: list[float] | None, sign: str = "") -> str:
     return "(no interval)" if bounds is None else f"[{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"

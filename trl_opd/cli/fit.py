@@ -5,31 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from .options import format_options, options_of
 from .parsing import parse
 
-HELP = """usage: trl-opd fit --model_name_or_path S --teacher_model_name_or_path T --gpu 24GB [...] [--config FILE.yaml]
-
-Predict the memory of a run on one card, phase by phase, from the configurations of both models alone, and say what to
-change when it does not fit. Estimates for CUDA, bfloat16 and gradient checkpointing.
-
-options:                             default
-  --model_name_or_path S             required  student: a folder, or a name on the Hub
-  --teacher_model_name_or_path T     required  teacher
-  --gpu SIZE                         required  memory of the card, such as 24GB
-  --reserve GIB                      0.75      what CUDA and fragmentation take of it
-  --teacher_quantization Q           none      4bit or 8bit
-  --teacher_placement P              resident  parked: the teacher leaves the card while nobody needs it
-  --use_peft                         false     a LoRA student
-  --lora_r R                         16        rank of its adapters
-  --load_in_4bit                     false     a 4-bit base for it (QLoRA)
-  --dtype DTYPE                      bfloat16  of the student's weights; float32 when it is trained in full
-  --per_device_train_batch_size N    8         rollouts of a forward
-  --gradient_accumulation_steps N    1         forwards of an optimizer step
-  --prompt_length N                  512       tokens of the longest prompt
-  --max_completion_length N          512       tokens of the longest completion
-  --json                             false     print one JSON object"""
-
+REQUIRED = ("model_name_or_path", "teacher_model_name_or_path", "gpu")
+# Name -> bytes of a weight.
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Options that take a whole number above 0.
 COUNTS = (
     "lora_r",
     "per_device_train_batch_size",
@@ -41,27 +23,88 @@ COUNTS = (
 
 @dataclass
 class FitArguments:
-    """What the planner takes."""
+    """Arguments of `trl-opd fit`."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Student."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher."})
-    gpu: str | None = field(default=None, metadata={"help": "Memory of the card, such as 24GB."})
-    reserve: float = field(default=0.75, metadata={"help": "GiB that CUDA and fragmentation take."})
-    teacher_quantization: str | None = field(default=None, metadata={"help": "4bit or 8bit."})
-    teacher_placement: str = field(default="resident", metadata={"help": "resident or parked."})
-    use_peft: bool = field(default=False, metadata={"help": "A LoRA student."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of its adapters."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "A 4-bit base for it."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the student's weights."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rollouts of a forward."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards of an optimizer step."})
-    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
-    max_completion_length: int = field(default=512, metadata={"help": "Tokens of the longest completion."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"metavar": "S", "help": "The student: a folder, or a name on the Hub."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"metavar": "T", "help": "The teacher: a folder, or a name on the Hub."},
+    )
+    gpu: str | None = field(
+        default=None,
+        metadata={"metavar": "SIZE", "help": "Memory of the card, such as 24GB."},
+    )
+    reserve: float = field(
+        default=0.75,
+        metadata={"metavar": "GIB", "help": "GiB of the card's memory that CUDA and fragmentation take."},
+    )
+    teacher_quantization: str | None = field(
+        default=None,
+        metadata={"metavar": "Q", "help": "Quantisation of the teacher: 4bit or 8bit."},
+    )
+    teacher_placement: str = field(
+        default="resident",
+        metadata={
+            "metavar": "P",
+            "help": "Where the teacher is: resident (always on the card), or parked (off the card when not used).",
+        },
+    )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "The student is trained with LoRA."},
+    )
+    lora_r: int = field(
+        default=16,
+        metadata={"metavar": "R", "help": "Rank of the LoRA adapters."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "The base of the LoRA student is in 4 bits (QLoRA)."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "DTYPE",
+            "help": "Dtype of the student's weights: bfloat16, float16 or float32. When omitted bfloat16 for a LoRA "
+            "student, float32 for one that is trained in full.",
+        },
+    )
+    per_device_train_batch_size: int = field(
+        default=8,
+        metadata={"metavar": "N", "help": "Rollouts of a forward."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"metavar": "N", "help": "Forwards of an optimizer step."},
+    )
+    prompt_length: int = field(
+        default=512,
+        metadata={"metavar": "N", "help": "Tokens of the longest prompt."},
+    )
+    max_completion_length: int = field(
+        default=512,
+        metadata={"metavar": "N", "help": "Tokens of the longest completion."},
+    )
+    json: bool = field(
+        default=False,
+        metadata={"help": "Print one JSON object instead of the table."},
+    )
+
+
+HELP = f"""\
+usage: trl-opd fit --model_name_or_path S --teacher_model_name_or_path T --gpu 24GB [...] [--config FILE.yaml]
+
+Predict the memory of a run on one card, phase by phase, from the configurations of both models alone, and say what to
+change when it does not fit. Estimates for CUDA, bfloat16 and gradient checkpointing.
+
+{format_options("options:", options_of(FitArguments), required=REQUIRED)}"""
 
 
 def run(argv: list[str]) -> None:
-    """Print the plan; raises `ValueError` or `OSError` for what a user can mend."""
+    """Print the plan; raises `ValueError` or `OSError` for a user's error."""
     from trl import TrlParser
 
     from ..models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
@@ -69,10 +112,10 @@ def run(argv: list[str]) -> None:
 
     parser = TrlParser((FitArguments,), prog="trl-opd fit")
     (args,) = parse(parser, argv)
-    for name in ("model_name_or_path", "teacher_model_name_or_path", "gpu"):
+    for name in REQUIRED:
         if getattr(args, name) is None:
             parser.error(f"the following arguments are required: --{name}")
-    _check(args)
+    check_arguments(args)
     available = parse_gigabytes(args.gpu) - int(args.reserve * GIB)
     if available <= 0:
         raise ValueError(f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}.")
@@ -90,23 +133,18 @@ def run(argv: list[str]) -> None:
         prompt_length=args.prompt_length,
         completion_length=args.max_completion_length,
     )
-    plan = {
-        "phases": phases(setup),
-        "peak": peak(setup),
-        "available": available,
-        "fits": peak(setup) <= available,
-        "changes": [],
-    }
-    if not plan["fits"]:
-        plan["changes"] = [{"change": name, "peak": size} for name, size in cheaper(setup, available)]
+    needed = peak(setup)
+    fits = needed <= available
+    changes = [] if fits else [{"change": name, "peak": size} for name, size in cheaper(setup, available)]
+    plan = {"phases": phases(setup), "peak": needed, "available": available, "fits": fits, "changes": changes}
     if args.json:
         print(json.dumps({"arguments": asdict(args), **plan}, indent=2))
     else:
-        print("\n".join(lines(plan)))
+        print("\n".join(format_plan(plan)))
 
 
-def _check(args: FitArguments) -> None:
-    """Raise `ValueError` for values that no run has, before any configuration is read."""
+def check_arguments(args: FitArguments) -> None:
+    """Raise `ValueError` for invalid values, before any configuration is read."""
     from ..opd_config import TEACHER_PLACEMENTS, TEACHER_QUANTIZATIONS
 
     for name, choices in (
@@ -134,29 +172,35 @@ def _check(args: FitArguments) -> None:
         raise ValueError("--load_in_4bit is for a LoRA student, since 4-bit weights cannot be trained: add --use_peft.")
 
 
-def lines(plan: dict) -> list[str]:
+def format_plan(plan: dict) -> list[str]:
     """Return the table of a plan, a line each."""
-    columns = plan["phases"]
-    names = list(dict.fromkeys(name for parts in columns.values() for name in parts))
-    text = [f"{'GiB on the card':<26}" + "".join(f"{phase:>12}" for phase in columns)]
+    phases = plan["phases"]
+    lines = [f"{'GiB on the card':<26}" + "".join(f"{phase:>12}" for phase in phases)]
+    names = dict.fromkeys(name for parts in phases.values() for name in parts)
     for name in names:
-        text.append(f"{name:<26}" + "".join(_cell(parts.get(name)) for parts in columns.values()))
-    text.append(f"{'together':<26}" + "".join(_cell(sum(parts.values())) for parts in columns.values()))
-    size, available = _gib(plan["peak"]), _gib(plan["available"])
+        lines.append(f"{name:<26}" + "".join(_format_cell(parts.get(name)) for parts in phases.values()))
+    lines.append(f"{'together':<26}" + "".join(_format_cell(sum(parts.values())) for parts in phases.values()))
+
+    size = _format_gib(plan["peak"])
+    available = _format_gib(plan["available"])
     if plan["fits"]:
-        return [*text, "", f"It fits: at most {size} of {available} GiB. Predicted, not measured."]
-    text += ["", f"It does not fit: {size} GiB, and there are {available}. Predicted, not measured."]
-    fitting = [change for change in plan["changes"] if change["peak"] <= plan["available"]]
-    if not fitting:
-        found = plan["changes"][-1:]
-        least = f" Even {found[0]['change']} needs {_gib(found[0]['peak'])} GiB." if found else ""
-        return [*text, f"No change that is known here is enough.{least} Take smaller models."]
-    return [*text, "What would, the least change first:", *(f"  {_gib(c['peak'])} GiB  {c['change']}" for c in fitting)]
+        return [*lines, "", f"It fits: at most {size} of {available} GiB. Predicted, not measured."]
+    lines += ["", f"It does not fit: {size} GiB, and there are {available}. Predicted, not measured."]
+
+    changes = plan["changes"]
+    sufficient = [change for change in changes if change["peak"] <= plan["available"]]
+    if sufficient:
+        lines.append("What would, the least change first:")
+        lines += [f"  {_format_gib(change['peak'])} GiB  {change['change']}" for change in sufficient]
+        return lines
+    least = f" Even {changes[-1]['change']} needs {_format_gib(changes[-1]['peak'])} GiB." if changes else ""
+    lines.append(f"No change that is known here is enough.{least} Take smaller models.")
+    return lines
 
 
-def _cell(size: int | None) -> str:
-    return f"{'':>12}" if size is None else f"{_gib(size):>12}"
+def _format_cell(size: int | None) -> str:
+    return f"{'':>12}" if size is None else f"{_format_gib(size):>12}"
 
 
-def _gib(size: int) -> str:
+def _format_gib(size: int) -> str:
     return f"{size / 2**30:.2f}"

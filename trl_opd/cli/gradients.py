@@ -4,42 +4,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .options import format_options, options_of
 from .parsing import parse
 
-HELP = """usage: trl-opd gradients OCCURRENCES.parquet --rock_set F --model_name_or_path M [...]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..artefacts.gradient_table import Study
+    from ..studies.gradient_study import MannWhitney, Wilcoxon
+
+
+@dataclass
+class GradientArguments:
+    """Arguments of `trl-opd gradients` beside those of `trl-opd train`."""
+
+    early: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "Occurrences of an earlier student, to see how the divergence of each group changed.",
+        },
+    )
+    matched: int = field(
+        default=3,
+        metadata={"metavar": "N", "help": "Positions of each type in the groups of equal number."},
+    )
+    rare: int = field(
+        default=200,
+        metadata={"metavar": "N", "help": "Largest number of rare types of high divergence."},
+    )
+    output: str = field(
+        default="gradients.parquet",
+        metadata={"metavar": "FILE", "help": "The result: a row for each type. A plot is written beside it."},
+    )
+
+
+HELP = f"""usage: trl-opd gradients OCCURRENCES.parquet --rock_set F --model_name_or_path M [...]
 
 Norm and direction of the gradient of each token type with respect to the student's logits, on stored rollouts: of the
 rocks, of rare types of high divergence, and of a random rest. Averaging alone makes the mean gradient of frequent types
 small, so the unbiased norm and groups of equally many positions stand beside. Takes the options of `trl-opd train` for
 models, and those below; prompts.parquet is read from beside the occurrences.
 
-options of gradients:             default
-  --rock_set F                    required            the rocks
-  --early FILE                    none                occurrences of an earlier student: how did the divergence change?
-  --matched N                     3                   positions of each type in the groups of equal number
-  --rare N                        200                 rare types of high divergence at most
-  --output FILE                   gradients.parquet   a row for each type; beside it a plot
+usual options:
+  --rock_set F                      the rocks (required)
+  --model_name_or_path M            the student: a model, or the folder of a LoRA adapter
+  --teacher_model_name_or_path T    the teacher
+  --per_device_eval_batch_size N    rollouts of a forward (8)
+  --use_cpu --bf16 false            without a GPU
 
-  --per_device_eval_batch_size N  rollouts of a forward (8); --use_cpu --bf16 false without a GPU
+{format_options("options of gradients:", options_of(GradientArguments))}
 
 example:
   trl-opd gradients rollouts/occurrences.parquet --rock_set rock_set.json --model_name_or_path student \\
       --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit"""
 
 
-@dataclass
-class GradientArguments:
-    """What the study takes beside the models."""
-
-    early: str | None = field(default=None, metadata={"help": "Occurrences of an earlier student."})
-    matched: int = field(default=3, metadata={"help": "Positions of each type in the groups of equal number."})
-    rare: int = field(default=200, metadata={"help": "Rare types of high divergence at most."})
-    output: str = field(default="gradients.parquet", metadata={"help": "A row for each type."})
-
-
 def run(argv: list[str]) -> None:
-    """Study, write table and plot, and print the groups; raises `ValueError` or `OSError` for a user's error."""
+    """Measure, write table and plot, and print the groups; raises `ValueError` or `OSError` for a user's error."""
     from .models import make_parser, set_init_kwargs
 
     parser = make_parser("gradients", GradientArguments)
@@ -47,7 +71,7 @@ def run(argv: list[str]) -> None:
     _, own, args, model_args, _, given = parse(parser, argv)
     if args.rock_set is None:
         parser.error("the following arguments are required: --rock_set")
-    _check(own, args, model_args)
+    check_arguments(own, args, model_args)
     set_init_kwargs(args, model_args)
 
     from ..artefacts.atomic import require_writable
@@ -55,12 +79,14 @@ def run(argv: list[str]) -> None:
     from ..artefacts.occurrences import Occurrences
     from ..report.plots.canvas import save_png
     from ..report.plots.evidence import plot_gradients
-    from ..studies.gradient_study import lines, study_gradients
+    from ..studies.collect import PROMPTS
+    from ..studies.gradient_study import study_gradients
     from ..studies.gradients import read_rollouts
-    from .collect import PROMPTS
     from .models import make_trainer
 
-    output, path = Path(own.output), Path(given.occurrences)
+    output = Path(own.output)
+    path = Path(given.occurrences)
+    plot = output.with_suffix(".png")
     require_writable(output)
     late = Occurrences(path)
     early = None if own.early is None else Occurrences(own.early)
@@ -78,8 +104,9 @@ def run(argv: list[str]) -> None:
         pad_id=trainer.processing_class.pad_token_id,
     )
     write_table(found, trainer.processing_class, output)
-    save_png(plot_gradients(found), output.with_suffix(".png"))
-    print("\n".join([*lines(found), f"The types are in {output}, the plot in {output.with_suffix('.png')}"]))
+    save_png(plot_gradients(found), plot)
+    print("\n".join(format_groups(found)))
+    print(f"The types are in {output}, the plot in {plot}")
 
 
 def _no_prompts():
@@ -89,8 +116,60 @@ def _no_prompts():
     return Dataset.from_dict({"prompt": ["-"]})
 
 
-def _check(own: GradientArguments, args, model_args) -> None:
-    """Raise `ValueError` for values that cannot be, before anything is loaded."""
+def format_groups(found: Study) -> list[str]:
+    """Return the table of groups and the tests between them, a line each."""
+    from ..artefacts.gradient_table import GROUPS, MEDIANS
+    from ..studies.gradient_study import compare_with_early, divergence_changes, mann_whitney
+
+    heads = "".join(f"{head:>15}" for head in MEDIANS.values())
+    lines = [f"{'medians of types':<16}{'types':>7}{heads}"]
+    for group, name in GROUPS.items():
+        types = (found.columns["group"] == group).sum()
+        cells = "".join(f"{_format_median(found.of(group, column)):>15}" for column in MEDIANS)
+        lines.append(f"{name:<16}{types:>7}{cells}")
+    lines += [
+        f"Norms of the mean gradient of the logits; cosines to G_balanced; equal n: {found.matched} positions each.",
+        "No intervals: positions of a rollout are not independent. Rocks against rare types (Mann-Whitney, U / n1 n2):",
+    ]
+    for column, what in (
+        ("norm", "norm, as published"),
+        ("norm_unbiased", "unbiased norm"),
+        ("norm_matched", "equal n"),
+    ):
+        test = mann_whitney(found.of("rock", column), found.of("rare", column))
+        lines.append(f"  {what:<20} {_format_mann_whitney(test)}")
+    if found.has_early:
+        lines.append("Mean KL, early to late (medians; Wilcoxon):")
+        for group, name in GROUPS.items():
+            lines.append(f"  {name:<20} {_format_wilcoxon(compare_with_early(found, group))}")
+        test = mann_whitney(divergence_changes(found, "rock"), divergence_changes(found, "rare"))
+        lines.append(f"  change, rocks against rare (Mann-Whitney): {_format_mann_whitney(test)}")
+    return lines
+
+
+def _format_median(values: np.ndarray) -> str:
+    import numpy as np
+
+    return f"{np.median(values):.4g}" if len(values) else "-"
+
+
+def _format_mann_whitney(test: MannWhitney | None) -> str:
+    if test is None:
+        return "not compared: a group is empty"
+    return f"{test.share:.2f} (1/2 is no difference), p = {test.p:.2g}"
+
+
+def _format_wilcoxon(test: Wilcoxon | None) -> str:
+    if test is None:
+        return "too few types"
+    return (
+        f"{test.early:.3g} -> {test.late:.3g}, p = {test.p:.2g}, share of ranks that fell {test.fallen:.2f}, "
+        f"{test.types} types"
+    )
+
+
+def check_arguments(own: GradientArguments, args, model_args) -> None:
+    """Raise `ValueError` for invalid values, before anything is loaded."""
     for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
         if not getattr(holder, name):
             raise ValueError(f"Student and teacher are required: set --{name}.")

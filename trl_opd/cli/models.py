@@ -36,24 +36,31 @@ def make_parser(command: str = "train", *own: type):
 
     from ..opd_config import OPDConfig
 
+    class Parser(TrlParser):
+        """TRL's parser, in which `--resume_from_checkpoint` may also stand without a value."""
+
+        def add_argument(self, *flags, **settings):
+            if "--resume_from_checkpoint" in flags:
+                settings.update(nargs="?", const="true")
+            return super().add_argument(*flags, **settings)
+
     kinds = (ScriptArguments, *own, OPDConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(kinds, prog=f"trl-opd {command}")
+    parser = Parser(kinds, prog=f"trl-opd {command}")
     parser.usage = f"trl-opd {command} [--config FILE.yaml] [options]; `trl-opd {command} --help` lists them"
-    for action in parser._actions:
-        if action.dest == "resume_from_checkpoint":
-            action.nargs, action.const = "?", "true"
     return parser
 
 
 def set_init_kwargs(training_args, model_args) -> None:
-    """Let the flags of `ModelConfig` reach both models, as far as their own init kwargs leave them open."""
-    # As in TRL's script: the flags of ModelConfig reach both models, explicit init kwargs win. The student's
-    # quantisation is an argument of the trainer; the teacher's only comes through its own init kwargs.
-    common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
-    for name, revision in (
-        ("model_init_kwargs", model_args.model_revision),
-        ("teacher_model_init_kwargs", training_args.teacher_model_revision),
-    ):
-        given = getattr(training_args, name) or {}
-        kwargs = {"revision": revision, "trust_remote_code": training_args.trust_remote_code, **common, **given}
-        setattr(training_args, name, kwargs)
+    """Pass the flags of `ModelConfig` on to both models; explicit init kwargs win, as in TRL's script.
+
+    The student's quantisation is an argument of the trainer, and the teacher's comes through the teacher's own options.
+    """
+    common = {
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    student = {"revision": model_args.model_revision, **common}
+    teacher = {"revision": training_args.teacher_model_revision, **common}
+    training_args.model_init_kwargs = student | (training_args.model_init_kwargs or {})
+    training_args.teacher_model_init_kwargs = teacher | (training_args.teacher_model_init_kwargs or {})

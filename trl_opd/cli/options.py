@@ -1,29 +1,81 @@
-"""What `--help` lists without importing torch; `tests/test_cli.py` compares it with the dataclass."""
+"""The options of a command and the table of them that `--help` prints, without an import of torch."""
 
-# Option -> its default as the help shows it, and what it does.
-OPD_OPTIONS = {
-    "token_weighting": ("uniform", "which positions get rock_weight: uniform (none), rock, control or random"),
-    "rock_set": ("none", "path or Hub repository of a rock set; required unless uniform"),
-    "rock_weight": ("0.0", "weight of the chosen positions, in [0, 1]: 0 freezes them, 1 changes nothing"),
-    "rock_window": ("0", "positions on each side of a rock that get the same weight"),
-    "rock_exclude_pillars": ("false", "leave alone the rocks that `trl-opd probe` found to be pillars"),
-    "weight_normalization": ("tokens", "divide by all tokens of the loss (as TRL), or by the sum of the weights"),
-    "num_generations": ("1", "rollouts per prompt; divides the number of rollouts of an optimizer step"),
-    "mask_truncated_completions": ("false", "leave rollouts that were cut at the length limit out of the loss"),
-    "use_transformers_continuous_batching": ("false", "take rollouts from transformers' continuous batching engine"),
-    "transformers_continuous_batching_config": ("none", "its settings, JSON; max_memory_percent is 0.5 unless given"),
-    "micro_batching": ("tight", "tight (rollouts of like length together, trimmed) or trl (TRL's padding and split)"),
-    "divergence_chunk_bytes": ("536870912", "memory for the divergence's rows of the vocabulary (not on CUDA)"),
-    "token_statistics": ("true", "keep the divergence per token type, and write it into every checkpoint"),
-    "save_occurrences": ("none", "write the rollouts of every N-th optimizer step, token by token"),
-    "merge_adapter": ("false", "save and push a LoRA student as a whole model, in the place of its adapter"),
-    "teacher_quantization": ("none", "quantise the teacher with bitsandbytes: 4bit or 8bit"),
-    "teacher_placement": ("resident", "parked: the teacher's weights leave the GPU while nobody needs them"),
-    "teacher_device": ("none", "another device for the teacher, such as cuda:1 or cpu"),
-    "teacher_tokenizer_name_or_path": ("none", "tokenizer of the teacher, when its model does not name one"),
-}
+from __future__ import annotations
+
+import ast
+import dataclasses
+import textwrap
+from collections.abc import Collection, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+WIDTH = 120  # columns of a help page
 
 
-def table(options: dict[str, tuple[str, str]]) -> str:
-    """Return one line per option: flag, default, meaning."""
-    return "\n".join(f"  --{name:<40}{default:<10}{text}" for name, (default, text) in options.items())
+class Option(NamedTuple):
+    """An option as the help shows it.
+
+    Args:
+        name (`str`): Name of the field, without the dashes.
+        default (`Any`): Default of the field.
+        help (`str`): The field's documentation.
+        metavar (`str`): What stands for the value behind the flag, such as "FILE"; empty for a flag without a value.
+    """
+
+    name: str
+    default: Any
+    help: str
+    metavar: str = ""
+
+
+def options_of(arguments: type) -> list[Option]:
+    """Return the options of a command: the fields of its dataclass, which document themselves in their metadata."""
+    return [
+        Option(field.name, field.default, field.metadata["help"], field.metadata.get("metavar", ""))
+        for field in dataclasses.fields(arguments)
+    ]
+
+
+def options_of_config() -> list[Option]:
+    """Return the options that `OPDConfig` adds to TRL's, read from its source: an import of it would load torch."""
+    source = files("trl_opd").joinpath("opd_config.py").read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    config = next(node for node in classes if node.name == "OPDConfig")
+    options = []
+    for node in config.body:
+        # A field is `name: type = field(default=..., metadata={"help": ...})`, with literals only.
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
+            options.append(Option(node.target.id, given["default"], given["metadata"]["help"]))
+    return options
+
+
+def format_options(title: str, options: Sequence[Option], *, required: Collection[str] = ()) -> str:
+    """Return a table of options: flag, default and help, which is wrapped to the width of a page.
+
+    Args:
+        title (`str`): Head of the column of flags.
+        options (`Sequence[Option]`): The rows.
+        required (`Collection[str]`): Names of the options without which the command does not run.
+    """
+    flags = [f"  --{option.name} {option.metavar}".rstrip() for option in options]
+    defaults = ["required" if option.name in required else show_default(option) for option in options]
+    flag_width = max(map(len, [title, *flags])) + 2
+    default_width = max(map(len, ["default", *defaults])) + 2
+
+    lines = [f"{title:<{flag_width}}default"]
+    for option, flag, default in zip(options, flags, defaults, strict=True):
+        start = f"{flag:<{flag_width}}{default:<{default_width}}"
+        indent = " " * len(start)
+        text = textwrap.fill(option.help, WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def show_default(option: Option) -> str:
+    """Return the default of an option as it would be written on the command line."""
+    if option.default is None:
+        return "none"
+    if isinstance(option.default, bool):
+        return str(option.default).lower()
+    return str(option.default)

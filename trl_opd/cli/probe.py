@@ -2,256 +2,203 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 import math
-import os
-import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .options import format_options, options_of
 from .parsing import parse
-from .probe_table import lines
 
-HELP = """usage: trl-opd probe --model_name_or_path M --rock_set F --dataset_name D [--reward R] [options]
+if TYPE_CHECKING:
+    from ..rocks.rock_set import RockSet
+    from ..studies.knockout import Sampling
 
-Forbid a token at every step of decoding and see what it does to the rewards of a task: each rock alone, all together,
-and the mass-matched controls, each and together. Only completions in which a token was chosen are decoded again, from
-there on. Effects are tested and corrected for their number. An interrupted probe goes on where it was.
-
-options:                          default
-  --model_name_or_path M          required     the student: a model, or the folder of a LoRA adapter
-  --rock_set F                    none         rocks and controls; required unless --candidates all
-  --dataset_name D                required     problems: a name on the Hub, a folder, or a file of JSON lines
-  --dataset_config C              none         its configuration
-  --dataset_split S               train        its split
-  --reward R                      last_number  exact_match, last_number, math_verify (with the column `answer`), or a
-                                               dotted path to a function with TRL's signature
-  --candidates C                  rocks        rocks, or all: every type of the baseline's completions
-  --top_n N                       200          rocks to probe, from the first on
-  --num_prompts N                 all          problems to use, from the first on
-  --max_completion_length N       512          tokens of a completion at most
-  --greedy                        false        take the likeliest token instead of sampling
-  --temperature T                 1.0          of sampling; likewise --top_p 1.0, --top_k 0, --min_p none
-  --batch_size N                  64           rows of a batch
-  --dtype DTYPE                   float32      of the student's weights
-  --load_in_4bit                  false        load it in 4 bits
-  --use_cpu                       false        also where there is a GPU
-  --seed S                        0            of sampling and intervals
-  --effect E                      0.01         effect that is asked about: told how many problems it takes
-  --output FILE                   knockout.json  the result; beside it a plot, and a copy of the rock set with roles
-
-example:
-  trl-opd probe --model_name_or_path student --rock_set rock_set.json --dataset_name problems.jsonl --greedy"""
-
+REQUIRED = ("model_name_or_path", "dataset_name")
 INTERRUPTED = ": finished completions are kept, and the same command goes on from there"
 
 
 @dataclass
 class ProbeArguments:
-    """What the probe takes."""
+    """Arguments of `trl-opd probe`."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The student."})
-    rock_set: str | None = field(default=None, metadata={"help": "Rocks and controls."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Problems."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    reward: str = field(default="last_number", metadata={"help": "Built in, or a dotted path."})
-    candidates: str = field(default="rocks", metadata={"help": "rocks or all."})
-    top_n: int = field(default=200, metadata={"help": "Rocks to probe, from the first on."})
-    num_prompts: int | None = field(default=None, metadata={"help": "Problems to use, from the first on."})
-    max_completion_length: int = field(default=512, metadata={"help": "Tokens of a completion at most."})
-    greedy: bool = field(default=False, metadata={"help": "Take the likeliest token."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_k: int = field(default=0, metadata={"help": "Of sampling."})
-    min_p: float | None = field(default=None, metadata={"help": "Of sampling."})
-    batch_size: int = field(default=64, metadata={"help": "Rows of a batch."})
-    dtype: str = field(default="float32", metadata={"help": "Of the student's weights."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load it in 4 bits."})
-    use_cpu: bool = field(default=False, metadata={"help": "Also where there is a GPU."})
-    seed: int = field(default=0, metadata={"help": "Of sampling and intervals."})
-    effect: float = field(default=0.01, metadata={"help": "Effect that is asked about."})
-    output: str = field(default="knockout.json", metadata={"help": "The result."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"metavar": "M", "help": "The student: a model, or the folder of a LoRA adapter."},
+    )
+    rock_set: str | None = field(
+        default=None,
+        metadata={"metavar": "F", "help": "Rocks and controls; required unless --candidates all."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"metavar": "D", "help": "Problems: a name on the Hub, a folder, or a file of JSON lines."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"metavar": "C", "help": "Configuration of the dataset."},
+    )
+    dataset_split: str = field(
+        default="train",
+        metadata={"metavar": "S", "help": "Split of the dataset."},
+    )
+    reward: str = field(
+        default="last_number",
+        metadata={
+            "metavar": "R",
+            "help": "exact_match, last_number or math_verify (with the column `answer`), or a dotted path to a "
+            "function with TRL's signature.",
+        },
+    )
+    candidates: str = field(
+        default="rocks",
+        metadata={"metavar": "C", "help": "rocks (and controls), or all: every type of the baseline's completions."},
+    )
+    top_n: int = field(
+        default=200,
+        metadata={"metavar": "N", "help": "Rocks to probe, from the first on."},
+    )
+    num_prompts: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "Problems to use, from the first on; all when omitted."},
+    )
+    max_completion_length: int = field(
+        default=512,
+        metadata={"metavar": "N", "help": "Tokens of a completion at most."},
+    )
+    greedy: bool = field(
+        default=False,
+        metadata={"help": "Take the likeliest token instead of sampling."},
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"metavar": "T", "help": "Temperature of sampling."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"metavar": "P", "help": "Sample from the likeliest tokens of this total probability; 1.0 cuts none."},
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"metavar": "K", "help": "Sample from this many of the likeliest tokens; 0 cuts none."},
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "P",
+            "help": "Sample from the tokens of at least this share of the largest probability; none cuts none.",
+        },
+    )
+    batch_size: int = field(
+        default=64,
+        metadata={"metavar": "N", "help": "Rows of a batch."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"metavar": "DTYPE", "help": "Dtype of the student's weights: float32, bfloat16 or float16."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Load the student in 4 bits."},
+    )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "Decode on the CPU, also where there is a GPU."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"metavar": "S", "help": "Seed of sampling and intervals."},
+    )
+    effect: float = field(
+        default=0.01,
+        metadata={
+            "metavar": "E",
+            "help": "Effect that is asked about: where there are too few problems to find it, the output says how many "
+            "it takes.",
+        },
+    )
+    output: str = field(
+        default="knockout.json",
+        metadata={
+            "metavar": "FILE",
+            "help": "The result. A plot, and a copy of the rock set with roles, are written beside it.",
+        },
+    )
+
+
+HELP = f"""\
+usage: trl-opd probe --model_name_or_path M --rock_set F --dataset_name D [--reward R] [options]
+
+Forbid a token at every step of decoding and see what it does to the rewards of a task: each rock alone, all together,
+and the mass-matched controls, each and together. Only completions in which a token was chosen are decoded again, from
+there on. Effects are tested and corrected for their number. An interrupted probe goes on where it was.
+
+{format_options("options:", options_of(ProbeArguments), required=REQUIRED)}
+
+example:
+  trl-opd probe --model_name_or_path student --rock_set rock_set.json --dataset_name problems.jsonl --greedy"""
 
 
 def run(argv: list[str]) -> None:
-    """Probe, write the result, and print the table; raises `ValueError` or `OSError` for what a user can mend."""
+    """Probe, write the result, and print the table; raises `ValueError` or `OSError` for a user's error."""
     from trl import TrlParser
 
     parser = TrlParser((ProbeArguments,), prog="trl-opd probe")
     (args,) = parse(parser, argv)
-    for name in ("model_name_or_path", "dataset_name"):
+    for name in REQUIRED:
         if getattr(args, name) is None:
             parser.error(f"the following arguments are required: --{name}")
-    _check(args)
+    check_arguments(args)
 
-    from ..artefacts.atomic import complete_file, require_writable
-    from ..artefacts.run_files import KNOCKOUT_FORMAT
+    from ..artefacts.atomic import require_writable
     from ..report.plots.canvas import save_png
     from ..report.plots.evidence import plot_forest
     from ..rocks.rock_set import RockSet
-    from ..studies.effects import arms_of, evaluate, with_roles
-    from ..studies.probe import VERSION, Probe
+    from ..studies.effects import add_roles
+    from ..studies.probe import Probe, journal_settings, require_prompts_fit, run_probe, write_result
+    from ..studies.rewards import load_reward
+    from .probe_table import format_result
 
     output = Path(args.output)
     require_writable(output)
-    reward, rows = load_reward(args.reward), _problems(args)
+    reward = load_reward(args.reward)
+    problems = load_problems(args)
     rock_set = None if args.rock_set is None else RockSet.load(args.rock_set)
-    model, tokenizer = _load(args, rock_set)
-    _require_fit(rows, model, tokenizer, args)
-    settings = {
-        name: value for name, value in asdict(args).items() if name not in ("output", "batch_size", "reward", "effect")
-    }
-    if rock_set is not None:  # its file may change before an interrupted probe goes on
-        settings["ids"] = [rock_set.ids.tolist(), [] if rock_set.controls is None else list(rock_set.controls.ids)]
-    journal = output.with_name(f".{output.name}.journal.jsonl")
-    probe = Probe(model, tokenizer, rows, reward, _sampling(args), journal=journal, settings=settings)
-    arms = arms_of(*_candidates(args, rock_set, probe.baseline))
-    ids = {arm: forbidden for arm, (_, forbidden) in arms.items()}
-    rewards = probe.rewards_of(ids)
-    result = {"format": KNOCKOUT_FORMAT, "version": VERSION, "settings": asdict(args)}
-    result |= evaluate(arms, rewards, _figures(rock_set, probe), seed=args.seed)
-    result |= {"exact_reuse": _sampling(args).reuses, "decoded_tokens": probe.decoded}
-    result["naive_tokens"] = probe.naive_tokens(ids)
-    exact = args.dtype == "float32" and not args.load_in_4bit
-    result["unstable_share"] = None if exact else probe.unstable_share()
-    for arm in result["arms"]:
-        arm["texts"] = [tokenizer.decode([id]) for id in arm["ids"]]
-    with complete_file(output) as part:
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    save_png(plot_forest(result), output.with_suffix(".png"))
-    roles = output.with_name(f"{output.stem}_roles.json")
-    if rock_set is not None:
-        with_roles(rock_set, result).save(roles)
-    probe.close()
-    print("\n".join([*lines(result), f"The result is in {output}" + (f", the roles in {roles}" if rock_set else "")]))
+    model, tokenizer = load_student_and_tokenizer(args, rock_set)
+    require_prompts_fit(problems, model, tokenizer, args.max_completion_length)
 
-
-def load_reward(name: str) -> Callable:
-    """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
-
-    Raises:
-        `ValueError`: if there is no such function.
-    """
-    from ..studies.rewards import BUILT_IN
-
-    if name in BUILT_IN:
-        if name == "math_verify" and importlib.util.find_spec("math_verify") is None:
-            raise ValueError("The reward math_verify needs a package: `pip install math-verify`.")
-        return BUILT_IN[name]
-    module, _, function = name.rpartition(".")
-    if not module:
-        raise ValueError(f"There is no reward {name!r}: take {', '.join(BUILT_IN)}, or a dotted path to a function.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {name} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"The reward {name} is no function.")
-    return found
-
-
-def _problems(args: ProbeArguments) -> list[dict]:
-    from types import SimpleNamespace
-
-    from ..rollouts.prompts import require_prompts
-    from ..studies.rewards import BUILT_IN
-    from .prompts import readable, take_prompts
-
-    script = SimpleNamespace(
-        dataset_name=args.dataset_name,
-        dataset_config=args.dataset_config,
-        dataset_train_split=args.dataset_split,
-        dataset_test_split=None,
-        dataset_streaming=False,
+    probe = Probe(
+        model,
+        tokenizer,
+        problems,
+        reward,
+        make_sampling(args),
+        journal=output.with_name(f".{output.name}.journal.jsonl"),
+        settings=journal_settings(asdict(args), rock_set),
     )
-    with readable(args.dataset_name):
-        found = take_prompts(
-            script, SimpleNamespace(datasets=None), SimpleNamespace(eval_strategy="no"), args.num_prompts
-        )
-        require_prompts(found, "dataset of problems")
-        rows = list(found)
-    for name in ("prompt", *(["answer"] if args.reward in BUILT_IN else [])):
-        if name not in rows[0]:
-            raise ValueError(f"The problems have no column {name!r} (they have {', '.join(rows[0])}).")
-    return rows
-
-
-def _load(args: ProbeArguments, rock_set):
-    """Return the student in eval mode, and its tokenizer, which the rock set must fit."""
-    import torch
-    from transformers import AutoTokenizer, BitsAndBytesConfig
-
-    from .._trl import create_model_from_path
-    from ..loss.lm_head import output_rows
-    from ..models.quantised import make_readable
-    from ..models.student import load_student
-
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
-    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
-    student, name = load_student(args.model_name_or_path, kwargs, quantization)
-    if isinstance(student, str):
-        student = create_model_from_path(
-            student, **kwargs, **({} if quantization is None else {"quantization_config": quantization})
-        )
-    make_readable(student)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos_token, so no completion could end.")
+    result = run_probe(
+        probe,
+        rock_set,
+        candidates=args.candidates,
+        top_n=args.top_n,
+        seed=args.seed,
+        is_exact=args.dtype == "float32" and not args.load_in_4bit,
+        settings=asdict(args),
+    )
+    write_result(result, output)
+    save_png(plot_forest(result), output.with_suffix(".png"))
+    written = f"The result is in {output}"
     if rock_set is not None:
-        rock_set.check(tokenizer, output_rows(student))
-    return student.eval(), tokenizer
+        roles = output.with_name(f"{output.stem}_roles.json")
+        add_roles(rock_set, result).save(roles)
+        written += f", the roles in {roles}"
+    probe.close()
+    print("\n".join(format_result(result)))
+    print(written)
 
 
-def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> None:
-    """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context."""
-    from ..models.shape import context_length
-    from ..rollouts.prompts import require_fit, tokenize_prompts
-    from ..studies.probe import tokenize
-
-    prompts = [row["prompt"] for row in rows]
-    ids = tokenize_prompts(lambda found: [tokenize(prompt, tokenizer) for prompt in found], prompts)
-    require_fit(prompts, ids, args.max_completion_length, context_length(model), None)
-
-
-def _sampling(args: ProbeArguments):
-    from ..studies.knockout import Sampling
-
-    names = ("greedy", "temperature", "top_p", "top_k", "min_p", "seed", "batch_size")
-    return Sampling(max_new_tokens=args.max_completion_length, **{name: getattr(args, name) for name in names})
-
-
-def _candidates(args: ProbeArguments, rock_set, baseline: list[list[int]]) -> tuple[list[int], list[int], list[int]]:
-    """Return rocks, controls and all single candidates; only what the baseline chose can have an effect."""
-    chosen = {id for ids in baseline for id in ids}
-    rocks = [] if rock_set is None else [rock.id for rock in rock_set.rocks[: args.top_n]]
-    controls = [] if rock_set is None or rock_set.controls is None else list(rock_set.controls.ids)
-    singles = sorted(chosen) if args.candidates == "all" else [*rocks, *controls]
-    if not chosen & set(singles):
-        raise ValueError("No candidate stands in any completion of the baseline, so forbidding one changes nothing.")
-    return rocks, controls, singles
-
-
-def _figures(rock_set, probe) -> dict[str, dict[int, float]]:
-    """Return what is known of tokens: entropy and log count in the baseline, and the rocks' mean divergence."""
-    counts = Counter(id for ids in probe.baseline for id in ids)
-    rocks = [] if rock_set is None else rock_set.rocks
-    return {
-        "entropy": probe.entropies(),
-        "log_count": {id: math.log(count) for id, count in counts.items()},
-        "mean_kl": {rock.id: rock.mean_kl for rock in rocks},
-    }
-
-
-def _check(args: ProbeArguments) -> None:
-    """Raise `ValueError` for values that cannot be, before anything is loaded."""
+def check_arguments(args: ProbeArguments) -> None:
+    """Raise `ValueError` for invalid values, before anything is loaded."""
     if args.candidates not in ("rocks", "all"):
         raise ValueError(f"--candidates must be rocks or all, got {args.candidates!r}.")
     if args.candidates == "rocks" and args.rock_set is None:
@@ -271,3 +218,64 @@ def _check(args: ProbeArguments) -> None:
         raise ValueError(f"--effect must lie in (0, 1], got {args.effect!r}.")
     if args.min_p is not None and not 0 <= args.min_p <= 1:
         raise ValueError(f"--min_p must lie in [0, 1], got {args.min_p!r}.")
+
+
+def load_problems(args: ProbeArguments) -> list[dict]:
+    """Return the rows of the dataset, each with a `prompt`, and with an `answer` for a built-in reward."""
+    from ..rollouts.prompts import require_prompts
+    from ..studies.rewards import BUILT_IN
+    from .prompts import PromptSource, dataset_errors, take_prompts
+
+    source = PromptSource(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    with dataset_errors(args.dataset_name):
+        dataset = take_prompts(source, args.num_prompts)
+        require_prompts(dataset, "dataset of problems")
+        rows = list(dataset)
+    columns = ["prompt", "answer"] if args.reward in BUILT_IN else ["prompt"]
+    for name in columns:
+        if name not in rows[0]:
+            raise ValueError(f"The problems have no column {name!r} (they have {', '.join(rows[0])}).")
+    return rows
+
+
+def load_student_and_tokenizer(args: ProbeArguments, rock_set: RockSet | None):
+    """Return the student in eval mode, and its tokenizer, which the rock set must fit."""
+    import torch
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+
+    from .._trl import create_model_from_path
+    from ..loss.lm_head import output_rows
+    from ..models.quantised import make_readable
+    from ..models.student import load_student
+
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
+    student, tokenizer_name = load_student(args.model_name_or_path, kwargs, quantization)
+    if isinstance(student, str):
+        if quantization is not None:
+            kwargs["quantization_config"] = quantization
+        student = create_model_from_path(student, **kwargs)
+    make_readable(student)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no eos_token, so no completion could end.")
+    if rock_set is not None:
+        rock_set.check(tokenizer, output_rows(student))
+    return student.eval(), tokenizer
+
+
+def make_sampling(args: ProbeArguments) -> Sampling:
+    """Return how completions are decoded."""
+    from ..studies.knockout import Sampling
+
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        greedy=args.greedy,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )

@@ -1,16 +1,82 @@
-"""Arguments of the command line -> the prompts of a dataset."""
+"""The prompts of a command: a dataset on the Hub, a folder, a file, or a mixture of datasets."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig
+
+# Extensions of a single data file and the loader that `datasets` has for each.
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def take_prompts(script_args, dataset_args, args, count: int | None):
-    """Return the first `count` rows of the dataset, all of them when it is `None`."""
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts are read from.
+
+    Args:
+        name (`str`, *optional*): Name on the Hub, folder, or data file; required without a mixture.
+        config (`str`, *optional*): Configuration of the dataset.
+        split (`str`, *optional*, defaults to `"train"`): Split of the prompts.
+        eval_split (`str`, *optional*): Split of the prompts for evaluation; `None` without evaluation.
+        streaming (`bool`, *optional*, defaults to `False`): Whether the rows are read as they are needed.
+        mixture (`trl.DatasetMixtureConfig`, *optional*): Datasets to read in place of `name`.
+    """
+
+    name: str | None
+    config: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    streaming: bool = False
+    mixture: DatasetMixtureConfig | None = None
+
+
+def make_source(script_args, dataset_args, training_args) -> PromptSource:
+    """Return the source that TRL's arguments of script, mixture and training name."""
+    evaluates = training_args.eval_strategy != "no"
+    return PromptSource(
+        name=script_args.dataset_name,
+        config=script_args.dataset_config,
+        split=script_args.dataset_train_split,
+        eval_split=script_args.dataset_test_split if evaluates else None,
+        streaming=script_args.dataset_streaming,
+        mixture=dataset_args if dataset_args.datasets else None,
+    )
+
+
+def load_prompts(source: PromptSource):
+    """Return the dataset of the prompts, and that for evaluation (`None` without evaluation)."""
+    from datasets.exceptions import DatasetGenerationError
+
+    if source.mixture is None and not source.name:
+        raise ValueError("Prompts are required: set --dataset_name to a dataset or a file of JSON lines.")
+    try:
+        dataset = _load_splits(source)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source.name} cannot be read: {error.__cause__ or error}") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"The dataset {source.name} has no rows.") from error
+
+    for split in (source.split, source.eval_split):
+        if split is not None and split not in dataset:
+            raise ValueError(
+                f"The dataset has no split {split!r} (it has {', '.join(dataset)}): set --dataset_train_split and "
+                "--dataset_test_split."
+            )
+    return dataset[source.split], None if source.eval_split is None else dataset[source.eval_split]
+
+
+def take_prompts(source: PromptSource, count: int | None):
+    """Return the first `count` rows of the dataset, or all of them where it is `None`."""
     from datasets import Dataset
 
-    dataset, _ = load_prompts(script_args, dataset_args, args)
+    dataset, _ = load_prompts(source)
     if not isinstance(dataset, Dataset):
         if count is None:
             raise ValueError("A streaming dataset has no known end: set --num_prompts.")
@@ -20,13 +86,9 @@ def take_prompts(script_args, dataset_args, args, count: int | None):
     return dataset if count is None else dataset.select(range(count))
 
 
-# Extensions of a single data file and the loader that `datasets` has for each.
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
 @contextmanager
-def readable(name: str | None):
-    """Raise `ValueError` that names the dataset where its rows turn out to be broken while they are read."""
+def dataset_errors(name: str | None):
+    """Raise `ValueError` with the name of the dataset when its rows turn out to be broken while they are read."""
     from pyarrow import ArrowInvalid, ArrowTypeError
 
     try:
@@ -35,41 +97,22 @@ def readable(name: str | None):
         raise ValueError(f"{name or 'The dataset'} cannot be read: {error}") from error
 
 
-def load_prompts(script_args, dataset_args, training_args):
-    """Return the training and evaluation datasets (the latter `None` without evaluation)."""
+def _load_splits(source: PromptSource):
+    """Return the splits of a source by name, as `datasets` loads them."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("Prompts are required: set --dataset_name to a dataset or a file of JSON lines.")
-    try:
-        if dataset_args.datasets:
-            dataset = get_dataset(dataset_args)
-        else:
-            path = Path(script_args.dataset_name)
-            source, files = script_args.dataset_name, None
-            if path.suffix in LOADERS:
-                if not path.is_file():
-                    raise FileNotFoundError(f"There is no dataset file {path}.")
-                if path.stat().st_size == 0:
-                    raise ValueError(f"The dataset file {path} is empty.")
-                source, files = LOADERS[path.suffix], str(path)
-            streaming = script_args.dataset_streaming
-            dataset = load_dataset(source, name=script_args.dataset_config, data_files=files, streaming=streaming)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{script_args.dataset_name} cannot be read: {error.__cause__ or error}") from error
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"The dataset {script_args.dataset_name} has no rows.") from error
-    splits = [script_args.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        splits.append(script_args.dataset_test_split)
-    for split in splits:
-        if split not in dataset:
-            raise ValueError(
-                f"The dataset has no split {split!r} (it has {', '.join(dataset)}): set --dataset_train_split and "
-                "--dataset_test_split."
-            )
-    return dataset[splits[0]], dataset[splits[1]] if len(splits) > 1 else None
+    if source.mixture is not None:
+        return get_dataset(source.mixture)
+
+    path = Path(source.name)
+    loader = source.name
+    data_files = None
+    if path.suffix in LOADERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no dataset file {path}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"The dataset file {path} is empty.")
+        loader = LOADERS[path.suffix]
+        data_files = str(path)
+    return load_dataset(loader, name=source.config, data_files=data_files, streaming=source.streaming)

@@ -5,31 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .options import format_options, options_of
 from .parsing import parse
 
-HELP = """usage: trl-opd report DIR [--output FILE.html] [--config FILE.yaml]
+
+@dataclass
+class ReportArguments:
+    """Arguments of `trl-opd report` beside the folder."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"metavar": "FILE.html", "help": "The page; DIR/report.html when omitted."},
+    )
+
+
+HELP = f"""usage: trl-opd report DIR [--output FILE.html] [--config FILE.yaml]
 
 Make one HTML file of what is in a folder: what was run, what changed over its steps, the rocks among all token types,
 completions with every token tinted by its divergence, and the evidence. A part without data is left out. The file
 needs nothing beside it and requests nothing from anywhere. DIR is the output folder of `trl-opd train`, `demo` or
 `collect`; rock_set.json, knockout.json and gradients.parquet are taken from there, too.
 
-options of report:    default
-  --output FILE.html  DIR/report.html   the page
+{format_options("options of report:", options_of(ReportArguments))}
 
 example:
   trl-opd report student"""
 
 
-@dataclass
-class ReportArguments:
-    """What the report takes beside the folder."""
-
-    output: str | None = field(default=None, metadata={"help": "The page."})
-
-
 def run(argv: list[str]) -> None:
-    """Write the page and say where it is; raises `ValueError` or `OSError` for what a user can mend."""
+    """Write the page and print its path; raises `ValueError` or `OSError` for a user's error."""
     from trl import TrlParser
 
     parser = TrlParser((ReportArguments,), prog="trl-opd report")

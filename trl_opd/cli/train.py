@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .options import OPD_OPTIONS, table
+from .options import format_options, options_of_config
 from .parsing import parse
 
 HELP = f"""usage: trl-opd train [--config FILE.yaml] [options]
@@ -21,10 +21,9 @@ usual options of TRL:
   --use_peft --load_in_4bit         a LoRA student; a 4-bit base for it (QLoRA)
   --resume_from_checkpoint [PATH]   go on from the newest checkpoint of output_dir, or from PATH
 
-options of trl_opd:             default
-{table(OPD_OPTIONS)}
+{format_options("options of trl_opd:", options_of_config())}
 
-  --help_all                      every option of TRL and transformers, too (imports torch: some seconds)
+  --help_all                        every option of TRL and transformers, too (imports torch: some seconds)
 
 example:
   trl-opd train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
@@ -35,7 +34,7 @@ SAMPLES = 2  # rollouts of each log that the report shows
 
 
 def run(argv: list[str]) -> None:
-    """Parse, train, save; raises `ValueError` or `OSError` for what a user can mend."""
+    """Parse, train, save; raises `ValueError` or `OSError` for a user's error."""
     from .models import make_parser
 
     parser = make_parser()
@@ -47,7 +46,7 @@ def run(argv: list[str]) -> None:
 
 
 def train(script_args, training_args, model_args, dataset_args) -> None:
-    """Distil with `OPDTrainer`, save the student, and say what came of it."""
+    """Distil with `OPDTrainer`, save the student, and print a summary of the run."""
     from trl import get_peft_config, get_quantization_config
 
     from ..opd_trainer import OPDTrainer
@@ -55,16 +54,19 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     from ..saving.student import add_report
     from ..training.rollout_samples import RolloutSamples
     from .models import set_init_kwargs
-    from .prompts import load_prompts, readable
+    from .prompts import dataset_errors, load_prompts, make_source
 
     if model_args.model_name_or_path is None:
         raise ValueError("A student is required: set --model_name_or_path.")
     if training_args.teacher_model_name_or_path is None:
         raise ValueError("A teacher is required: set --teacher_model_name_or_path.")
     set_init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args)
+    train_dataset, eval_dataset = load_prompts(make_source(script_args, dataset_args, training_args))
+
+    # `true`, which is also the flag without a value, resumes from the newest checkpoint.
     resume = training_args.resume_from_checkpoint
-    with readable(script_args.dataset_name), read_errors("The folder of student or teacher"):
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+    with dataset_errors(script_args.dataset_name), read_errors("The folder of student or teacher"):
         trainer = OPDTrainer(
             model=model_args.model_name_or_path,
             teacher_model=training_args.teacher_model_name_or_path,
@@ -77,26 +79,29 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         )
         trainer.run_record.dataset_name = script_args.dataset_name
         with read_errors("The checkpoint to go on from"):
-            trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
-    if training_args.push_to_hub:  # saves, too
+            trainer.train(resume_from_checkpoint=resume)
+
+    if training_args.push_to_hub:  # saves the student, too
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     else:
         trainer.save_model(training_args.output_dir)
         if trainer.accelerator.is_main_process:
             add_report(training_args.output_dir)
     if trainer.accelerator.is_main_process:
-        print(summary(trainer))
-    # A process that ends while another is at work is aborted by gloo now and then (torch 2.13).
+        print(format_run(trainer))
+    # gloo sometimes aborts a process that ends while another one is still working (torch 2.13).
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
-def summary(trainer) -> str:
-    """Return the lines that end a run: steps, divergence of first and last log, where student and report are."""
+def format_run(trainer) -> str:
+    """Return the lines that end a run: steps, divergence of the first and last log, paths of student and report."""
     from ..saving.student import REPORT
 
-    figures = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
-    divergence = f", divergence {figures[0]:.3f} -> {figures[-1]:.3f} nats per token" if figures else ""
-    folder = Path(trainer.args.output_dir)
-    text = f"Trained {trainer.state.global_step} steps{divergence}. The student is in {trainer.args.output_dir}"
-    return f"{text}\nOpen {folder / REPORT} in a browser: the report" if (folder / REPORT).is_file() else text
+    steps = trainer.state.global_step
+    output_dir = trainer.args.output_dir
+    means = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
+    divergence = f", divergence {means[0]:.3f} -> {means[-1]:.3f} nats per token" if means else ""
+    text = f"Trained {steps} steps{divergence}. The student is in {output_dir}"
+    report = Path(output_dir) / REPORT
+    return f"{text}\nOpen {report} in a browser: the report" if report.is_file() else text

@@ -25,8 +25,8 @@ SCORES, DEFAULT_TOP_K = ("context", "aggregate"), 100
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A rock set and how it came about.
+class Detection:
+    """A rock set and how it was found.
 
     Args:
         rock_set (`RockSet`): The rocks.
@@ -41,7 +41,7 @@ class Selection:
     sweep: Sweep | None
 
 
-def select_rocks(
+def detect_from_occurrences(
     path: str | os.PathLike,
     *,
     joint: str | os.PathLike | None = None,
@@ -49,7 +49,7 @@ def select_rocks(
     top_k: int | str | None = None,
     settings: ContextSettings | None = None,
     tokenizer=None,
-) -> Selection:
+) -> Detection:
     """Return the rocks of a file of occurrences (arXiv:2605.09253; the settings are this project's).
 
     One half of the prompts selects, the other half judges. Ties break by id.
@@ -89,7 +89,7 @@ def select_rocks(
     rock_set = RockSet(rocks, known, _measure(files[0]), method, _corpus(corpora[0], figures[0]))
     shares = heldout_shares(files[0], judging, order[:limit], settings.seed)
     rock_set = replace(rock_set, heldout=shares, controls=_controls(rock_set, figures[0], settings.seed, notes))
-    return Selection(rock_set if tokenizer is None else _named(rock_set, tokenizer), stages, notes, sweep)
+    return Detection(rock_set if tokenizer is None else _named(rock_set, tokenizer), stages, notes, sweep)
 
 
 @dataclass(frozen=True)

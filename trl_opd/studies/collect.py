@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -216,4 +216,42 @@ def require_same_settings(folder: Path, known: dict[str, Any] | None, settings: 
     raise ValueError(
         f"{folder} holds a collection with {name} {known.get(name)!r}, and this is {settings.get(name)!r}: choose "
         "another --output_dir, or remove it."
+    )
+
+
+class CollectionSummary(NamedTuple):
+    """Size and mean divergence of a collection.
+
+    Args:
+        rollouts (`int`): Rollouts.
+        prompts (`int`): Prompts.
+        tokens (`int`): Tokens of all rollouts.
+        mean_kl (`float`): Mean divergence over tokens, nats.
+        mean_kl_pre (`float`, *optional*): The same under the reference student, where there is one.
+    """
+
+    rollouts: int
+    prompts: int
+    tokens: int
+    mean_kl: float
+    mean_kl_pre: float | None
+
+
+def summarise_collection(folder: Path) -> CollectionSummary:
+    """Return size and mean divergence of the collection in a folder."""
+    file = Occurrences(folder / OCCURRENCES)
+    kl_sum = 0.0
+    kl_pre_sum = 0.0
+    last_prompt = 0
+    for batch in file.batches():
+        last_prompt = int(batch["unit"][-1])
+        kl_sum += float(batch["kl"].sum(dtype="float64"))
+        if file.has_pre:
+            kl_pre_sum += float(batch["kl_pre"].sum(dtype="float64"))
+    return CollectionSummary(
+        rollouts=file.metadata["num_rollouts"],
+        prompts=last_prompt + 1,
+        tokens=file.rows,
+        mean_kl=kl_sum / file.rows,
+        mean_kl_pre=kl_pre_sum / file.rows if file.has_pre else None,
     )

@@ -1,4 +1,4 @@
-"""What forbidding tokens did: the arms of a probe, their effects, tested and corrected, and the roles of rocks."""
+"""Effects of forbidding tokens: the arms of a probe, tested and corrected, and the roles of rocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..rocks.rock_set import RockSet
 from ..statistics import (
     Effect,
     accuracy_interval,
@@ -17,6 +18,7 @@ from ..statistics import (
     holm,
     label,
     minimal_effect,
+    problems_for,
     rocks_against_controls,
 )
 from .knockout import BASELINE
@@ -24,7 +26,7 @@ from .knockout import BASELINE
 ROCKS, CONTROLS = "rocks", "controls"  # arms that forbid all of them at once
 
 
-def arms_of(
+def make_arms(
     rocks: Sequence[int], controls: Sequence[int], candidates: Sequence[int]
 ) -> dict[str, tuple[str, frozenset[int]]]:
     """Return the arms of a probe: name -> kind and forbidden ids.
@@ -42,87 +44,105 @@ def arms_of(
     return arms
 
 
-def evaluate(
+def evaluate_arms(
     arms: Mapping[str, tuple[str, frozenset[int]]],
     rewards: Mapping[str, list[float]],
-    figures: Mapping[str, Mapping[int, float]],
+    measures: Mapping[str, Mapping[int, float]],
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the effects of all arms, corrected over the single tokens, and what they say together.
+    """Return the effects of all arms, corrected over the single tokens, and the tests between groups of them.
 
     Args:
         arms (`Mapping`): Kind and forbidden ids of each.
         rewards (`Mapping`): Of all problems, for each arm and the baseline.
-        figures (`Mapping`): What is known of the tokens, by name and id, that effects are correlated with.
+        measures (`Mapping`): Properties of the tokens, by name and id, that effects are correlated with.
         seed (`int`): Of resamples and draws.
     """
     baseline = rewards[BASELINE]
+    problems = len(baseline)
     effects = {arm: effect_of(rewards[arm], baseline, seed=seed) for arm in arms}
+
+    # Only single tokens are tested; the arms that forbid many at once are shown beside them.
     single = [arm for arm, (kind, _) in arms.items() if kind not in (ROCKS, CONTROLS)]
-    p = [effects[arm].p for arm in single]
-    adjusted = {arm: (float(b), float(h)) for arm, b, h in zip(single, benjamini_hochberg(p), holm(p), strict=True)}
-    found = [
-        {"arm": arm, "kind": arms[arm][0], "ids": sorted(arms[arm][1]), **_figures(effect, adjusted.get(arm))}
-        for arm, effect in effects.items()
-    ]
-    discordance = float(np.mean([_discordance(effects[arm], len(baseline)) for arm in single])) if single else 0.0
-    groups = [[effects[arm].estimate for arm in single if arms[arm][0] == kind] for kind in ("rock", "control")]
-    binary = set(baseline) <= {0.0, 1.0}
+    p_values = [effects[arm].p for arm in single]
+    p_bh = dict(zip(single, benjamini_hochberg(p_values), strict=True))
+    p_holm = dict(zip(single, holm(p_values), strict=True))
+    rows = []
+    for arm, (kind, ids) in arms.items():
+        row = {"arm": arm, "kind": kind, "ids": sorted(ids), **_describe_effect(effects[arm])}
+        if arm in p_bh:
+            row |= _describe_tests(effects[arm], float(p_bh[arm]), float(p_holm[arm]))
+        else:
+            row |= dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
+        rows.append(row)
+
+    rock_effects = [effects[arm].estimate for arm in single if arms[arm][0] == "rock"]
+    control_effects = [effects[arm].estimate for arm in single if arms[arm][0] == "control"]
+    correlations = {}
+    for name, values in measures.items():
+        estimates = [effects[arm].estimate for arm in single]
+        correlations[name] = correlation(estimates, [values.get(min(arms[arm][1])) for arm in single])
+
+    shares = [(effects[arm].better + effects[arm].worse) / problems for arm in single]
+    discordance = float(np.mean(shares)) if single else 0.0
+    is_binary = set(baseline) <= {0.0, 1.0}
     return {
-        "problems": len(baseline),
+        "problems": problems,
         "baseline": {
             "reward": float(np.mean(baseline)),
-            "ci95": list(accuracy_interval([value == 1.0 for value in baseline])) if binary else None,
+            "ci95": list(accuracy_interval([value == 1.0 for value in baseline])) if is_binary else None,
         },
         "rocks_against_controls": {
-            "p": rocks_against_controls(*groups),
-            "rocks": len(groups[0]),
-            "controls": len(groups[1]),
+            "p": rocks_against_controls(rock_effects, control_effects),
+            "rocks": len(rock_effects),
+            "controls": len(control_effects),
         },
-        "correlations": {
-            name: correlation(
-                [effects[arm].estimate for arm in single], [known.get(min(arms[arm][1])) for arm in single]
-            )
-            for name, known in figures.items()
-        },
+        "correlations": correlations,
         "discordance": discordance,
-        "minimal_effect": minimal_effect(len(baseline), len(single), discordance),
-        "arms": sorted(found, key=lambda arm: arm["effect"]),
+        "minimal_effect": minimal_effect(problems, len(single), discordance),
+        "arms": sorted(rows, key=lambda row: row["effect"]),
     }
 
 
-def _discordance(effect: Effect, problems: int) -> float:
-    return (effect.better + effect.worse) / problems
-
-
-def _figures(effect: Effect, adjusted: tuple[float, float] | None) -> dict[str, Any]:
-    """Return an effect's figures; corrected p values and labels are of single tokens."""
-    figures = {
+def _describe_effect(effect: Effect) -> dict[str, Any]:
+    return {
         "effect": effect.estimate,
         "ci95": None if effect.ci95 is None else list(effect.ci95),
         "better": effect.better,
         "worse": effect.worse,
         "p": effect.p,
     }
-    if adjusted is None:
-        return figures | dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
-    return figures | {
-        "p_bh": adjusted[0],
-        "p_holm": adjusted[1],
-        "label": label(effect.estimate, adjusted[0]),
+
+
+def _describe_tests(effect: Effect, p_bh: float, p_holm: float) -> dict[str, Any]:
+    return {
+        "p_bh": p_bh,
+        "p_holm": p_holm,
+        "label": label(effect.estimate, p_bh),
         "label_as_published": label(effect.estimate, effect.p_bootstrap),
     }
 
 
-def with_roles(rock_set, result: dict):
-    """Return the rock set with what the probe found of its rocks."""
+def count_tests(result: dict[str, Any]) -> int:
+    """Return the number of tests of a result: one for each single token."""
+    return sum(arm["label"] is not None for arm in result["arms"])
 
-    found = {arm["ids"][0]: arm for arm in result["arms"] if arm["label"] is not None}
-    rocks = [
-        replace(rock, role=found[rock.id]["label"], role_uncorrected=found[rock.id]["label_as_published"])
-        if rock.id in found
-        else rock
-        for rock in rock_set.rocks
-    ]
+
+def problems_needed(result: dict[str, Any], effect: float) -> int | None:
+    """Return about how many problems it takes to find an effect; `None` where the result has enough."""
+    if result["minimal_effect"] <= effect:
+        return None
+    return problems_for(effect, count_tests(result), result["discordance"])
+
+
+def add_roles(rock_set: RockSet, result: dict[str, Any]) -> RockSet:
+    """Return the rock set with the label that the probe gave to each of its rocks as the rock's role."""
+    tested = {arm["ids"][0]: arm for arm in result["arms"] if arm["label"] is not None}
+    rocks = []
+    for rock in rock_set.rocks:
+        if rock.id in tested:
+            arm = tested[rock.id]
+            rock = replace(rock, role=arm["label"], role_uncorrected=arm["label_as_published"])
+        rocks.append(rock)
     return replace(rock_set, rocks=rocks)

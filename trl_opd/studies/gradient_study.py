@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
 from tqdm import tqdm
 
-from ..artefacts.gradient_table import GROUPS, MEDIANS, Study
+from ..artefacts.gradient_table import Study
 from ..artefacts.occurrences import Occurrences
 from ..rocks.rock_set import RockSet
 from ..training.model_pair import ModelPair
@@ -98,50 +99,64 @@ def _means(file: Occurrences, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)[ids]
 
 
-def lines(found: Study) -> list[str]:
-    """Return the table of groups and the tests between them."""
-    text = [f"{'medians of types':<16}{'types':>7}" + "".join(f"{head:>15}" for head in MEDIANS.values())]
-    for group, name in GROUPS.items():
-        cells = "".join(f"{_median(found.of(group, column)):>15}" for column in MEDIANS)
-        text.append(f"{name:<16}{(found.columns['group'] == group).sum():>7}{cells}")
-    text += [
-        f"Norms of the mean gradient of the logits; cosines to G_balanced; equal n: {found.matched} positions each.",
-        "No intervals: positions of a rollout are not independent. Rocks against rare types (Mann-Whitney, U / n1 n2):",
-    ]
-    for name, what in (("norm", "norm, as published"), ("norm_unbiased", "unbiased norm"), ("norm_matched", "equal n")):
-        text.append(f"  {what:<20} {_mann_whitney(found.of('rock', name), found.of('rare', name))}")
-    if found.has_early:
-        text += ["Mean KL, early to late (medians; Wilcoxon):", *(_change(found, group) for group in GROUPS)]
-        changes = [_changes(found, group) for group in ("rock", "rare")]
-        text.append(f"  change, rocks against rare (Mann-Whitney): {_mann_whitney(*changes)}")
-    return text
+class MannWhitney(NamedTuple):
+    """Mann and Whitney's test of two groups of types.
+
+    Args:
+        share (`float`): U / (n1 n2), the share of pairs in which the first group is higher; 1/2 is no difference.
+        p (`float`): Two-sided p value.
+    """
+
+    share: float
+    p: float
 
 
-def _median(values: np.ndarray) -> str:
-    return f"{np.median(values):.4g}" if len(values) else "-"
-
-
-def _mann_whitney(one: np.ndarray, other: np.ndarray) -> str:
+def mann_whitney(one: np.ndarray, other: np.ndarray) -> MannWhitney | None:
+    """Return Mann and Whitney's test of two groups; `None` where one is empty."""
     if not len(one) or not len(other):
-        return "not compared: a group is empty"
+        return None
     test = stats.mannwhitneyu(one, other, alternative="two-sided")
-    return f"{test.statistic / (len(one) * len(other)):.2f} (1/2 is no difference), p = {test.pvalue:.2g}"
+    return MannWhitney(share=test.statistic / (len(one) * len(other)), p=test.pvalue)
 
 
-def _changes(found: Study, group: str) -> np.ndarray:
-    change = (found.columns["mean_kl"] - found.columns["mean_kl_early"])[found.columns["group"] == group]
-    return change[np.isfinite(change)]
+class Wilcoxon(NamedTuple):
+    """Wilcoxon's signed-rank test of the mean divergence of a group's types, early against late.
+
+    Args:
+        early, late (`float`): Medians over the types, nats.
+        p (`float`): Two-sided p value.
+        fallen (`float`): Share of the ranks that belong to types whose divergence fell.
+        types (`int`): Number of types that occur in both.
+    """
+
+    early: float
+    late: float
+    p: float
+    fallen: float
+    types: int
 
 
-def _change(found: Study, group: str) -> str:
+def compare_with_early(found: Study, group: str) -> Wilcoxon | None:
+    """Return Wilcoxon's test of a group's mean divergence, early against late; `None` for too few types."""
     chosen = (found.columns["group"] == group) & np.isfinite(found.columns["mean_kl_early"])
-    early, late = found.columns["mean_kl_early"][chosen], found.columns["mean_kl"][chosen]
+    early = found.columns["mean_kl_early"][chosen]
+    late = found.columns["mean_kl"][chosen]
     if len(early) < 2 or not (early != late).any():
-        return f"  {GROUPS[group]:<20} too few types"
+        return None
     test = stats.wilcoxon(early, late)
-    pairs = len(early) * (len(early) + 1) / 2
-    fallen = stats.rankdata(np.abs(early - late))[early > late].sum() / pairs
-    return (
-        f"  {GROUPS[group]:<20} {np.median(early):.3g} -> {np.median(late):.3g}, p = {test.pvalue:.2g}, share of ranks "
-        f"that fell {fallen:.2f}, {len(early)} types"
+    ranks = stats.rankdata(np.abs(early - late))
+    rank_sum = len(early) * (len(early) + 1) / 2
+    return Wilcoxon(
+        early=np.median(early),
+        late=np.median(late),
+        p=test.pvalue,
+        fallen=ranks[early > late].sum() / rank_sum,
+        types=len(early),
     )
+
+
+def divergence_changes(found: Study, group: str) -> np.ndarray:
+    """Return by how much the mean divergence of a group's types rose from early to late, nats, `(T,)`."""
+    change = found.columns["mean_kl"] - found.columns["mean_kl_early"]
+    change = change[found.columns["group"] == group]
+    return change[np.isfinite(change)]

@@ -1,8 +1,10 @@
-"""The causal probe: forbid a token at every step of decoding and see what that does to the rewards."""
+"""The causal probe: forbid a token at every step of decoding and measure what that does to the rewards."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,91 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artefacts.atomic import complete_file, room_errors
+from ..artefacts.run_files import KNOCKOUT_FORMAT
+from ..models.shape import context_length
+from ..rocks.rock_set import RockSet
+from ..rollouts.prompts import require_fit, tokenize_prompts
+from .effects import evaluate_arms, make_arms
 from .knockout import BASELINE, Job, Sampling, baseline_jobs, decode, knockout_jobs
 from .rewards import reward_completions
 
 VERSION = 1
 UNSTABLE_PROBLEMS = 64
+# Arguments that change no completion, so an interrupted probe may be resumed with others.
+FREE_ARGUMENTS = ("output", "batch_size", "reward", "effect")
+
+
+def run_probe(
+    probe: Probe,
+    rock_set: RockSet | None,
+    *,
+    candidates: str,
+    top_n: int,
+    seed: int,
+    is_exact: bool,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the effect of forbidding each candidate, and rocks and controls together: the content of knockout.json.
+
+    Args:
+        probe (`Probe`): Decodes and rewards.
+        rock_set (`RockSet`, *optional*): Rocks and controls.
+        candidates (`str`): "rocks" for rocks and controls, "all" for every token type of the baseline's completions.
+        top_n (`int`): Rocks to probe, from the first on.
+        seed (`int`): Seed of resamples and draws.
+        is_exact (`bool`): Whether the shape of a batch leaves completions unchanged; if not, that is measured, too.
+        settings (`dict`): Arguments of the command, for the record.
+
+    Raises:
+        `ValueError`: if no candidate occurs in the baseline's completions.
+    """
+    rocks = [] if rock_set is None else rock_set.rocks
+    rock_ids = [rock.id for rock in rocks[:top_n]]
+    control_ids = [] if rock_set is None or rock_set.controls is None else list(rock_set.controls.ids)
+
+    # Only what the baseline chose can have an effect.
+    counts = Counter(id for completion in probe.baseline for id in completion)
+    single = sorted(counts) if candidates == "all" else [*rock_ids, *control_ids]
+    if counts.keys().isdisjoint(single):
+        raise ValueError("No candidate stands in any completion of the baseline, so forbidding one changes nothing.")
+    arms = make_arms(rock_ids, control_ids, single)
+    forbidden = {arm: ids for arm, (_, ids) in arms.items()}
+    rewards = probe.rewards_of(forbidden)
+
+    measures = {
+        "entropy": probe.entropies(),
+        "log_count": {id: math.log(count) for id, count in counts.items()},
+        "mean_kl": {rock.id: rock.mean_kl for rock in rocks},
+    }
+    result = {"format": KNOCKOUT_FORMAT, "version": VERSION, "settings": settings}
+    result |= evaluate_arms(arms, rewards, measures, seed=seed)
+    result["exact_reuse"] = probe.sampling.reuses
+    result["decoded_tokens"] = probe.decoded
+    result["naive_tokens"] = probe.naive_tokens(forbidden)
+    result["unstable_share"] = None if is_exact else probe.unstable_share()
+    for arm in result["arms"]:
+        arm["texts"] = [probe.tokenizer.decode([id]) for id in arm["ids"]]
+    return result
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write knockout.json; it appears under its name only when it is complete."""
+    with complete_file(path) as part:
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def journal_settings(arguments: Mapping[str, Any], rock_set: RockSet | None) -> dict[str, Any]:
+    """Return what decides the completions of a probe, which the head of its journal records.
+
+    Args:
+        arguments (`Mapping`): Arguments of the command.
+        rock_set (`RockSet`, *optional*): Rocks and controls; their ids are recorded, because the file may change.
+    """
+    settings = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+    if rock_set is not None:
+        controls = [] if rock_set.controls is None else list(rock_set.controls.ids)
+        settings["ids"] = [rock_set.ids.tolist(), controls]
+    return settings
 
 
 class Probe:
@@ -30,8 +112,8 @@ class Probe:
         rows (`Sequence[Mapping]`): Problems with a `prompt` and whatever the reward takes.
         reward (`Callable`): With TRL's signature.
         sampling (`Sampling`): How to decode.
-        journal (`Path`): Completions as they come; an interrupted probe goes on from them.
-        settings (`dict`): What makes the completions what they are.
+        journal (`Path`): File of the completions so far; an interrupted probe resumes from it.
+        settings (`dict`): What decides the completions ([`journal_settings`]).
 
     Attributes:
         decoded (`int`): Tokens that were decoded, those of an interrupted probe included.
@@ -49,103 +131,119 @@ class Probe:
         journal: Path,
         settings: dict[str, Any],
     ):
-        self._model, self._tokenizer, self._rows, self._reward = model, tokenizer, rows, reward
-        self._sampling, self._journal = sampling, journal
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self._model = model
+        self._rows = rows
+        self._reward = reward
+        self._journal = journal
         self._prompts = [tokenize(row["prompt"], tokenizer) for row in rows]
-        own = model.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        self._eos = sorted({id for id in (*own, tokenizer.eos_token_id) if id is not None})
+
+        own_ends = model.generation_config.eos_token_id
+        own_ends = own_ends if isinstance(own_ends, list) else [own_ends]
+        self._eos = sorted({id for id in (*own_ends, tokenizer.eos_token_id) if id is not None})
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos[0]
-        self._known = self._read(settings)
+
+        self._head = json.dumps(settings)
+        self._known = self._read_journal()
         self.decoded = 0
-        found = self._complete(baseline_jobs(self._prompts, sampling), "baseline")
-        self.baseline = [found[BASELINE, problem] for problem in range(len(rows))]
+        completions = self._complete(baseline_jobs(self._prompts, sampling), "baseline")
+        self.baseline = [completions[BASELINE, problem] for problem in range(len(rows))]
 
     def rewards_of(self, arms: Mapping[str, frozenset[int]]) -> dict[str, list[float]]:
         """Return the rewards of all problems for each arm, and for the baseline."""
-        jobs = knockout_jobs(self._prompts, self.baseline, arms, self._sampling)
-        found = self._complete(jobs, "knockouts")
+        jobs = knockout_jobs(self._prompts, self.baseline, arms, self.sampling)
+        completions = self._complete(jobs, "knockouts")
         base = self._reward_all(dict(enumerate(self.baseline)))
         rewards = {BASELINE: [base[problem] for problem in range(len(self._rows))]}
         for arm in arms:
-            changed = {job.problem: found[arm, job.problem] for job in jobs if job.arm == arm}
-            new = self._reward_all({p: ids for p, ids in changed.items() if ids != self.baseline[p]})
-            rewards[arm] = [new.get(problem, value) for problem, value in enumerate(rewards[BASELINE])]
+            # A completion that came out as the baseline's has the baseline's reward.
+            changed = {}
+            for job in jobs:
+                if job.arm == arm and completions[arm, job.problem] != self.baseline[job.problem]:
+                    changed[job.problem] = completions[arm, job.problem]
+            changed_rewards = self._reward_all(changed)
+            rewards[arm] = [changed_rewards.get(problem, value) for problem, value in enumerate(rewards[BASELINE])]
         return rewards
 
     def naive_tokens(self, arms: Mapping[str, frozenset[int]]) -> int:
         """Return how many tokens the arms would take from scratch, after `rewards_of`."""
-        lengths = [len(ids) for ids in self.baseline]
-        total = sum(lengths)
+        total = sum(len(completion) for completion in self.baseline)
         for arm in arms:
-            total += sum(len(self._known.get((arm, p), self.baseline[p])) for p in range(len(lengths)))
+            for problem, completion in enumerate(self.baseline):
+                total += len(self._known.get((arm, problem), completion))
         return total
 
     def unstable_share(self) -> float:
-        """Return the share of the first 64 problems whose completion is another one when decoded alone.
+        """Return the share of the first 64 problems whose completion changes when it is decoded alone.
 
-        In half precision the shape of a batch moves logits, so suffixes are not exactly those of whole completions.
+        In half precision logits depend on the shape of the batch, so suffixes are not exactly those of whole
+        completions.
         """
-        jobs = baseline_jobs(self._prompts[:UNSTABLE_PROBLEMS], self._sampling)
-        alone = replace(self._sampling, batch_size=1)
+        jobs = baseline_jobs(self._prompts[:UNSTABLE_PROBLEMS], self.sampling)
+        alone = replace(self.sampling, batch_size=1)
         batches = decode(self._model, jobs, alone, pad_id=self._pad, eos_ids=self._eos)
         return float(np.mean([ids != self.baseline[job.problem] for batch in batches for job, ids in batch]))
 
     @torch.no_grad()
     def entropies(self) -> dict[int, float]:
         """Return the student's mean entropy where it chose each token of the baseline, nats, at temperature 1."""
-        found: dict[int, list[float]] = {}
+        entropies: dict[int, list[float]] = {}
         device = self._model.get_input_embeddings().weight.device
         pairs = list(zip(self._prompts, self.baseline, strict=True))
         for prompt, completion in tqdm(pairs, unit="completion", desc="entropy", leave=False):
             ids = torch.tensor([[*prompt, *completion[:-1]]], device=device)
             logits = self._model(input_ids=ids, logits_to_keep=len(completion)).logits[0, -len(completion) :]
             logs = logits.float().log_softmax(-1)
-            for id, entropy in zip(completion, (-(logs.exp() * logs).sum(-1)).tolist(), strict=True):
-                found.setdefault(id, []).append(entropy)
-        return {id: sum(values) / len(values) for id, values in found.items()}
+            of_positions = -(logs.exp() * logs).sum(-1)
+            for id, entropy in zip(completion, of_positions.tolist(), strict=True):
+                entropies.setdefault(id, []).append(entropy)
+        return {id: sum(values) / len(values) for id, values in entropies.items()}
 
     def close(self) -> None:
-        """Forget the journal: the probe is complete."""
+        """Remove the journal, once the probe is complete."""
         self._journal.unlink(missing_ok=True)
 
     def _reward_all(self, completions: Mapping[int, list[int]]) -> dict[int, float]:
         problems = list(completions)
-        texts = [self._tokenizer.decode(completions[problem], skip_special_tokens=True) for problem in problems]
+        texts = [self.tokenizer.decode(completions[problem], skip_special_tokens=True) for problem in problems]
         rows = [self._rows[problem] for problem in problems]
         return dict(zip(problems, reward_completions(self._reward, rows, texts, problems), strict=True))
 
-    def _complete(self, jobs: Sequence[Job], what: str) -> dict[tuple[str, int], list[int]]:
-        missing = [job for job in jobs if (job.arm, job.problem) not in self._known]
-        self.decoded += sum(
-            len(self._known[job.arm, job.problem]) - len(job.prefix)
-            for job in jobs
-            if (job.arm, job.problem) in self._known
-        )
-        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="completion", desc=what) as bar:
-            for batch in decode(self._model, missing, self._sampling, pad_id=self._pad, eos_ids=self._eos):
-                lines = []
+    def _complete(self, jobs: Sequence[Job], description: str) -> dict[tuple[str, int], list[int]]:
+        """Return the completions of jobs by arm and problem; those that are not in the journal are decoded."""
+        missing = []
+        for job in jobs:
+            if (job.arm, job.problem) in self._known:
+                self.decoded += len(self._known[job.arm, job.problem]) - len(job.prefix)
+            else:
+                missing.append(job)
+        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="completion", desc=description) as bar:
+            for batch in decode(self._model, missing, self.sampling, pad_id=self._pad, eos_ids=self._eos):
                 for job, ids in batch:
                     self._known[job.arm, job.problem] = ids
                     self.decoded += len(ids) - len(job.prefix)
-                    lines.append(json.dumps([job.arm, job.problem, ids]) + "\n")
-                begun = self._journal.is_file()
-                with room_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
-                    file.write(("" if begun else self._head) + "".join(lines))
+                self._append_to_journal(batch)
                 bar.update(len(batch))
         return {(job.arm, job.problem): self._known[job.arm, job.problem] for job in jobs}
 
-    def _read(self, settings: dict[str, Any]) -> dict[tuple[str, int], list[int]]:
-        """Return the completions of the journal, if there is one."""
-        self._head = json.dumps(settings) + "\n"
+    def _append_to_journal(self, batch: Sequence[tuple[Job, list[int]]]) -> None:
+        lines = [json.dumps([job.arm, job.problem, ids]) for job, ids in batch]
+        if not self._journal.is_file():
+            lines.insert(0, self._head)
+        with room_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+
+    def _read_journal(self) -> dict[tuple[str, int], list[int]]:
+        """Return the completions of the journal by arm and problem; nothing where there is none."""
         if not self._journal.is_file():
             return {}
-        # What follows the last line break was cut while it was written.
+        # Text behind the last line break is a line whose writing was interrupted.
         *lines, _ = self._journal.read_bytes().decode(errors="replace").split("\n")
         if not lines:
             self._journal.unlink()
             return {}
-        if lines[0] != json.dumps(settings):
+        if lines[0] != self._head:
             raise ValueError(
                 f"{self._journal} is of an interrupted probe with other settings: finish that one, or remove the file."
             )
@@ -159,6 +257,25 @@ class Probe:
         with complete_file(self._journal) as part:
             part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return known
+
+
+def require_prompts_fit(
+    rows: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+) -> None:
+    """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context.
+
+    Args:
+        rows (`Sequence[Mapping]`): Problems with a `prompt`.
+        model (`transformers.PreTrainedModel`): The student.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        max_new_tokens (`int`): Longest completion.
+    """
+    prompts = [row["prompt"] for row in rows]
+    prompt_ids = tokenize_prompts(lambda given: [tokenize(prompt, tokenizer) for prompt in given], prompts)
+    require_fit(prompts, prompt_ids, max_new_tokens, context_length(model), None)
 
 
 def tokenize(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
