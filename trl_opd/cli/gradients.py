@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..artefacts.gradient_table import Study
     from ..studies.gradient_study import MannWhitney, Wilcoxon
 
+# Columns in which rocks and rare types are compared -> their names in the table.
+TESTED = {"norm": "norm, as published", "norm_unbiased": "unbiased norm", "norm_matched": "equal n"}
+
 
 @dataclass
 class GradientArguments:
@@ -109,6 +112,18 @@ def run(argv: list[str]) -> None:
     print(f"The types are in {output}, the plot in {plot}")
 
 
+def check_arguments(own: GradientArguments, args, model_args) -> None:
+    """Raise `ValueError` for invalid values, before anything is loaded."""
+    for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
+        if not getattr(holder, name):
+            raise ValueError(f"Student and teacher are required: set --{name}.")
+    for name in ("matched", "rare"):
+        if type(getattr(own, name)) is not int or getattr(own, name) < 1:
+            raise ValueError(f"--{name} must be a whole number of at least 1, got {getattr(own, name)!r}.")
+    if args.world_size > 1:
+        raise ValueError(f"gradients runs in one process, not in {args.world_size}: start it without a launcher.")
+
+
 def _no_prompts():
     """Return a dataset for the trainer's constructor: nothing is sampled from it."""
     from datasets import Dataset
@@ -131,13 +146,9 @@ def format_groups(found: Study) -> list[str]:
         f"Norms of the mean gradient of the logits; cosines to G_balanced; equal n: {found.matched} positions each.",
         "No intervals: positions of a rollout are not independent. Rocks against rare types (Mann-Whitney, U / n1 n2):",
     ]
-    for column, what in (
-        ("norm", "norm, as published"),
-        ("norm_unbiased", "unbiased norm"),
-        ("norm_matched", "equal n"),
-    ):
+    for column, name in TESTED.items():
         test = mann_whitney(found.of("rock", column), found.of("rare", column))
-        lines.append(f"  {what:<20} {_format_mann_whitney(test)}")
+        lines.append(f"  {name:<20} {_format_mann_whitney(test)}")
     if found.has_early:
         lines.append("Mean KL, early to late (medians; Wilcoxon):")
         for group, name in GROUPS.items():
@@ -166,15 +177,3 @@ def _format_wilcoxon(test: Wilcoxon | None) -> str:
         f"{test.early:.3g} -> {test.late:.3g}, p = {test.p:.2g}, share of ranks that fell {test.fallen:.2f}, "
         f"{test.types} types"
     )
-
-
-def check_arguments(own: GradientArguments, args, model_args) -> None:
-    """Raise `ValueError` for invalid values, before anything is loaded."""
-    for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
-        if not getattr(holder, name):
-            raise ValueError(f"Student and teacher are required: set --{name}.")
-    for name in ("matched", "rare"):
-        if type(getattr(own, name)) is not int or getattr(own, name) < 1:
-            raise ValueError(f"--{name} must be a whole number of at least 1, got {getattr(own, name)!r}.")
-    if args.world_size > 1:
-        raise ValueError(f"gradients runs in one process, not in {args.world_size}: start it without a launcher.")

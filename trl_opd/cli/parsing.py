@@ -7,92 +7,116 @@ import os
 from datetime import date
 from typing import Any, get_args, get_origin, get_type_hints
 
-# A recipe is a page. Anchors let a page stand for more values than a memory holds, so they are counted unfolded.
-MOST_BYTES, MOST_VALUES = 2**16, 2**14
+# A recipe is a page of text.
+MOST_BYTES = 2**16
+# With anchors a page of YAML can expand to more values than fit into memory, so values are counted with all copies.
+MOST_VALUES = 2**14
 # Options that take a text, or nothing behind them.
 FLAGS_OF_TEXT = ("resume_from_checkpoint", "fsdp")
-# Options that take texts behind commas, or a list of them.
+# Options that take texts separated by commas, or a list of them.
 LISTS_IN_TEXT = ("arms",)
 
 
 def parse(parser, argv: list[str]):
     """Return the parsed dataclasses; a broken YAML file is a `ValueError` that names it."""
-    # TRL's parser knows the two words only.
-    argv = [word for part in argv for word in (part.split("=", 1) if part.startswith("--config=") else [part])]
-    if argv[-1:] == ["--config"]:
+    words = []
+    for word in argv:
+        # TRL's parser does not know `--config=FILE`.
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if words[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
-    unread = []
-    if "--config" in argv:
-        place = argv.index("--config")
-        _, path = argv[place : place + 2]
-        del argv[place : place + 2]
-        content = _read_config(path, parser)
-        os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})  # as TRL does
-        unread = parser.set_defaults_with_config(**content)
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    unknown = [*unread, *unknown]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+    unknown_options = []
+    if "--config" in words:
+        place = words.index("--config")
+        content = read_config(words[place + 1], parser.dataclass_types)
+        del words[place : place + 2]
+        environment = content.pop("env", {})  # TRL's parser sets these variables, too
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        unknown_options = parser.set_defaults_with_config(**content)
+    *parsed, unknown_words = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown_options or unknown_words:
+        parser.error(f"unrecognized arguments: {' '.join([*unknown_options, *unknown_words])}")
     return parsed
 
 
-def _read_config(path: str, parser) -> dict[str, Any]:
-    """Return the options of a YAML file, each of a kind that it takes: TRL's parser reads whatever stands there."""
-    import yaml
+def read_config(path: str, kinds: list[type]) -> dict[str, Any]:
+    """Return the options of a YAML file, each of a type that its option takes (TRL's parser checks no types).
 
-    with open(path, "rb") as file:
-        if len(text := file.read(MOST_BYTES + 1)) > MOST_BYTES:
-            raise ValueError(f"{path} is no recipe: it has more than {MOST_BYTES} bytes.")
-    try:
-        # First as nodes, in which an anchor's values are not yet copied.
-        if _unfolded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
-            raise ValueError(f"with its anchors unfolded it has more than {MOST_VALUES} values")
-        content = yaml.safe_load(text)
-    except Exception as error:  # of a value that is not of its tag PyYAML raises whatever it meets
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} is not YAML: {reason}") from error
+    Args:
+        path (`str`): The file.
+        kinds (`list[type]`): Dataclasses that declare the options.
+
+    Raises:
+        `ValueError`: if the file is not YAML, or is too large, or holds a value that its option does not take.
+        `OSError`: if there is no such file.
+    """
+    content = _load_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a mapping of options to values.")
-    if wrong := [name for name in content if not isinstance(name, str) or name == "self"]:
-        raise ValueError(f"{path}: {wrong[0]!r:.60} is no name of an option.")
-    if not isinstance(names := content.get("env", {}), dict) or not all(isinstance(name, str) for name in names):
+    for name in content:
+        if not isinstance(name, str) or name == "self":
+            raise ValueError(f"{path}: {name!r:.60} is no name of an option.")
+    environment = content.get("env", {})
+    if not isinstance(environment, dict) or not all(isinstance(name, str) for name in environment):
         raise ValueError(f"{path}: env must be a mapping of names to values.")
-    for kind in parser.dataclass_types:
+    for kind in kinds:
         hints = get_type_hints(kind)
         for field in dataclasses.fields(kind):
             if field.name in content:
-                content[field.name] = _value(content[field.name], hints[field.name], field, path)
+                content[field.name] = convert_value(content[field.name], hints[field.name], field, path)
     return content
 
 
-def _unfolded(node, known: dict[int, int]) -> int:
-    """Return how many values a node of YAML has when every alias is a copy."""
+def _load_yaml(path: str) -> Any:
     import yaml
 
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # of a node in itself
-        parts = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in parts for part in pair]
-        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    with open(path, "rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{path} is no recipe: it has more than {MOST_BYTES} bytes.")
+    try:
+        # In the nodes the values of an anchor are not copied yet.
+        if _count_values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
+            raise ValueError(f"with its anchors unfolded it has more than {MOST_VALUES} values")
+        return yaml.safe_load(text)
+    except Exception as error:  # for a value that does not fit its tag PyYAML may raise anything
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not YAML: {reason}") from error
+
+
+def _count_values(node, known: dict[int, int]) -> int:
+    """Return how many values a node of YAML has when every alias is a copy; `known` holds finished nodes by id."""
+    import yaml
+
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MOST_VALUES + 1  # until it is counted; a node that contains itself is too large
+    if node is None or isinstance(node, yaml.ScalarNode):
+        parts = []
+    elif isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    else:
+        parts = node.value
+    known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
     return known[id(node)]
 
 
-def _value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
-    """Return a value as the option takes it: a text, which is then read as that of a flag, or of a kind it names."""
-    kinds = {get_origin(kind) or kind for kind in (*get_args(hint), hint)}
-    if isinstance(value, str) or type(value) in kinds or (value is None and field.default is None):
+def convert_value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
+    """Return a value of a file as its option takes it: a text, which is parsed like a flag's, or one of its types."""
+    types = {get_origin(kind) or kind for kind in (*get_args(hint), hint)}
+    if isinstance(value, str) or type(value) in types or (value is None and field.default is None):
         return value
-    if type(value) in (int, float) and kinds & {float, str}:
-        return value if float in kinds else str(value)
+    if type(value) in (int, float) and types & {float, str}:
+        return value if float in types else str(value)
     if field.name in FLAGS_OF_TEXT and isinstance(value, (bool, list)):
         return value
-    if isinstance(value, float) and int in kinds and value.is_integer():
+    if isinstance(value, float) and int in types and value.is_integer():
         return int(value)
-    if isinstance(value, date) and str in kinds:
+    if isinstance(value, date) and str in types:
         return value.isoformat()
     if isinstance(value, list) and field.name in LISTS_IN_TEXT:
-        return ",".join(map(str, value))
-    wanted = sorted(kind.__name__ for kind in kinds & {bool, int, float, str, list, dict})
-    why = " (YAML reads yes, no, on and off as truths: put them in quotes)" if isinstance(value, bool) else ""
-    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {' or '.join(wanted) or 'str'}{why}.")
+        return ",".join(str(part) for part in value)
+    wanted = " or ".join(sorted(kind.__name__ for kind in types & {bool, int, float, str, list, dict}))
+    hint_on_words = " (YAML reads yes, no, on and off as truths: put them in quotes)" if isinstance(value, bool) else ""
+    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {wanted or 'str'}{hint_on_words}.")
