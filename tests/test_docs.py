@@ -1,13 +1,13 @@
 """What the documents say about the repository is true: commands, trees, tables, links and names of tests."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from trl_opd.cli.options import OPD_OPTIONS
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

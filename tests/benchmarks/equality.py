@@ -39,8 +39,8 @@ COMMANDS = {
     "detect": "trl-opd detect rollouts/occurrences.parquet --top_k 10 --output rollouts/rock_set.json",
     "detect_aggregate": "trl-opd detect rollouts/occurrences.parquet --top_k 10 --score aggregate "
     "--output rollouts/aggregate.json",
-    "gradients": f"trl-opd gradients rollouts/occurrences.parquet --rock_set rollouts/aggregate.json {STUDENT} {TEACHER} "
-    f"{ON_CPU} --output rollouts/gradients.parquet",
+    "gradients": f"trl-opd gradients rollouts/occurrences.parquet --rock_set rollouts/aggregate.json {STUDENT} "
+    f"{TEACHER} {ON_CPU} --output rollouts/gradients.parquet",
     "train_rock": f"trl-opd train --config {{root}}/examples/recipes/two_minutes.yaml --max_steps 4 {TEACHER} "
     "--token_weighting rock --rock_set rollouts/aggregate.json --rock_window 1 --weight_normalization weights "
     "--output_dir runs/rock",

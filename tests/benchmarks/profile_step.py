@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl_opd import opd_trainer
 from trl_opd.training import model_pair as scoring
 
-from .workload import machine, make_rollouts, make_trainer
+from tests.benchmarks.workload import machine, make_rollouts, make_trainer
 
 PHASES = ("generation", "teacher", "student forward", "divergence", "backward", "optimizer", "statistics", "other")
 
