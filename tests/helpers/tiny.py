@@ -163,3 +163,10 @@ def swapped_tokenizer() -> PreTrainedTokenizerFast:
     vocab[one], vocab[other] = vocab[other], vocab[one]
     core = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
+
+
+def tokenizer_of(vocab: dict[str, int], name: str = "") -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab)))
+    tokenizer.name_or_path = name
+    assert tokenizer.get_vocab() == vocab
+    return tokenizer

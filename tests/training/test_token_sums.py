@@ -1,4 +1,4 @@
-"""Token statistics of whole runs: what they count, which window a checkpoint holds, and that a resumed run agrees."""
+"""Sums of a run: what they count, which window a checkpoint holds, and that a resumed run agrees."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch
 from trl_opd import Controls, OPDTrainer, TokenStats
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.training.model_pair import describe_measure
+from trl_opd.training.token_sums import RunStats
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_dataset, make_model
-from tests.helpers.token_statistics import equal
+from tests.helpers.token_statistics import MEASURE, ROWS, V, equal, signals, stats_of
 from tests.helpers.trainers import ROCKS, measured, record
 
 
@@ -181,3 +182,121 @@ def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer,
     trainer.train()
     assert trainer._stats._waiting == []
     assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
+
+
+# The windows of a run. No device is touched for "mps": its signals are added up on the host.
+
+
+DEVICES = ["cpu", "mps"]
+
+
+def run_stats(device: str, **changes) -> RunStats:
+    return RunStats(V, MEASURE, torch.device(device), **changes)
+
+
+def same(sums: torch.Tensor) -> torch.Tensor:
+    return sums.clone()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows_merge_to_the_total(device):
+    stats, windows = run_stats(device), []
+    for rows in (ROWS[:2], ROWS[2:3], [], ROWS[3:]):
+        stats.update(signals(rows))
+        assert equal(stats.total(), stats.total())
+        windows.append(stats.close_window())
+    assert [int(window.seen.sum()) for window in windows] == [2, 1, 0, 4]
+    total = TokenStats(V, MEASURE)
+    for window in windows:
+        total.merge(window)
+    assert equal(total, stats_of(ROWS))
+    assert equal(stats.total(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_total_is_a_copy_of_the_moment(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS))
+    total = stats.total()
+    stats.update(signals(ROWS))
+    assert equal(total, stats_of(ROWS))
+    total.update(signals(ROWS[:1]))
+    assert equal(stats.total(), stats_of(ROWS).merge(stats_of(ROWS)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("flushes", [0, 1, 3])
+def test_a_flush_counts_a_position_once(device, flushes):
+    stats = run_stats(device)
+    stats.update(signals(ROWS))
+    for _ in range(flushes):
+        stats.flush()
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_starts_at_zero_and_another_one_goes_on_in_a_new_window(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS[:2]))
+    stats.start(resumed=False)
+    stats.update(signals(ROWS[2:]))
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), stats_of(ROWS[2:]))
+    stats.update(signals(ROWS))
+    stats.start(resumed=True)
+    assert equal(stats.total(), TokenStats(V, MEASURE))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_reduced_total_is_summed_and_leaves_the_local_one(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS[:3]))
+    stats.close_window()
+    stats.update(signals(ROWS[3:]))
+    assert equal(stats.total(lambda sums: 3 * sums), stats_of(ROWS).merge(stats_of(ROWS)).merge(stats_of(ROWS)))
+    assert equal(stats.total(same), stats_of(ROWS))
+    assert equal(stats.total(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_holds_its_window_summed_over_processes(device, tmp_path):
+    stats, folder = run_stats(device), tmp_path / "checkpoint-7"
+    folder.mkdir()
+    stats.update(signals(ROWS[:3]))
+    stats.close_window()
+    stats.update(signals(ROWS[3:]))
+    stats.write_window(str(folder), lambda sums: 2 * sums, is_main=True)
+    assert equal(TokenStats.load(folder), stats_of(ROWS[3:]).merge(stats_of(ROWS[3:])))
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), TokenStats(V, MEASURE))
+
+
+def test_only_the_main_process_writes_and_all_take_part(tmp_path):
+    stats, calls = run_stats("cpu"), []
+    stats.update(signals(ROWS))
+    (tmp_path / "checkpoint-1").mkdir()
+    stats.write_window(str(tmp_path / "checkpoint-1"), lambda sums: calls.append(sums) or sums, is_main=False)
+    assert calls
+    assert not list((tmp_path / "checkpoint-1").iterdir())
+    assert equal(stats.close_window(), TokenStats(V, MEASURE))
+
+
+def test_a_folder_that_is_no_checkpoint_closes_no_window(tmp_path):
+    stats = run_stats("cpu")
+    stats.update(signals(ROWS))
+    stats.write_window(str(tmp_path), same, is_main=True)
+    assert not list(tmp_path.iterdir())
+    assert equal(stats.close_window(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_that_are_off_hold_and_write_nothing(device, tmp_path):
+    stats = run_stats(device, enabled=False)
+    (tmp_path / "checkpoint-1").mkdir()
+    stats.update(signals(ROWS))
+    stats.start(resumed=False)
+    stats.write_window(str(tmp_path / "checkpoint-1"), same, is_main=True)
+    assert stats.total() is None
+    assert stats.total(same) is None
+    assert not list((tmp_path / "checkpoint-1").iterdir())
