@@ -8,7 +8,6 @@ import torch
 
 from trl_opd import opd_trainer
 from trl_opd.rocks.recurrence import ContextSettings
-from trl_opd.training import model_pair as scoring
 
 from tests.benchmarks import (
     detection,
@@ -66,7 +65,10 @@ def test_the_peak_of_a_call_is_what_it_held_for_a_moment():
 
 
 def test_the_phases_of_a_step_are_told_apart(monkeypatch):
-    for module, name in ((scoring, "score"), (opd_trainer, "locate")):  # which the profile replaces
+    for module, name in (
+        (opd_trainer, "loss_and_signals"),
+        (opd_trainer, "locate_loss_positions"),
+    ):  # which the profile replaces
         monkeypatch.setattr(module, name, getattr(module, name))
     options = argparse.Namespace(vocab=512, steps=2, log_every=1, freeze=True, lora=True)
     seconds = profile_step.profile(options)

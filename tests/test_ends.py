@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_opd import OPDTrainer
-from trl_opd.models.vocabulary import turn_end, warn_of_other_ends
+from trl_opd.models.vocabulary import find_turn_end, warn_of_other_ends
 from trl_opd.rollouts.batches import loss_mask
 
 from tests.helpers.tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
@@ -255,12 +255,12 @@ def test_an_end_that_is_not_known_is_no_reason_to_warn():
 def test_the_token_that_closes_a_turn_is_read_from_the_template(template, expected):
     tokenizer = make_tokenizer(("<|im_start|>", *NAMES, "<end_of_turn>", "<eot>"))
     tokenizer.chat_template = template if template is None else template.replace("<|end_of_turn|>", "<end_of_turn>")
-    found = turn_end(tokenizer)
+    found = find_turn_end(tokenizer)
     assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
 
 
 def test_a_template_is_asked_with_the_users_own_settings():
     tokenizer = make_tokenizer(("<eot>",))
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if closed %}<eot>{% endif %}{% endfor %}"
-    assert turn_end(tokenizer) is None
-    assert turn_end(tokenizer, {"closed": True}) == tokenizer.convert_tokens_to_ids("<eot>")
+    assert find_turn_end(tokenizer) is None
+    assert find_turn_end(tokenizer, {"closed": True}) == tokenizer.convert_tokens_to_ids("<eot>")

@@ -119,7 +119,7 @@ def test_weighted_loss_and_gradients_are_those_of_the_float64_reference(tokenize
         rock_window=1,
         rock_set=rock_file(tmp_path / "rocks.json", rocks),
     )
-    trainer._arm.weigh(inputs, 0)
+    trainer._position_weights.weigh(inputs, 0)
     loss, gradients = loss_and_gradient(trainer, inputs)
     assert loss == pytest.approx(expected[0], rel=1e-5)
     assert reference.relative_error(gradients, expected[1]) < 1e-5
@@ -144,7 +144,7 @@ def test_all_weights_one_equal_no_weights(tokenizer, tmp_path):
         rocks = rock_file(tmp_path / "rocks.json", [7, 20, 33])
         trainer = make_trainer(OPDTrainer, *make_pair("qwen3"), tokenizer, tmp_path, rock_set=rocks, **weighting)
         inputs = make_inputs()
-        trainer._arm.weigh(inputs, 0)
+        trainer._position_weights.weigh(inputs, 0)
         losses.append(loss_and_gradient(trainer, inputs))
     assert losses[0][0] == losses[1][0]
     assert all(torch.equal(losses[0][1][name], losses[1][1][name]) for name in losses[0][1])
@@ -211,7 +211,7 @@ def test_the_denominator_is_the_token_count_or_the_sum_of_the_weights(tokenizer,
         weight_normalization=normalization,
         rock_set=rock_file(tmp_path / "rocks.json", rocks),
     )
-    trainer._arm.weigh(inputs, 0)
+    trainer._position_weights.weigh(inputs, 0)
     mask = inputs["completion_mask"].bool()
     rows = [w[m].tolist() for w, m in zip(inputs["weights"], mask, strict=True)]
     denominator = {"tokens": int(mask.sum()), "weights": inputs["weights"].sum().item()}[normalization]
@@ -257,7 +257,7 @@ def test_only_the_weight_of_the_predicted_token_acts(tokenizer, tmp_path, place)
             OPDTrainer, *bigram_pair(odd_id), tokenizer, tmp_path, token_weighting="rock", rock_set=path
         )
         batch = dict(inputs)
-        trainer._arm.weigh(batch, 0)
+        trainer._position_weights.weigh(batch, 0)
         values[rock], gradients = loss_and_gradient(trainer, batch)
         size = sum(g.abs().sum().item() for g in gradients.values() if g is not None)
         if rock == predicted:

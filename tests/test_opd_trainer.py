@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_opd.models.quantised import keep_4bit_layout
 
@@ -224,3 +224,17 @@ def test_ids_that_the_students_generation_config_suppresses_stay_so(tmp_path, wi
         drawn[rows] = sum(ids.count(40) for ids in completions)
     assert drawn[300] == 0  # TRL lets the student's own setting hold
     assert drawn[320] == 0
+
+
+class Stranger(TrainerCallback):
+    """Somebody else's callback, which has a method that ours have, too."""
+
+    def attach(self):
+        raise AssertionError("only callbacks of this package are attached")
+
+
+def test_a_method_called_attach_of_another_callback_is_left_alone(tmp_path):
+    trainer = build(tmp_path)
+    trainer.add_callback(Stranger())
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -13,7 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import Controls, LMHead, OPDConfig, OPDTrainer, RockSet, token_weights, weighted_divergence
 from trl_opd.artefacts.fingerprint import fingerprint
-from trl_opd.training.preflight import default_config, suppressible, warn_of_float32
+from trl_opd.training.preflight import default_config, ids_to_suppress, warn_of_float32
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
@@ -190,12 +190,12 @@ def test_vllm_is_refused_for_a_student_with_ids_that_the_teacher_cannot_embed():
     with pytest.raises(
         ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLLM"
     ):
-        suppressible(SimpleNamespace(_vocab_size=64, eos_token_ids=[2], use_vllm=True), 72)
+        ids_to_suppress(64, 72, [2], use_vllm=True)
 
 
 def test_a_student_whose_every_end_is_suppressed_is_warned_of():
     with pytest.warns(UserWarning, match="Every end of a rollout"):
-        found = suppressible(SimpleNamespace(_vocab_size=64, eos_token_ids=[70], use_vllm=False), 72)
+        found = ids_to_suppress(64, 72, [70], use_vllm=False)
     assert found == range(64, 72)
 
 
@@ -239,7 +239,7 @@ def test_a_divergence_of_what_cannot_be_is_a_sentence(changes, sentence):
 
 
 @pytest.mark.parametrize(
-    "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(_name_or_path="student"))]
+    "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(name_or_path="student"))]
 )
 def test_a_trainer_without_a_configuration_writes_to_a_folder_named_after_its_student(monkeypatch, student):
     monkeypatch.setattr(

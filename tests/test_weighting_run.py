@@ -197,7 +197,7 @@ def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_
     state.compute_steps(trainer.args, trainer.args.max_steps)  # turns a share of the run into steps, as `train` does
     found = []
     for state.global_step in range(12):
-        if trainer._arm.measures_all(state):
+        if trainer._position_weights.measures_all(state):
             found.append(state.global_step + 1)
     assert found == expected
 
@@ -205,8 +205,10 @@ def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_
 def test_nothing_frozen_means_that_every_step_is_measured(tokenizer, tmp_path):
     rocks, state = rocks_with_controls(tmp_path), TrainerState(global_step=3, logging_steps=100)
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.01}):
-        assert build(tokenizer, tmp_path, rock_set=rocks, **weighting)._arm.measures_all(state)
-    assert not build(tokenizer, tmp_path, rock_set=rocks, token_weighting="control")._arm.measures_all(state)
+        assert build(tokenizer, tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
+    assert not build(tokenizer, tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(
+        state
+    )
 
 
 def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(tokenizer, tmp_path):
@@ -267,7 +269,7 @@ def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path,
     trainer.model.train()
     trainer.compute_loss(trainer.model, make_inputs())
     with pytest.raises(ValueError, match=f"Step 5: the {culprit}'s logits are not finite"):
-        trainer._finite.stop_if_raised(5)
+        trainer._finite_guard.stop_if_raised(5)
 
 
 @pytest.mark.parametrize("own_path", [False, True])

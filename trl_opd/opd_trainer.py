@@ -1,14 +1,16 @@
 """OPDTrainer: TRL's DistillationTrainer with weights per token, several rollouts per prompt and honest errors.
 
-Small overrides and no mathematics: weights come from `weighting`, divergences from `divergence`, sums from `figures`.
+Small overrides and no mathematics, in the order of a run: construction, prompts, rollouts, loss, step, log, saving.
 Two laws of the base class bind every override: no collective may run inside `_compute_loss` (it runs inside the wrapped
 forward), and the loss is divided by the token count of the whole generation batch, clamped at 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,27 +23,46 @@ from transformers import (
 )
 from trl import DistillationTrainer
 
+from ._trl import unwrap_model_for_generation
 from .artefacts.hub import hub_errors
 from .artefacts.token_stats import TokenStats
+from .loss.divergence import loss_and_signals
 from .loss.lm_head import output_rows
 from .models.quantised import make_readable
-from .models.teacher import check_teacher_vocabulary, load_teacher, place_teacher
+from .models.shape import context_length
+from .models.teacher import (
+    check_teacher_vocabulary,
+    load_teacher,
+    load_teacher_tokenizer,
+    place_teacher,
+    teacher_end_ids,
+)
+from .models.vocabulary import find_turn_end, require_reachable, warn_of_other_ends
 from .opd_config import OPDConfig
-from .rollouts import sampling as rollouts
-from .rollouts.batches import completions_of, locate, tight_micro_batches
+from .rollouts.batches import completions_of, locate_loss_positions, tight_micro_batches
 from .rollouts.continuous_batching import generate_continuously
-from .rollouts.prompts import require_embeddable, require_fit, require_prompt, require_prompts, tokens_of
+from .rollouts.data_order import EpochRepeatSampler, grouped_stream, place_after_resume
+from .rollouts.prompts import (
+    has_chats,
+    require_embeddable,
+    require_fit,
+    require_prompt,
+    require_prompts,
+    tokenize_prompts,
+)
+from .rollouts.sampling import mask_repeated, own_random_stream, positions_from_mask, sampling_mode
 from .saving import checkpoints
-from .saving import student as publishing
 from .saving.run_record import RunRecord
+from .saving.student import add_report, save_student, warn_of_failed_pushes, write_card
 from .training import preflight
-from .training.finite import FiniteGuard, name_the_sampling_student
-from .training.metrics import FigureSums, PhaseClock
-from .training.model_pair import describe_measure, weighted_loss
-from .training.occurrence_writer import RunOccurrences
-from .training.position_weights import Arm
-from .training.teacher_states import TeacherPhase
-from .training.token_sums import RunStats
+from .training.callbacks import OPDCallback
+from .training.finite import FiniteGuard, name_student_in_sampling_error
+from .training.metrics import MetricSums, StepTimer
+from .training.model_pair import ModelPair, describe_measure
+from .training.occurrence_writer import OccurrenceWriter
+from .training.position_weights import PositionWeights, load_rock_set
+from .training.teacher_states import ShardedTeacherStates, TeacherStates, gather_head_with
+from .training.token_sums import TokenSums
 
 
 class OPDTrainer(DistillationTrainer):
@@ -60,6 +81,8 @@ class OPDTrainer(DistillationTrainer):
     Attributes:
         rock_set ([`RockSet`] or `None`): The rock set of `args.rock_set`.
         teacher_model ([`~transformers.PreTrainedModel`]): The frozen teacher.
+        model_pair ([`ModelPair`]): Student and teacher, and the way to the hidden states of both.
+        context_length (`int`): Positions that both models have.
         run_record ([`RunRecord`]): What is run, for report and card.
 
     Raises:
@@ -89,135 +112,319 @@ class OPDTrainer(DistillationTrainer):
         require_prompts(train_dataset, "training dataset")
         require_prompts(eval_dataset, "evaluation dataset")
         preflight.check_devices(args)
-        self.rock_set = preflight.load_rock_set(args)
+        if args.teacher_device is not None and args.n_gpu > 1:
+            args._n_gpu = 1  # TRL takes a second visible GPU for one to replicate the student on
+        self.rock_set = load_rock_set(args)
+
         # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
         # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
-        teacher_model = load_teacher(teacher_model, model, args)
-        models = model, None
-        data = train_dataset, eval_dataset, processing_class
-        super().__init__(*models, args, *data, callbacks, optimizers, quantization_config, peft_config, tools)
+        teacher = load_teacher(teacher_model, model, args)
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
         preflight.require_text(self._is_vlm, self._tokenizer)
         preflight.require_mergeable(args, self.model)
         make_readable(self.model)
-        self._attach_teacher(teacher_model)
+        self._attach_teacher(teacher)
         if self.rock_set is not None:
-            self.rock_set.check(self._tokenizer, self._vocab_size)
-        stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        self._arm = Arm(args, self.rock_set, self._vocab_size, stop_ids, self.accelerator)
-        self._figures = {mode: FigureSums(self._arm.groups, self.accelerator.device) for mode in ("train", "eval")}
-        self._finite, self._clock = FiniteGuard(self.accelerator), PhaseClock(self.accelerator.device)
-        self._new_completions, self._unsplit, self._eval_prefix = False, False, "eval_"
+            self.rock_set.check(self._tokenizer, self.model_pair.vocab_size)
+        self._make_step_parts()
+
+    # The teacher
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
-        rows = output_rows(self.model), output_rows(teacher)
-        check_teacher_vocabulary(teacher, self, rows)
-        self._vocab_size = min(rows)
-        self._context = min(preflight.context_length(self.model), preflight.context_length(teacher))
+        """Check the teacher against the student, place it, and make `model_pair` and `run_record`."""
+        student_rows = output_rows(self.model)
+        teacher_rows = output_rows(teacher)
+        vocab_size = min(student_rows, teacher_rows)
+        self._check_vocabulary(teacher, student_rows, teacher_rows)
+
+        self.context_length = min(context_length(self.model), context_length(teacher))
         if self.max_completion_length is None:
-            self.max_completion_length = self._context  # what TRL's tool loop compares with
-        if rows[0] > self._vocab_size:
-            rollouts.suppress(self, preflight.suppressible(self, rows[0]))
+            self.max_completion_length = self.context_length  # what TRL's tool loop compares with
+        if student_rows > vocab_size:
+            self._suppress(
+                preflight.ids_to_suppress(vocab_size, student_rows, self.eos_token_ids, use_vllm=self.use_vllm)
+            )
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
+
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
+        if not sharded:
+            # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the
+            # student for evaluation, the training takes it for prepared, and every process trains on gradients of its
+            # own that nobody averages (transformers 5.23, `Trainer.evaluation_loop`).
+            self.accelerator._models.append(self.teacher_model)
+
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
-        self.run_record = RunRecord(self, measure)
-        self._teacher_phase = TeacherPhase(self, sharded=sharded)
-        self._stats = RunStats(self._vocab_size, measure, self.accelerator.device, enabled=self.args.token_statistics)
-        self._occurrences = RunOccurrences(self.args, measure, self._vocab_size, self.accelerator)
+        self.run_record = RunRecord(
+            self.args,
+            self.accelerator,
+            student=self.accelerator.unwrap_model(self.model),
+            teacher=self.accelerator.unwrap_model(self.teacher_model),
+            train_dataset=self.train_dataset,
+            rock_set=self.rock_set,
+            measure=measure,
+        )
+        self.model_pair = ModelPair(
+            student=self.accelerator.unwrap_model(self.model),
+            teacher_states=self._teacher_states(vocab_size, sharded=sharded),
+            last_hidden_state=self._get_last_hidden_state,
+            call_inside=self._call_inside,
+            vocab_size=vocab_size,
+            beta=self.beta,
+            temperature=self.temperature,
+            device=self.accelerator.device,
+            measure=measure,
+        )
         # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
-        self._as_trl = rows[0] == rows[1] and self.args.trains_as_trl()
+        self._as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
+        self._teacher_runs_ahead = not sharded and not self._as_trl
+
+    def _check_vocabulary(self, teacher: PreTrainedModel, student_rows: int, teacher_rows: int) -> None:
+        """Raise `ValueError` unless both models number their tokens alike; warn of turns that may end apart."""
+        require_reachable(self._tokenizer, self.eos_token_ids, student_rows)
+        teacher_tokenizer = load_teacher_tokenizer(teacher, self.args)
+
+        teacher_ends = teacher_end_ids(teacher, teacher_tokenizer)
+        closing = find_turn_end(self._tokenizer, self.chat_template_kwargs)
+        # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
+        if closing not in teacher_ends and not has_chats(self.train_dataset):
+            closing = None
+        warn_of_other_ends(self._tokenizer, self.eos_token_ids, teacher_ends, closing)
+
+        check_teacher_vocabulary(
+            self._tokenizer, teacher_tokenizer, student_rows=student_rows, teacher_rows=teacher_rows
+        )
+
+    def _teacher_states(self, vocab_size: int, *, sharded: bool) -> TeacherStates | ShardedTeacherStates:
+        if not sharded:
+            return TeacherStates(
+                self.teacher_model,
+                self._get_last_hidden_state,
+                vocab_size=vocab_size,
+                device=self.model.get_output_embeddings().weight.device,
+                parked=self.args.teacher_placement == "parked",
+            )
+        if self._dist.is_zero3:
+            gather_head_with(self.model)
+            gather_head_with(self.accelerator.unwrap_model(self.teacher_model))
+        return ShardedTeacherStates(
+            self.teacher_model, self._get_last_hidden_state, self._call_inside, vocab_size=vocab_size
+        )
+
+    def _call_inside(self, wrapped: torch.nn.Module, function: Callable, *args: Any) -> Any:
+        """Call a function with the unwrapped model inside the forward of the wrapped one, where weights are whole."""
+        unwrapped = self.accelerator.unwrap_model(wrapped)
+        return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args)
+
+    def _make_step_parts(self) -> None:
+        """Make what a training step hands its signals to."""
+        pair = self.model_pair
+        device = self.accelerator.device
+        stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        self._position_weights = PositionWeights(self.args, self.rock_set, pair.vocab_size, stop_ids, self.accelerator)
+        groups = self._position_weights.groups
+        self._metric_sums = {"train": MetricSums(groups, device), "eval": MetricSums(groups, device)}
+        self._token_sums = TokenSums(pair.vocab_size, pair.measure, device, enabled=self.args.token_statistics)
+        self._occurrence_writer = OccurrenceWriter(self.args, pair.occurrence_metadata(), self.accelerator)
+        self._finite_guard = FiniteGuard(self.accelerator)
+        self._step_timer = StepTimer(device)
+        self._micro_batches: list[dict[str, torch.Tensor]] | None = None  # what `_prepare_inputs` made last
+        self._has_new_completions = False  # see `_completions_logged_once`
+
+    # Prompts
 
     def get_train_dataloader(self):
-        with rollouts.grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
+        with grouped_stream(self, prompts=self._prompts_per_step, rollouts=self.args.num_generations):
             return super().get_train_dataloader()
 
-    def _init_training_state(self, *args, **kwargs):
-        return rollouts.place_in_epoch(self, super()._init_training_state(*args, **kwargs), *args, **kwargs)
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
+        dataset = self.train_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("There are no prompts to train on: pass `train_dataset` to the trainer.")
+        # `num_generations` times each prompt, then all of them again, once per accumulation step, as TRL has it: it
+        # makes a generation batch of the first and drops the others.
+        return EpochRepeatSampler(
+            # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+            epoch=lambda: int(self.state.epoch or 0),
+            data_source=dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self._prompts_per_step,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> rollouts.EpochRepeatSampler:
-        return rollouts.train_sampler(self, dataset, prompts=self._prompts_per_step)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return place_after_resume(
+            place,
+            checkpoint=resume_from_checkpoint,
+            state=self.state,
+            args=self.args,
+            dataset=self.train_dataset,
+            max_steps=max_steps,
+            num_train_epochs=num_train_epochs,
+        )
+
+    def prompt_token_ids(self, prompts: list) -> list[list[int]]:
+        """Return the token ids of prompts, texts or conversations, as they are rendered for rollouts."""
+        return self._tokenize_prompts(prompts)[0]
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, *rest = tokenize_prompts(super()._tokenize_prompts, prompts)
+        budget = 1 if self.args.max_completion_length is None else self.max_completion_length
+        require_fit(prompts, prompt_ids, budget, self.context_length, self.train_dataset)
+        return prompt_ids, *rest
+
+    # A run
 
     @property
     def token_stats(self) -> TokenStats | None:
         """Statistics of all training steps of this process since start or resume; `None` when they are off."""
-        return self._stats.total()
+        return self._token_sums.total()
 
     def reduced_token_stats(self) -> TokenStats | None:
         """Return `token_stats` summed over all processes. A collective: every process calls it."""
-        return self._stats.total(self._sum_over_processes)
+        return self._token_sums.total(self._sum_over_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
-        self._figures["train"].clear()  # of a run that broke off
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "attach"):  # ours take the trainer, whose rollouts they need
-                callback.attach(self)
-        self._stats.start(resumed=resume_from_checkpoint is not None)
+        self._metric_sums["train"].clear()  # of a run that broke off
+        for callback in self._opd_callbacks():
+            callback.attach(self, self.model_pair)
+        self._token_sums.start(resumed=resume_from_checkpoint is not None)
         self.run_record.start()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
-        self.run_record.write_results()
+        self.run_record.write_results(self.state, self.reduced_token_stats())
         return output
+
+    def _opd_callbacks(self) -> list[OPDCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, OPDCallback)]
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._figures["eval"].clear()  # `predict` and an evaluation that broke off do not log
-        self._eval_prefix = f"{metric_key_prefix}_"
-        with rollouts.own_random_stream(self.args.seed), self._teacher_phase.resident():
+        self._metric_sums["eval"].clear()  # of an evaluation that broke off
+        with own_random_stream(self.args.seed), self.model_pair.teacher_resident():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        self._finite.stop_if_raised(self.state.global_step)
-        mean = self._figures["eval"].mean_divergence(self._sum_over_processes)
+        self._finite_guard.stop_if_raised(self.state.global_step)
+        mean = self._metric_sums["eval"].mean_divergence(self._sum_over_processes)
         if mean is not None:
-            output.metrics[f"{self._eval_prefix}loss"] = mean  # TRL's is a mean of batch means
+            output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL's is a mean of batch means
+        metrics = self._metric_sums["eval"].take(self._sum_over_processes)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def _tokenize_prompts(self, prompts: list):
-        prompt_ids, *rest = tokens_of(super()._tokenize_prompts, prompts)
-        budget = 1 if self.args.max_completion_length is None else self.max_completion_length
-        require_fit(prompts, prompt_ids, budget, self._context, self.train_dataset)
-        return prompt_ids, *rest
+    # Rollouts
+
+    def sample_rollouts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the rollouts of dataset rows, one of each, sampled as in an evaluation, with their loss `positions`.
+
+        Args:
+            rows (`list[dict]`): Rows with a `prompt`.
+        """
+        self.model.eval()
+        return self._prepare_inputs(rows)
+
+    @contextmanager
+    def generation_model(self, generation_kwargs: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
+        """Give the student for `generate`: unwrapped, with the weights gathered that FSDP or DeepSpeed has sharded.
+
+        Args:
+            generation_kwargs (`dict`, *optional*): What the model's own generation settings are overridden with.
+        """
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        require_embeddable(prompt_ids, self._vocab_size, self._tokenizer)
+        require_embeddable(prompt_ids, self.model_pair.vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
-            rollouts.allow_up_to(self, self._context - max(map(len, prompt_ids)))
-        stop = name_the_sampling_student(self.state.global_step + 1)
-        with stop, rollouts.sampling_mode(self.model), rollouts.positions_from_mask(self.model):
-            if self.args.use_transformers_continuous_batching:
-                return generate_continuously(self, prompt_ids)
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            self._limit_completions(self.context_length - max(map(len, prompt_ids)))
+        stop = name_student_in_sampling_error(self.state.global_step + 1)
+        with stop, sampling_mode(self.model), positions_from_mask(self.model):
+            if not self.args.use_transformers_continuous_batching:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            with self.generation_model(self.generation_kwargs) as model:
+                return generate_continuously(
+                    model, prompt_ids, self.generation_config, self.args.transformers_continuous_batching_config
+                )
+
+    def _limit_completions(self, tokens: int) -> None:
+        """Let rollouts be at most `tokens` tokens long."""
+        self.generation_config.max_new_tokens = tokens
+        self.generation_kwargs["max_new_tokens"] = tokens
+
+    def _suppress(self, ids: range) -> None:
+        """Leave `ids` out of the rollouts, beside those that the user or the model leaves out already."""
+        own = self.generation_kwargs.get("suppress_tokens", self.model.generation_config.suppress_tokens)
+        suppressed = sorted({*(own or ()), *ids})
+        self.generation_config.suppress_tokens = suppressed
+        self.generation_kwargs["suppress_tokens"] = suppressed
 
     def _generate_and_score_completions(self, inputs):
         for row in inputs:
             require_prompt(row.get("prompt"), "a row of the dataset")
-        with self._clock.time("generate", on=self.model.training):
-            batch = super()._generate_and_score_completions(inputs)
         training = self.model.training
-        self._new_completions, self._unsplit = True, self._unsplit or training
+        with self._step_timer.time("generate", on=training):
+            batch = super()._generate_and_score_completions(inputs)
+        self._has_new_completions = True
         if not training:
-            rollouts.mask_repeated(batch, self.accelerator)
-        self._figures["train" if training else "eval"].add_completions(completions_of(batch))
+            mask_repeated(batch, self.accelerator)
+        self._metric_sums["train" if training else "eval"].add_completions(completions_of(batch))
         if training:  # evaluation is never weighted, and counts every position
-            self._arm.prepare(batch, self.state.global_step)
-            self._occurrences.number(batch)
-            self._generation_batch = batch
-        self._teacher_phase.prepare(batch)
+            self._position_weights.prepare(batch, self.state.global_step)
+            self._occurrence_writer.number(batch)
+        if self._teacher_runs_ahead:
+            with self._step_timer.time("teacher", on=training):
+                batch["teacher_hidden"] = self.model_pair.teacher_states.compute_states(batch)
+        if training:
+            for callback in self._opd_callbacks():
+                callback.on_generation_batch(batch)
         return batch
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
-            return locate(inputs)
-        if self._unsplit:
-            self._unsplit = False
+            return locate_loss_positions(inputs)
+        # TRL has split a new generation batch when its buffer is not the one that we left there.
+        if self._buffered_inputs is not self._micro_batches:
+            batches = self._buffered_inputs
             if self.args.micro_batching == "tight":
-                self._buffered_inputs = tight_micro_batches(self._buffered_inputs, self.pad_to_multiple_of)
-            self._buffered_inputs = [locate(batch) for batch in self._buffered_inputs]
+                batches = tight_micro_batches(batches, self.pad_to_multiple_of)
+            self._micro_batches = [locate_loss_positions(batch) for batch in batches]
+            self._buffered_inputs = self._micro_batches
         return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+
+    # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._as_trl:
@@ -225,57 +432,123 @@ class OPDTrainer(DistillationTrainer):
         # As TRL's, without its mean entropy, which waits for the device in every micro-batch: ours comes with the log.
         if self.model.training and inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        student = self.accelerator.unwrap_model(model)
         # Bound: FSDP2 casts what goes through the wrapper to bfloat16, also the denominator, which would lose 0.2 %.
-        weigh = partial(weighted_loss, self, inputs=inputs, num_items_in_batch=num_items_in_batch)
-        loss = self._forward_redirection(model, student, weigh, student)
+        weighted_loss = partial(self.weighted_loss, inputs=inputs, num_items_in_batch=num_items_in_batch)
+        loss = self._call_inside(model, weighted_loss)
         return (loss, None) if return_outputs else loss
+
+    def weighted_loss(
+        self,
+        student: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a micro-batch (scalar), and add what it says of each position to the sums of the run.
+
+        No collective may run in here: it runs inside of the wrapped forward.
+
+        Args:
+            student (`torch.nn.Module`): The unwrapped student.
+            inputs (`dict[str, torch.Tensor]`): A micro-batch.
+            num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+                What the sum over positions is divided by; the positions of the micro-batch by default.
+        """
+        inputs = inputs if "positions" in inputs else locate_loss_positions(inputs)
+        weights = inputs["position_weights"]
+        training = self.model.training
+        measure_frozen = "weights" not in inputs or self._position_weights.measures_all(self.state)
+        denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
+
+        loss, signals = loss_and_signals(
+            self.model_pair.hidden_states(inputs, student=student),
+            inputs["completion_ids"].flatten()[inputs["positions"]],
+            weights,
+            inputs.get("weight_denominator", denominator),
+            measure_frozen=measure_frozen,
+            beta=self.model_pair.beta,
+            temperature=self.model_pair.temperature,
+            chunk_bytes=self.args.divergence_chunk_bytes,
+        )
+
+        sums = self._metric_sums["train" if training else "eval"]
+        sums.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
+        sums.add_signals(signals, measure_frozen)
+        if training:
+            self._token_sums.update(signals)
+            self._occurrence_writer.add(inputs, signals, self.state)
+        self._finite_guard.note(signals.entropy, signals.divergence, measure_frozen | (weights != 0))
+        return loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         loss, entropy_sum, positions = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        figures = self._figures["train" if self.model.training else "eval"]
-        figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
+        sums = self._metric_sums["train" if self.model.training else "eval"]
+        sums.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
         denominator = positions.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        figures.add_totals(loss.detach() * denominator, entropy_sum, positions)
-        self._finite.note(entropy_sum, loss.detach())
+        sums.add_totals(loss.detach() * denominator, entropy_sum, positions)
+        self._finite_guard.note(entropy_sum, loss.detach())
         return loss, entropy_sum, positions
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
-        with self.accelerator.autocast(), rollouts.positions_from_mask(unwrapped_model):
+        with self.accelerator.autocast(), positions_from_mask(unwrapped_model):
             return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
+    # Step and log
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with self._clock.time("student"):
+        with self._step_timer.time("student"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._clock.end_step()
-            self._occurrences.end_step(self.state.global_step + 1)
-            self._finite.end_step(self.state.global_step + 1)
+            self._step_timer.end_step()
+            self._occurrence_writer.end_step(self.state.global_step + 1)
+            self._finite_guard.end_step(self.state.global_step + 1)
             if self.state.global_step == 0:
-                preflight.warn_of_first_step(self._figures["train"].mean_divergence(self._sum_over_processes))
+                preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else self._eval_prefix
-        figures = self._figures[mode].take(self._sum_over_processes)
-        figures |= self._clock.take(self.accelerator.gather) if mode == "train" else {}
-        self._stats.flush()
+        if mode == "train":  # those of an evaluation are in `logs` already, under its own prefix
+            logs.update(self._metric_sums["train"].take(self._sum_over_processes))
+            logs.update(self._step_timer.take(self.accelerator.gather))
+        self._token_sums.flush()
         self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
-        logs.update({prefix + name: value for name, value in figures.items()})
-        show, self.log_completions = self.log_completions, self.log_completions and self._new_completions
-        super().log(logs, start_time)
-        self.log_completions, self._new_completions = show, False
+        with self._completions_logged_once():
+            super().log(logs, start_time)
+
+    @contextmanager
+    def _completions_logged_once(self) -> Iterator[None]:
+        """Let a log show completions only when some were sampled since the log before.
+
+        With `log_completions` TRL shows the last ones in every log, so those of the last step a second time in the
+        line that ends a training.
+        """
+        configured = self.log_completions
+        self.log_completions = configured and self._has_new_completions
+        try:
+            yield
+        finally:
+            self.log_completions = configured
+            self._has_new_completions = False
+
+    # What a run leaves
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # Here the file is in the checkpoint before the Trainer pushes it; `push_to_hub` saves without a folder.
-        if _internal_call and output_dir is not None:
-            self._stats.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
+        # Here the file is in the checkpoint before the Trainer pushes it. `push_to_hub` saves the model elsewhere, and
+        # that closes no window.
+        if _internal_call and output_dir is not None and checkpoints.is_checkpoint(output_dir):
+            self._token_sums.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        publishing.save_student(self, output_dir, partial(super()._save, state_dict=state_dict))
+        folder = output_dir or self.args.output_dir
+        save = partial(super()._save, state_dict=state_dict)
+        # A checkpoint keeps the adapter, and has a manifest of its own.
+        if not self.args.should_save or checkpoints.is_checkpoint(folder):
+            save(folder)
+            return
+        merge = self.accelerator.unwrap_model(self.model) if self.args.merge_adapter else None
+        save_student(folder, save, merge=merge)
 
     def _save_checkpoint(self, model, trial) -> None:
         with checkpoints.completing(self, self._get_output_dir(trial)):
@@ -286,18 +559,22 @@ class OPDTrainer(DistillationTrainer):
             super().init_hf_repo(token, private)
 
     def push_to_hub(self, *args, **kwargs):
-        self.run_record.write_results()
+        self.run_record.write_results(self.state, self.reduced_token_stats())
         if self.is_world_process_zero():
-            publishing.add_report(self.args.output_dir)
+            add_report(self.args.output_dir)
         with hub_errors(f"push {self.args.output_dir} to {self.hub_model_id or self.args.hub_model_id or 'the Hub'}"):
             return super().push_to_hub(*args, **kwargs)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        publishing.warn_of_failed_pushes(getattr(self, "push_in_progress", None))
+        warn_of_failed_pushes(getattr(self, "push_in_progress", None))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        publishing.write_card_of(self, model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        self.run_record.dataset_name = dataset_name or self.run_record.dataset_name
+        self.run_record.write_or_warn(self.state)
+        write_card(self.args.output_dir, name=model_name, repo_id=self.hub_model_id, tags=tags)
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

@@ -146,13 +146,15 @@ def train(kind: str) -> Callable[[Path, Phases], None]:
             callbacks=callbacks,
             peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None,
         )
-        trainer.phases, prepare = phases, trainer._teacher_phase.prepare
+        trainer.phases = phases
+        teacher_states = trainer.model_pair.teacher_states
+        score = teacher_states.compute_states
 
-        def prepare_watched(batch):
+        def score_watched(batch):
             with phases.within("teacher"):
-                prepare(batch)
+                return score(batch)
 
-        trainer._teacher_phase.prepare = prepare_watched
+        teacher_states.compute_states = score_watched
         found = get_last_checkpoint(folder) if folder.is_dir() else None
         whole = found and any(fault(path) is None for path in folder.glob("checkpoint-*"))
         if whole:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -39,8 +40,8 @@ COMMANDS = {
     "detect": "trl-opd detect rollouts/occurrences.parquet --top_k 10 --output rollouts/rock_set.json",
     "detect_aggregate": "trl-opd detect rollouts/occurrences.parquet --top_k 10 --score aggregate "
     "--output rollouts/aggregate.json",
-    "gradients": f"trl-opd gradients rollouts/occurrences.parquet --rock_set rollouts/aggregate.json {STUDENT} "
-    f"{TEACHER} {ON_CPU} --output rollouts/gradients.parquet",
+    "gradients": "trl-opd gradients rollouts/occurrences.parquet --rock_set rollouts/aggregate.json "
+    f"{STUDENT} {TEACHER} {ON_CPU} --output rollouts/gradients.parquet",
     "train_rock": f"trl-opd train --config {{root}}/examples/recipes/two_minutes.yaml --max_steps 4 {TEACHER} "
     "--token_weighting rock --rock_set rollouts/aggregate.json --rock_window 1 --weight_normalization weights "
     "--output_dir runs/rock",
@@ -54,18 +55,27 @@ COMMANDS = {
     "--max_completion_length 56 --temperature 0.9 --use_cpu --output demo/knockout.json",
     "report_demo": "trl-opd report demo",
 }
-# Not a function of the code: times, throughput, sizes of processes, paths.
-TIMES = re.compile(r"(_s|seconds|runtime|per_second|step_time|date|created|version|output|path|folder|peak)$")
-IGNORED = {"README.md", "training_args.bin", "opd_complete.json", "stdout.txt"}
+CHECKOUT = "checkout.txt"  # path of the checkout that ran, which some files hold
+# Keys that are not a function of the code: times and throughput, and the command with its paths.
+TIMES = re.compile(r"(_s|seconds|runtime|per_second|step_time|started|written|command)$")
+TIMES_OF_A_LOG = re.compile(r"'[^']*(_s|runtime|per_second|step_time)': [^,}]*")
+# A line of a page or table that tells a time, and the plot of the seconds of a step.
+TIME_IN_TEXT = re.compile(r"\d *(s|seconds|min|minutes)\b|seconds|20\d\d-\d\d-\d\d")
+PLOT_OF_TIMES = re.compile(r'<div class="plot" role="img" aria-label="Mean seconds.*?</div>', re.DOTALL)
+NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 PATTERNS = ("*.safetensors", "*.pt", "*.pth", "*.parquet", "*.json", "*.html", "*.png", "*.out")
+# Cards and pickled arguments hold the paths of the output; a manifest the sizes of files that hold paths.
+IGNORED = {"README.md", "training_args.bin", "opd_complete.json"}
 
 
 def run(folder: Path, checkout: Path) -> None:
-    """Run every command in a folder with the package of a checkout, and keep what each of them prints."""
+    """Run every command in a new folder with the package of a checkout, and keep what each of them prints."""
     folder.mkdir(parents=True)
+    (folder / CHECKOUT).write_text(str(checkout))
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout),
+        "PYTHONHASHSEED": "0",  # else PEFT writes the names of its modules in another order each time
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_CACHE": str(folder.resolve() / "cache"),
@@ -77,102 +87,76 @@ def run(folder: Path, checkout: Path) -> None:
         words[0] = sys.executable
         print(f"{name} ...", flush=True)
         with (folder / f"{name}.out").open("w") as output, (folder / f"{name}.err").open("w") as errors:
-            code = subprocess.run(words, cwd=folder, env=environment, stdout=output, stderr=errors).returncode
-        if code:
-            raise SystemExit(f"{name} ended with {code}: see {folder / name}.err")
+            done = subprocess.run(words, cwd=folder, env=environment, stdout=output, stderr=errors, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name} ended with {done.returncode}: see {folder / name}.err")
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Return the files that two folders do not have in common, or that hold other values."""
-    names = [
-        {
-            str(path.relative_to(folder))
-            for pattern in PATTERNS
-            for path in folder.rglob(pattern)
-            if path.name not in IGNORED and path.relative_to(folder).parts[0] != "cache"
-        }
-        for folder in (before, after)
-    ]
-    found = [f"{name} is in one folder only" for name in sorted(names[0] ^ names[1])]
-    for name in sorted(names[0] & names[1]):
-        found += [f"{name}: {reason}" for reason in differences(before / name, after / name)]
-    print(f"{len(names[0] & names[1])} files compared.")
+    """Return how the files of two folders differ, in words; empty where they hold the same."""
+    names_before = result_files(before)
+    names_after = result_files(after)
+    found = [f"{name} is in one folder only" for name in sorted(names_before ^ names_after)]
+    for name in sorted(names_before & names_after):
+        contents = [read_content(folder / name, folder) for folder in (before, after)]
+        found += [f"{name}: {reason}" for reason in differences(*contents)]
+    print(f"{len(names_before & names_after)} files compared.")
     return found
 
 
-def differences(before: Path, after: Path) -> list[str]:
-    """Return how two files of one name differ, in words."""
-    kind = before.suffix
-    if kind == ".safetensors":
-        return _different_tensors(load_file(before), load_file(after))
-    if kind in (".pt", ".pth"):
-        return (
-            []
-            if _plain(torch.load(before, weights_only=False)) == _plain(torch.load(after, weights_only=False))
-            else ["state"]
-        )
-    if kind == ".parquet":
-        return _different_tables(before, after)
-    if kind == ".json":
-        return _different_values(json.loads(before.read_text()), json.loads(after.read_text()), "")
-    if kind == ".html":
-        return _different_lists(numbers_of_page(before.read_text()), numbers_of_page(after.read_text()))
-    if kind == ".out":
-        return _different_lists(numbers_of_text(before.read_text()), numbers_of_text(after.read_text()))
-    return [] if before.read_bytes() == after.read_bytes() else ["bytes"]
+def result_files(folder: Path) -> set[str]:
+    """Return the names of the files below a folder that are compared."""
+    paths = [path.relative_to(folder) for pattern in PATTERNS for path in folder.rglob(pattern)]
+    return {str(path) for path in paths if path.name not in IGNORED and path.parts[0] != "cache"}
 
 
-def _different_tensors(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
-    if before.keys() != after.keys():
-        return ["other tensors"]
-    return [name for name, tensor in before.items() if not _same_bits(tensor, after[name])]
+def read_content(path: Path, folder: Path) -> Any:
+    """Return what a file holds as plain values that compare by value, NaN included; bits where it holds floats."""
+    if path.suffix == ".safetensors":
+        return {name: _plain(tensor) for name, tensor in load_file(path).items()}
+    if path.suffix in (".pt", ".pth"):
+        return _plain(torch.load(path, weights_only=False))
+    if path.suffix == ".png":
+        return path.read_bytes()
+    checkout = (folder / CHECKOUT).read_text()
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        metadata = (table.schema.metadata or {}).get(b"trl_opd", b"{}").decode().replace(checkout, "CHECKOUT")
+        columns = {name: [str(table[name].type), str(table[name].to_pylist())] for name in table.schema.names}
+        return {"columns": columns, "metadata": json.loads(metadata)}
+    text = path.read_text().replace(checkout, "CHECKOUT")
+    if path.suffix == ".json":
+        return json.loads(text)
+    return numbers_of_page(text) if path.suffix == ".html" else numbers_of_text(text)
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return one.contiguous().numpy().tobytes() == other.contiguous().numpy().tobytes()
-
-
-def _different_tables(before: Path, after: Path) -> list[str]:
-    one, other = pq.read_table(before), pq.read_table(after)
-    if one.schema.names != other.schema.names:
-        return ["other columns"]
-    found = [name for name in one.schema.names if not _same_column(one[name], other[name])]
-    metadata = [json.loads((table.schema.metadata or {}).get(b"trl_opd", b"{}")) for table in (one, other)]
-    return found + _different_values(*metadata, "metadata")
-
-
-def _same_column(one, other) -> bool:
-    # By the memory of the values, since NaN is unequal to itself.
-    return one.type == other.type and str(one.to_pylist()) == str(other.to_pylist())
-
-
-def _different_values(before, after, place: str) -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(key for key in before.keys() | after.keys() if not TIMES.search(key))
-        return [
-            found
-            for key in keys
-            for found in _different_values(before.get(key, "absent"), after.get(key, "absent"), f"{place}/{key}")
-        ]
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [
-            found
-            for number, (one, other) in enumerate(zip(before, after, strict=True))
-            for found in _different_values(one, other, f"{place}[{number}]")
-        ]
-    return [] if repr(before) == repr(after) else [f"{place} is {before!r:.60} and {after!r:.60}"]
-
-
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), str(value.tolist())
+        # By its bytes: NaN is unequal to itself, and 0.0 equals -0.0.
+        return [str(value.dtype), list(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()]
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value.tolist()) if hasattr(value, "tolist") else repr(value)
+
+
+def differences(before: Any, after: Any, place: str = "") -> list[str]:
+    """Return where two contents differ, in words; times are left out."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found = []
+        for key in sorted(map(str, before.keys() | after.keys())):
+            if not TIMES.search(key):
+                found += differences(before.get(key, "absent"), after.get(key, "absent"), f"{place}/{key}")
+        return found
+    if isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            return [f"{place} has {len(before)} and {len(after)} entries"]
+        found = []
+        for number, (one, other) in enumerate(zip(before, after, strict=True)):
+            found += differences(one, other, f"{place}[{number}]")
+        return found
+    return [] if repr(before) == repr(after) else [f"{place} is {before!r:.80} and {after!r:.80}"]
 
 
 class _Words(HTMLParser):
@@ -187,27 +171,26 @@ class _Words(HTMLParser):
 
 
 def numbers_of_page(text: str) -> list[str]:
-    """Return the lines of a page that hold numbers, in order."""
+    """Return the numbers of a page, a line each, without times."""
     reader = _Words()
-    reader.feed(text)
+    reader.feed(PLOT_OF_TIMES.sub("", text))
     return numbers_of_text("\n".join(reader.texts))
 
 
 def numbers_of_text(text: str) -> list[str]:
-    """Return the numbers of every line, joined by blanks, but for lines that hold a time."""
+    """Return the numbers of every line, joined by blanks, without times; a table's last column may hold seconds."""
     found = []
+    ends_in_seconds = False
     for line in text.splitlines():
-        if re.search(r"\d *(s|seconds|min|it/s)\b|_s\b|runtime|per_second|step_time|seconds|20\d\d-\d\d", line):
+        ends_in_seconds = line.endswith("seconds") or (ends_in_seconds and bool(line.strip()))
+        numbers = NUMBER.findall(TIMES_OF_A_LOG.sub("", line))
+        if ends_in_seconds:
+            numbers = numbers[:-1]
+        elif TIME_IN_TEXT.search(line):
             continue
-        if numbers := re.findall(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", line):
+        if numbers:
             found.append(" ".join(numbers))
     return found
-
-
-def _different_lists(before: list[str], after: list[str]) -> list[str]:
-    if len(before) != len(after):
-        return [f"{len(before)} and {len(after)} lines with numbers"]
-    return [f"{one} and {other}" for one, other in zip(before, after, strict=True) if one != other][:5]
 
 
 def main() -> int:

@@ -10,25 +10,25 @@ import time
 
 import torch
 
-from trl_opd.loss.logits import ROWS, logit_gradient
+from trl_opd.loss.logits import CHUNK_ROWS, reverse_kl_gradient
 from trl_opd.studies.gradients import GradientSums
 
 from tests.benchmarks.workload import host_peak_bytes, machine
 
 
 def study(vocab: int, types: int, rows: int) -> None:
-    """Add the gradients of random rows in chunks, and take the figures."""
+    """Add the gradients of random rows in chunks, and take the measures."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2 * types, (rows,), generator=generator)
     counts = torch.bincount(ids, minlength=vocab)
     sums = GradientSums(counts, torch.arange(types))
-    for start in range(0, rows, ROWS):
-        chunk = ids[start : start + ROWS]
+    for start in range(0, rows, CHUNK_ROWS):
+        chunk = ids[start : start + CHUNK_ROWS]
         student, teacher = (torch.randn(len(chunk), vocab, generator=generator) for _ in range(2))
-        gradients = logit_gradient(student, teacher)
+        gradients = reverse_kl_gradient(student, teacher)
         del student, teacher
         sums.add(chunk, gradients, chunk % 2 == 0)
-    sums.figures()
+    sums.measures()
 
 
 def main() -> None:

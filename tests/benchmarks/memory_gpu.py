@@ -142,7 +142,7 @@ def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placeme
         trainer._generate_single_turn([list(ids) for ids in rollouts.prompts], None, {})
     rows = replay(trainer, rollouts)
     if ours:
-        score = trainer._teacher_phase.score
+        score = trainer.model_pair.teacher_states.compute_states
 
         def timed(batch):
             with peaks.phase("teacher"):
@@ -151,7 +151,7 @@ def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placeme
                 torch.cuda.reset_peak_memory_stats()
             return states
 
-        trainer._teacher_phase.score = timed
+        trainer.model_pair.teacher_states.compute_states = timed
     with peaks.phase("student"):
         step(trainer, rows)
         trainer.optimizer.step()

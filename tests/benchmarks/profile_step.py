@@ -7,17 +7,18 @@ waited for, so the sum is more than an unprofiled step takes.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
 
 from trl_opd import opd_trainer
-from trl_opd.training import model_pair as scoring
 
 from tests.benchmarks.workload import machine, make_rollouts, make_trainer
 
@@ -32,7 +33,10 @@ class Clock:
 
     def time(self, owner: object, name: str, phase: str | None = None) -> None:
         """Time a method or function from now on; without a phase, the first argument's model tells it."""
-        function = getattr(owner, name)
+        setattr(owner, name, self.timed(getattr(owner, name), phase))
+
+    def timed(self, function: Callable, phase: str | None = None) -> Callable:
+        """Return a function that is timed."""
 
         def timed(*args, **kwargs):
             start = now()
@@ -41,7 +45,7 @@ class Clock:
             finally:
                 self.seconds[phase or self.phase_of(args[0])] += now() - start
 
-        setattr(owner, name, timed)
+        return timed
 
     def phase_of(self, model: torch.nn.Module) -> str:
         return "student forward" if any(p.requires_grad for p in model.parameters()) else "teacher"
@@ -76,17 +80,19 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
     prompts = make_rollouts(options.vocab, 0).prompts
     trainer._tokenize_prompts = lambda _: (prompts, None, {})
     clock.time(trainer, "_generate_single_turn", "generation")
-    clock.time(trainer, "_get_last_hidden_state")
-    clock.time(scoring, "score", "divergence")
+    clock.time(trainer.model_pair.teacher_states, "_last_hidden_state")
+    last_hidden_state = clock.timed(trainer.model_pair.last_hidden_state)
+    trainer.model_pair = dataclasses.replace(trainer.model_pair, last_hidden_state=last_hidden_state)
+    clock.time(opd_trainer, "loss_and_signals", "divergence")
     clock.time(trainer.accelerator, "backward", "backward")
     for owner, name in (
-        (trainer._stats, "update"),
-        (trainer._arm, "prepare"),
-        (trainer._finite, "note"),
-        (trainer._finite, "end_step"),
-        (trainer._figures["train"], "add_signals"),
-        (trainer._figures["train"], "add_forward"),
-        (opd_trainer, "locate"),
+        (trainer._token_sums, "update"),
+        (trainer._position_weights, "prepare"),
+        (trainer._finite_guard, "note"),
+        (trainer._finite_guard, "end_step"),
+        (trainer._metric_sums["train"], "add_signals"),
+        (trainer._metric_sums["train"], "add_forward"),
+        (opd_trainer, "locate_loss_positions"),
     ):
         clock.time(owner, name, "statistics")
     callback = LeaveOutTheFirst(clock)

@@ -130,13 +130,13 @@ def test_a_chunk_fits_and_none_has_a_few_rows_only(count, fit):
 )
 def test_the_rows_alive_at_once_stay_within_the_chunk_bytes(monkeypatch, beta, softcap, buffers):
     hidden, heads, weights = make_case(n=200, rows=(64, 64), softcap=softcap)
-    sizes, original = [], fused_divergence._compare
+    sizes, original = [], fused_divergence._values_of_rows
 
     def compare(student, *others, beta):
         sizes.append(buffers * student.numel() * 4)
         return original(student, *others, beta=beta)
 
-    monkeypatch.setattr(fused_divergence, "_compare", compare)
+    monkeypatch.setattr(fused_divergence, "_values_of_rows", compare)
     budget = 4 * 64 * buffers * 10 + 17
     weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0, chunk_bytes=budget)
     assert len(sizes) == 20

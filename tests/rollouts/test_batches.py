@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from trl_opd import OPDTrainer, TokenStats
-from trl_opd.loss.divergence import score
+from trl_opd.loss.divergence import loss_and_signals
 from trl_opd.loss.lm_head import LMHead
-from trl_opd.rollouts.batches import completions_of, is_truncated, locate, loss_mask, tight_micro_batches
+from trl_opd.loss.signals import HiddenStates
+from trl_opd.rollouts.batches import completions_of, is_truncated, locate_loss_positions, loss_mask, tight_micro_batches
 from trl_opd.training.finite import FiniteGuard
-from trl_opd.training.metrics import FigureSums
+from trl_opd.training.metrics import MetricSums
 
 from tests.helpers import reference
 from tests.helpers.padded_rollouts import LENGTHS, split
@@ -59,12 +60,12 @@ def test_every_rollout_is_in_one_micro_batch_with_no_padding_but_its_own(lengths
 @given(lengths=LENGTHS, tools=st.booleans())
 def test_positions_are_those_of_the_loss_mask_in_order(lengths, tools):
     (batch,) = split(lengths, 1, tools=tools)
-    located = locate(batch)
+    located = locate_loss_positions(batch)
     mask = loss_mask(batch)
     assert torch.equal(batch["completion_ids"].flatten()[located["positions"]], batch["completion_ids"][mask])
     assert torch.equal(located["position_weights"], batch["weights"][mask])
     without = {key: value for key, value in batch.items() if key != "weights"}
-    assert torch.equal(locate(without)["position_weights"], torch.ones(int(mask.sum())))
+    assert torch.equal(locate_loss_positions(without)["position_weights"], torch.ones(int(mask.sum())))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
@@ -155,9 +156,8 @@ def test_nothing_between_two_logs_waits_for_the_device(measure_frozen):
     hidden[0].requires_grad_()
     heads = [LMHead(torch.empty(50, width, device="meta")) for width in (8, 12)]
     ids, weights = torch.empty(6, dtype=torch.long, device="meta"), torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0, 1.0])
-    loss, signals = score(
-        *hidden,
-        *heads,
+    loss, signals = loss_and_signals(
+        HiddenStates(*hidden, *heads),
         ids,
         weights,
         torch.empty((), device="meta"),
@@ -166,7 +166,7 @@ def test_nothing_between_two_logs_waits_for_the_device(measure_frozen):
         temperature=1.0,
     )
     loss.backward()
-    figures = FigureSums(torch.zeros(50, dtype=torch.long), torch.device("meta"))
+    figures = MetricSums(torch.zeros(50, dtype=torch.long), torch.device("meta"))
     figures.add_forward(torch.empty(2, 5, device="meta"))
     figures.add_signals(signals, measure_frozen)
     TokenStats(50, {"divergence": "reverse_kl"}, "meta").update(signals)

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl_opd import OPDTrainer
 from trl_opd.cli import main
 from trl_opd.cli.probe import _require_fit
-from trl_opd.rollouts.prompts import require_prompt, tokens_of
+from trl_opd.rollouts.prompts import require_prompt, tokenize_prompts
 
 from tests.helpers.command_line import flags
 from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
@@ -187,9 +187,9 @@ def test_an_error_that_is_not_the_templates_passes_unchanged():
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        tokens_of(broken, ["a text"])
+        tokenize_prompts(broken, ["a text"])
     with pytest.raises(ValueError, match="another"):
-        tokens_of(lambda prompts: (_ for _ in ()).throw(ValueError("another")), [chat("a")])
+        tokenize_prompts(lambda prompts: (_ for _ in ()).throw(ValueError("another")), [chat("a")])
 
 
 # Files, from the command line

@@ -66,7 +66,7 @@ def test_a_teacher_in_four_bits_is_told_with_its_whole_size(tokenizer, tmp_path,
         train_dataset=make_dataset(),
         processing_class=tokenizer,
     )
-    teacher = trainer.run_record.describe()["teacher"]
+    teacher = trainer.run_record.describe(trainer.state)["teacher"]
     assert teacher["quantization"] == "4-bit nf4"
     assert teacher["parameters"] == sum(p.numel() for p in make_model(width=64).parameters())
 
@@ -74,7 +74,7 @@ def test_a_teacher_in_four_bits_is_told_with_its_whole_size(tokenizer, tmp_path,
 def test_a_figure_that_is_not_finite_is_null_in_the_record(tokenizer, tmp_path):
     trainer = build(tokenizer, tmp_path)
     trainer.state.log_history.append({"step": 1, "grad_norm": float("nan"), "loss": float("inf"), "kl/mean": 0.5})
-    trainer.run_record.write()
+    trainer.run_record.write(trainer.state)
     assert json.loads((tmp_path / "opd_run.json").read_text())["log"] == [
         {"step": 1, "grad_norm": None, "loss": None, "kl/mean": 0.5}
     ]

@@ -363,7 +363,7 @@ def test_what_a_broken_step_left_is_not_written(tmp_path):
     trainer = build(tmp_path / "broken", **settings)
     inputs = {"positions": torch.tensor([0]), "completion_ids": torch.tensor([[7]]), "rollout": torch.tensor([3])}
     signals = TokenSignals(torch.tensor([7]), torch.ones(1), torch.ones(1), torch.ones(1))
-    trainer._occurrences.add(inputs, signals, TrainerState(global_step=5))
+    trainer._occurrence_writer.add(inputs, signals, TrainerState(global_step=5))
     trainer.train()
     assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
 

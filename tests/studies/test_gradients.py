@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_opd import RockSet
 from trl_opd.cli import main
-from trl_opd.loss.logits import logit_gradient
+from trl_opd.loss.logits import reverse_kl_gradient
 from trl_opd.studies.gradients import GradientSums, choose_types, matched_rows
 
 from tests.helpers import reference
@@ -73,7 +73,7 @@ def test_the_gradient_is_that_of_autograd_on_the_logits():
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 30, 500, generator=generator) * 3
     expected = torch.stack([of_autograd(*rows) for rows in zip(student, teacher, strict=True)])
-    found = logit_gradient(student, teacher)
+    found = reverse_kl_gradient(student, teacher)
     assert (found - expected).norm() < 1e-6 * expected.norm()
     assert found.sum(1).abs().max() < 1e-5  # a shift of all logits changes nothing
 
@@ -88,7 +88,7 @@ def test_sums_in_blocks_give_the_figures_of_the_definition(block):
     for start in range(0, len(ids), block):
         rows = slice(start, start + block)
         sums.add(ids[rows], gradients[rows].float(), matched[rows])
-    found, expected = sums.figures(), expected_figures(ids, gradients, matched, of)
+    found, expected = sums.measures(), expected_figures(ids, gradients, matched, of)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -102,7 +102,7 @@ def test_noise_alone_has_an_unbiased_norm_near_zero_and_a_published_one_that_fal
     gradients = torch.nn.functional.normalize(torch.randn(len(ids), 300, generator=generator), dim=1)
     sums = GradientSums(torch.bincount(ids, minlength=300), torch.tensor([0, 1]))
     sums.add(ids, gradients, torch.zeros(len(ids), dtype=torch.bool))
-    found = sums.figures()
+    found = sums.measures()
     np.testing.assert_allclose(found["norm"], [3**-0.5, 800**-0.5], rtol=0.15)
     assert found["norm_unbiased"].max() < 0.2
     assert found["norm"][0] / found["norm"][1] > 10

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
 from trl import DistillationTrainer
 
 from trl_opd import OPDTrainer, RolloutSamples
 from trl_opd.artefacts.sampled_rollouts import FILE_NAME, PARTS, SCHEMA, files_of, read_metadata
+from trl_opd.training.callbacks import OPDCallback
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
@@ -32,15 +32,18 @@ def build(tokenizer, path, *callbacks, student=None, peft_config=None, **changes
     )
 
 
-class Batches(TrainerCallback):
+class Batches(OPDCallback):
     """Keeps the generation batch and the weights of every step, before its update."""
 
-    def attach(self, trainer):
-        self.trainer, self.kept = trainer, {}
+    def __init__(self):
+        self.kept = {}
+
+    def on_generation_batch(self, batch):
+        self.batch = batch
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         weights = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
-        self.kept[state.global_step + 1] = (dict(self.trainer._generation_batch), weights)
+        self.kept[state.global_step + 1] = (dict(self.batch), weights)
 
 
 def by_reference(batch, student, teacher, temperature=1.0) -> dict[int, dict[str, list]]:

@@ -1,5 +1,6 @@
 """The teacher phase: scored once in groups of like length, equal to TRL's scoring, parked, quantised, timed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -82,7 +83,7 @@ def test_the_states_are_those_of_each_rollout_alone(tmp_path, monkeypatch, famil
     teacher = make_model(family, seed=1).eval()
     trainer = build(tmp_path, teacher=teacher)
     inputs = make_inputs(tools=tools)
-    states = trainer._teacher_phase.score(inputs)
+    states = trainer.model_pair.teacher_states.compute_states(inputs)
     for row, found in enumerate(states):
         prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
         completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
@@ -124,7 +125,9 @@ def test_one_forward_per_micro_batch_as_under_sharding_gives_the_same(tmp_path):
     found = []
     for sharded in (False, True):
         trainer = build(tmp_path)
-        trainer._teacher_phase._sharded = sharded
+        if sharded:
+            states = trainer._teacher_states(trainer.model_pair.vocab_size, sharded=True)
+            trainer.model_pair = dataclasses.replace(trainer.model_pair, teacher_states=states)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert reference.relative_error(found[1][1], found[0][1]) < 1e-5
@@ -333,7 +336,7 @@ def test_the_log_says_how_long_each_phase_took(tmp_path):
 def test_an_evaluation_does_not_count_in_the_phases_of_training(tmp_path, monkeypatch):
     trainer = build(tmp_path, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
     trainer.train()
-    assert len(trainer._clock._events) == 0
+    assert len(trainer._step_timer._events) == 0
     line = next(line for line in trainer.state.log_history if "loss" in line)
     assert line["phase/teacher_s"] < line["step_time"]
 

@@ -6,7 +6,7 @@ import torch
 from trl_opd import Controls, OPDTrainer, TokenStats
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.training.model_pair import describe_measure
-from trl_opd.training.token_sums import RunStats
+from trl_opd.training.token_sums import TokenSums
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_dataset, make_model
@@ -47,6 +47,15 @@ def test_without_statistics_there_are_none(tokenizer, tmp_path):
     assert trainer.reduced_token_stats() is None
     assert (tmp_path / "checkpoint-1").is_dir()
     assert not list(tmp_path.rglob("token_stats*"))
+
+
+def test_a_model_saved_outside_of_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run")
+    seen = trainer.token_stats.seen
+    trainer.save_model(str(tmp_path / "elsewhere"), _internal_call=True)  # as `push_to_hub` does
+    assert not list((tmp_path / "elsewhere").glob("token_stats*"))
+    trainer.save_model(str(tmp_path / "checkpoint-9"), _internal_call=True)
+    assert torch.equal(TokenStats.load(tmp_path / "checkpoint-9").seen, seen)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mask_truncated_completions": True}], ids=["all", "without cut rollouts"])
@@ -178,9 +187,9 @@ def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_
 def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     before = trainer.token_stats
-    trainer._stats._waits = True  # as on MPS, which has no float64
+    trainer._token_sums._waits = True  # as on MPS, which has no float64
     trainer.train()
-    assert trainer._stats._waiting == []
+    assert trainer._token_sums._waiting == []
     assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
 
 
@@ -190,8 +199,8 @@ def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer,
 DEVICES = ["cpu", "mps"]
 
 
-def run_stats(device: str, **changes) -> RunStats:
-    return RunStats(V, MEASURE, torch.device(device), **changes)
+def run_stats(device: str, **changes) -> TokenSums:
+    return TokenSums(V, MEASURE, torch.device(device), **changes)
 
 
 def same(sums: torch.Tensor) -> torch.Tensor:
@@ -280,14 +289,6 @@ def test_only_the_main_process_writes_and_all_take_part(tmp_path):
     assert calls
     assert not list((tmp_path / "checkpoint-1").iterdir())
     assert equal(stats.close_window(), TokenStats(V, MEASURE))
-
-
-def test_a_folder_that_is_no_checkpoint_closes_no_window(tmp_path):
-    stats = run_stats("cpu")
-    stats.update(signals(ROWS))
-    stats.write_window(str(tmp_path), same, is_main=True)
-    assert not list(tmp_path.iterdir())
-    assert equal(stats.close_window(), stats_of(ROWS))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -98,16 +98,29 @@ def run(argv: list[str]) -> None:
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
     """Return the collector of a dataset's rollouts, with the models loaded."""
+    from ..loss.lm_head import output_rows
     from ..models.student import load_reference
     from ..studies.collect import ADAPTER_OFF, Collector
     from .models import make_trainer
 
-    generations = args.num_generations
+    num_generations = args.num_generations
     trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
     if reference not in (None, ADAPTER_OFF):
-        reference = load_reference(reference, kwargs, quantization, trainer)
-    folder = Path(args.output_dir)
-    return Collector(trainer, dataset, folder, num_generations=generations, reference=reference, settings=settings)
+        reference = load_reference(
+            reference, kwargs, quantization, rows=output_rows(trainer.model), device=trainer.accelerator.device
+        )
+    return Collector(
+        trainer.model_pair,
+        trainer.sample_rollouts,
+        dataset,
+        Path(args.output_dir),
+        num_generations=num_generations,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        chunk_bytes=args.divergence_chunk_bytes,
+        reference=reference,
+        settings=settings,
+    )
 
 
 def summary(folder: Path) -> str:

@@ -55,7 +55,7 @@ def run(argv: list[str]) -> None:
     from ..artefacts.occurrences import Occurrences
     from ..report.plots.canvas import save_png
     from ..report.plots.evidence import plot_gradients
-    from ..studies.gradient_study import lines, study
+    from ..studies.gradient_study import lines, study_gradients
     from ..studies.gradients import read_rollouts
     from .collect import PROMPTS
     from .models import make_trainer
@@ -66,8 +66,18 @@ def run(argv: list[str]) -> None:
     early = None if own.early is None else Occurrences(own.early)
     rollouts = read_rollouts(late, path.with_name(PROMPTS))
     trainer = make_trainer(_no_prompts(), args, model_args)[0]
-    found = study(trainer, trainer.rock_set, rollouts, early, matched=own.matched, rare=own.rare, seed=args.seed)
-    write_table(found, trainer._tokenizer, output)
+    found = study_gradients(
+        trainer.model_pair,
+        trainer.rock_set,
+        rollouts,
+        early,
+        matched=own.matched,
+        rare=own.rare,
+        seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
+        pad_id=trainer.processing_class.pad_token_id,
+    )
+    write_table(found, trainer.processing_class, output)
     save_png(plot_gradients(found), output.with_suffix(".png"))
     print("\n".join([*lines(found), f"The types are in {output}, the plot in {output.with_suffix('.png')}"]))
 

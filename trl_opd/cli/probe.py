@@ -213,11 +213,11 @@ def _load(args: ProbeArguments, rock_set):
 def _require_fit(rows: list[dict], model, tokenizer, args: ProbeArguments) -> None:
     """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context."""
     from ..models.shape import context_length
-    from ..rollouts.prompts import require_fit, tokens_of
+    from ..rollouts.prompts import require_fit, tokenize_prompts
     from ..studies.probe import tokenize
 
     prompts = [row["prompt"] for row in rows]
-    ids = tokens_of(lambda found: [tokenize(prompt, tokenizer) for prompt in found], prompts)
+    ids = tokenize_prompts(lambda found: [tokenize(prompt, tokenizer) for prompt in found], prompts)
     require_fit(prompts, ids, args.max_completion_length, context_length(model), None)
 
 

@@ -12,7 +12,7 @@ import torch
 from .._trl import ChunkedDivergenceFunction
 from .fused import FusedDivergence
 from .lm_head import LMHead
-from .signals import TokenSignals
+from .signals import HiddenStates, TokenSignals
 
 CHUNK_BYTES = 512 * 2**20
 
@@ -62,43 +62,45 @@ def weighted_divergence(
         student_hidden, teacher_hidden = student_hidden[projected], teacher_hidden[projected]
     row_weights = _shares(weights.to(device, non_blocking=True)[projected], denominator)
     # On CUDA TRL's kernels serve until ours measures faster there.
-    compare = _by_trl if student_hidden.is_cuda else _in_one_pass
-    loss, *of_rows = compare(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
+    divergence_of = _by_trl if student_hidden.is_cuda else _in_one_pass
+    loss, *of_rows = divergence_of(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
     divergence, entropy = torch.full((2, len(weights)), torch.nan, dtype=torch.float32, device=device)
     divergence[projected], entropy[projected] = of_rows
     return loss, divergence, entropy
 
 
-def score(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student_head: LMHead,
-    teacher_head: LMHead,
+def loss_and_signals(
+    states: HiddenStates,
     token_ids: torch.Tensor,
     weights: torch.Tensor,
     denominator: torch.Tensor | float,
     *,
     measure_frozen: bool,
-    **settings: float,
+    beta: float,
+    temperature: float,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[torch.Tensor, TokenSignals]:
-    """Return the weighted divergence and what it says of each position.
+    """Return the weighted divergence (scalar) and what it says of each position, `(N,)`.
 
     Args:
+        states (`HiddenStates`): Hidden states and heads of both models.
         token_ids (`torch.Tensor`): Tokens emitted at the positions, int64, shape `(N,)`.
+        weights (`torch.Tensor`): Weight of each position, shape `(N,)`.
+        denominator (`torch.Tensor` or `float`): What the weighted sum is divided by.
         measure_frozen (`bool`): Whether rows of weight 0 are measured too, without gradient, or hold NaN.
-        settings: `beta`, `temperature` and `chunk_bytes`.
-        others: As [`weighted_divergence`] takes them.
+        beta (`float`): Direction of the divergence, in [0, 1].
+        temperature (`float`): Softmax temperature of both distributions.
+        chunk_bytes (`int`, *optional*, defaults to 512 MiB): As [`weighted_divergence`] takes it.
     """
-    models = student_hidden, teacher_hidden, student_head, teacher_head
-    loss, divergence, entropy = weighted_divergence(*models, weights, denominator, **settings)
+    settings = {"beta": beta, "temperature": temperature, "chunk_bytes": chunk_bytes}
+    loss, divergence, entropy = weighted_divergence(*states, weights, denominator, **settings)
     frozen = weights == 0
     if measure_frozen and (frozen.is_cuda or frozen.any()):
         with torch.no_grad():
-            _, *of_frozen = weighted_divergence(*models, frozen.float(), 1.0, **settings)
+            _, frozen_divergence, frozen_entropy = weighted_divergence(*states, frozen.float(), 1.0, **settings)
         frozen = frozen.to(divergence.device, non_blocking=True)
-        divergence, entropy = (
-            torch.where(frozen, *pair) for pair in zip(of_frozen, (divergence, entropy), strict=True)
-        )
+        divergence = torch.where(frozen, frozen_divergence, divergence)
+        entropy = torch.where(frozen, frozen_entropy, entropy)
     return loss, TokenSignals(token_ids, divergence, entropy, weights)
 
 

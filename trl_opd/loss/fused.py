@@ -66,10 +66,10 @@ class FusedDivergence(Function):
             _project(teacher_hidden[chunk], heads[1], scales[1].factor, out=teacher)
             slope = _cap(student, scales[0].top, spare.pop() if capped else None)
             _cap(teacher, scales[1].top, None)
-            compared = _compare(student, teacher, *spare, beta=beta)
-            divergence[chunk], entropy[chunk] = compared.divergence, compared.entropy
+            values = _values_of_rows(student, teacher, *spare, beta=beta)
+            divergence[chunk], entropy[chunk] = values.divergence, values.entropy
             if any(needs):
-                of_logits = compared.gradient if slope is None else compared.gradient.mul_(slope)
+                of_logits = values.gradient if slope is None else values.gradient.mul_(slope)
                 gradients.add(chunk, of_logits, row_weights[chunk] * scales[0].factor, *inputs[:2])
         ctx.gradients = gradients
         ctx.mark_non_differentiable(divergence, entropy)
@@ -85,7 +85,7 @@ class FusedDivergence(Function):
         return *ctx.gradients.scaled(incoming), *[None] * 7
 
 
-class _Compared(NamedTuple):
+class _RowValues(NamedTuple):
     """Divergence and entropy of rows, `(n,)`, and the gradient of the divergence, `(n, V)`, in one of the buffers."""
 
     divergence: torch.Tensor
@@ -93,7 +93,7 @@ class _Compared(NamedTuple):
     gradient: torch.Tensor
 
 
-def _compare(student: torch.Tensor, teacher: torch.Tensor, *spare: torch.Tensor, beta: float) -> _Compared:
+def _values_of_rows(student: torch.Tensor, teacher: torch.Tensor, *spare: torch.Tensor, beta: float) -> _RowValues:
     """Return what two blocks of logits `(n, V)` have between them; the logits and `spare` are overwritten.
 
     Logits are taken relative to their row's maximum, so the sums of exponentials lie in [1, V] and the logarithm of
@@ -108,7 +108,7 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, *spare: torch.Tensor,
     return _jensen_shannon(student, teacher, *spare, beta=beta)
 
 
-def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor) -> _Compared:
+def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor) -> _RowValues:
     teacher_sum = torch.exp(teacher, out=p).sum(-1, keepdim=True)
     student_sum = torch.exp(student, out=p).sum(-1, keepdim=True)
     p.div_(student_sum)
@@ -116,10 +116,10 @@ def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor) -
     log_ratio = student.sub_(teacher)  # up to the constant log(teacher_sum / student_sum)
     mean = _dot(p, log_ratio)
     divergence = mean + (teacher_sum / student_sum).log()
-    return _Compared(divergence[:, 0], entropy[:, 0], log_ratio.sub_(mean).mul_(p))
+    return _RowValues(divergence[:, 0], entropy[:, 0], log_ratio.sub_(mean).mul_(p))
 
 
-def _forward_kl(student: torch.Tensor, teacher: torch.Tensor, q: torch.Tensor) -> _Compared:
+def _forward_kl(student: torch.Tensor, teacher: torch.Tensor, q: torch.Tensor) -> _RowValues:
     teacher_sum = torch.exp(teacher, out=q).sum(-1, keepdim=True)
     q.div_(teacher_sum)
     mean = _dot(q, teacher.sub_(student))
@@ -128,12 +128,12 @@ def _forward_kl(student: torch.Tensor, teacher: torch.Tensor, q: torch.Tensor) -
     p.div_(student_sum)
     divergence = mean + (student_sum / teacher_sum).log()
     entropy = student_sum.log() - _dot(p, student)
-    return _Compared(divergence[:, 0], entropy[:, 0], p.sub_(q))
+    return _RowValues(divergence[:, 0], entropy[:, 0], p.sub_(q))
 
 
 def _jensen_shannon(
     student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, q: torch.Tensor, *, beta: float
-) -> _Compared:
+) -> _RowValues:
     teacher_sum = torch.exp(teacher, out=q).sum(-1, keepdim=True)
     student_sum = torch.exp(student, out=p).sum(-1, keepdim=True)
     q.div_(teacher_sum)
@@ -147,7 +147,7 @@ def _jensen_shannon(
     of_student = _dot(p, to_mixture)
     of_teacher = _dot(q, log_ratio.add_(to_mixture))
     divergence = beta * of_teacher + (1 - beta) * of_student
-    return _Compared(divergence[:, 0], entropy[:, 0], to_mixture.sub_(of_student).mul_(p).mul_(1 - beta))
+    return _RowValues(divergence[:, 0], entropy[:, 0], to_mixture.sub_(of_student).mul_(p).mul_(1 - beta))
 
 
 class _Gradients:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def hashed(seed: int, *counters: torch.Tensor) -> torch.Tensor:
+def hash_counters(seed: int, *counters: torch.Tensor) -> torch.Tensor:
     """Return 64 hashed bits for each entry of the counters, int64, which broadcast against each other.
 
     Args:

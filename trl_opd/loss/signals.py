@@ -1,12 +1,30 @@
-"""The nouns that travel between modules: what an LM head is, and what is known of each completion token."""
+"""The records that travel between modules: hidden states of two models, and what is known of each completion token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+    from .lm_head import LMHead
+
+
+class HiddenStates(NamedTuple):
+    """The last hidden states of both models that predict the same `N` tokens, and the heads that project them.
+
+    Args:
+        student (`torch.Tensor`): Shape `(N, H_student)`.
+        teacher (`torch.Tensor`): Shape `(N, H_teacher)`, on the student's device.
+        student_head (`LMHead`): Head of the student.
+        teacher_head (`LMHead`): Head of the teacher, on the student's device.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    student_head: LMHead
+    teacher_head: LMHead
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .hashing import hashed
+from .hashing import hash_counters
 
 
 def token_weights(
@@ -79,7 +79,7 @@ def random_weights(
     """
     batch, places = mask.shape
     rollout = torch.arange(first_rollout, first_rollout + batch, device=mask.device)[:, None]
-    key = hashed(seed, torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None])
+    key = hash_counters(seed, torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None])
     uniform = (key & 0xFFFFFF).float() / 2**24
     return _weights((uniform < share) & mask.bool(), rock_weight, mask)
 

@@ -7,6 +7,7 @@ from accelerate.utils import is_peft_model
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -86,7 +87,7 @@ def require_linear_weights(name: str, kwargs: dict) -> None:
     """
     hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **hub)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return  # of another kind, or with code of its own: nothing is known of its layers before it is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

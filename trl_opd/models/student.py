@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -43,9 +44,16 @@ def load_student(
 
 
 def load_reference(
-    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None, trainer
+    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None, *, rows: int, device: torch.device
 ) -> PreTrainedModel | PeftModel:
-    """Return the student before the distillation, frozen, on the device of the trainer's.
+    """Return the student before the distillation, frozen and in eval mode.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub.
+        kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the model, or of the base of an adapter.
+        rows (`int`): Rows of the output embeddings of the student that it is compared with.
+        device (`torch.device`): Where it is put, unless it was placed while it was loaded.
 
     Raises:
         `ValueError`: if its vocabulary is not the student's.
@@ -55,12 +63,12 @@ def load_reference(
         quantised = {} if quantization is None else {"quantization_config": quantization}
         model = create_model_from_path(model, **kwargs, **quantised)
     make_readable(model)
-    rows = output_rows(model), output_rows(trainer.model)
-    if rows[0] != rows[1]:
+    own_rows = output_rows(model)
+    if own_rows != rows:
         raise ValueError(
-            f"The reference student {name} has {rows[0]} vocabulary entries, the student {rows[1]}: it must be the "
+            f"The reference student {name} has {own_rows} vocabulary entries, the student {rows}: it must be the "
             "same model before the distillation."
         )
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
-        model.to(trainer.accelerator.device)
+        model.to(device)
     return model.eval().requires_grad_(False)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -18,7 +17,7 @@ from transformers import (
 from .._trl import create_model_from_path, prepare_deepspeed
 from ..opd_config import OPDConfig
 from .quantised import is_by_bitsandbytes, make_readable, require_linear_weights, require_readable_head
-from .vocabulary import require_reachable, require_same_vocabulary, turn_end, warn_of_other_ends
+from .vocabulary import require_same_vocabulary
 
 
 def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTrainedModel, args: OPDConfig):
@@ -80,42 +79,80 @@ def place_teacher(
     # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
         teacher.to(device or accelerator.device)
-    # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the student
-    # for evaluation, the training takes it for prepared, and every process trains on gradients of its own that nobody
-    # averages (transformers 5.23, `Trainer.evaluation_loop`).
-    accelerator._models.append(teacher)
     return teacher
 
 
-def check_teacher_vocabulary(teacher: PreTrainedModel, trainer, rows: tuple[int, int]) -> None:
-    """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
-
-    Warns when they may not end their turns alike.
+def load_teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:
+    """Return the teacher's tokenizer, or `None` where the teacher names none that can be loaded.
 
     Args:
         teacher (`transformers.PreTrainedModel`): The teacher, whose configuration names its tokenizer.
-        trainer (`trl.DistillationTrainer`): Holds the student's tokenizer, the ids that end a rollout, and the prompts.
-        rows (`tuple[int, int]`): Rows of the output embeddings of student and teacher.
+        args (`OPDConfig`): The configuration, which may name another one.
+
+    Raises:
+        `ValueError`: if the configuration names a tokenizer that cannot be loaded.
     """
-    tokenizer = trainer._tokenizer
-    require_reachable(tokenizer, trainer.eos_token_ids, rows[0])
-    theirs = _teacher_tokenizer(teacher, trainer.args)
-    _warn_of_other_ends(teacher, theirs, trainer)
-    if theirs is not None:
-        require_same_vocabulary(tokenizer, theirs)
-        _warn_of_other_template(tokenizer, theirs)
+    name = args.teacher_tokenizer_name_or_path or teacher.config.name_or_path
+    if not name:
+        return None
+    revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
+    try:
+        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        # For a folder without tokenizer files transformers 5 makes one up that knows its special tokens only.
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():
+            raise ValueError("its vocabulary is empty")
+        return found
+    except (OSError, ValueError, KeyError) as error:
+        if args.teacher_tokenizer_name_or_path:
+            raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error
+        return None
+
+
+def check_teacher_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    student_rows: int,
+    teacher_rows: int,
+) -> None:
+    """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
+        teacher_tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): The teacher's, where it is known.
+        student_rows (`int`): Rows of the student's output embeddings.
+        teacher_rows (`int`): Rows of the teacher's.
+    """
+    if teacher_tokenizer is not None:
+        require_same_vocabulary(tokenizer, teacher_tokenizer)
+        _warn_of_other_template(tokenizer, teacher_tokenizer)
         return
+
     advice = "Set `teacher_tokenizer_name_or_path` to the teacher's tokenizer."
-    if rows[0] != rows[1]:
+    if student_rows != teacher_rows:
         raise ValueError(
-            f"The student has {rows[0]} vocabulary entries, the teacher {rows[1]}, and the teacher names no tokenizer "
-            f"that can be loaded, so nothing tells whether their ids mean the same tokens. {advice}"
+            f"The student has {student_rows} vocabulary entries, the teacher {teacher_rows}, and the teacher names no "
+            f"tokenizer that can be loaded, so nothing tells whether their ids mean the same tokens. {advice}"
         )
     warnings.warn(
-        f"The teacher names no tokenizer that can be loaded: its {rows[1]} ids are taken to mean the student's tokens. "
-        + advice,
+        f"The teacher names no tokenizer that can be loaded: its {teacher_rows} ids are taken to mean the student's "
+        f"tokens. {advice}",
         stacklevel=2,
     )
+
+
+def teacher_end_ids(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Return the ids that end what a teacher generates, empty where nothing names them.
+
+    Args:
+        teacher (`transformers.PreTrainedModel`): The teacher; its generation settings come before its configuration.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Its tokenizer, which is asked last.
+    """
+    for holder in (getattr(teacher, "generation_config", None), teacher.config.get_text_config(), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else ids
+    return []
 
 
 def _init_kwargs(args: OPDConfig) -> dict:
@@ -156,41 +193,6 @@ def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def _teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:
-    name = args.teacher_tokenizer_name_or_path or getattr(teacher.config, "_name_or_path", None)
-    if not name:
-        return None
-    revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
-    try:
-        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-        # For a folder without tokenizer files transformers 5 makes one up that knows its special tokens only.
-        if found.get_vocab().keys() <= found.get_added_vocab().keys():
-            raise ValueError("its vocabulary is empty")
-        return found
-    except (OSError, ValueError, KeyError) as error:
-        if args.teacher_tokenizer_name_or_path:
-            raise ValueError(f"`teacher_tokenizer_name_or_path` {name!r} holds no tokenizer: {error}") from error
-        return None
-
-
-def _warn_of_other_ends(teacher: PreTrainedModel, theirs: PreTrainedTokenizerBase | None, trainer) -> None:
-    holders = (getattr(teacher, "generation_config", None), teacher.config.get_text_config())
-    found = [getattr(holder, "eos_token_id", None) for holder in holders]
-    found.append(None if theirs is None else theirs.eos_token_id)
-    ends = next((ids for ids in found if ids is not None), [])
-    ends = [ends] if isinstance(ends, int) else ends
-    closing = turn_end(trainer._tokenizer, trainer.chat_template_kwargs)
-    # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
-    if closing not in ends and not _has_chats(trainer.train_dataset):
-        closing = None
-    warn_of_other_ends(trainer._tokenizer, trainer.eos_token_ids, ends, closing)
-
-
-def _has_chats(dataset) -> bool:
-    """Return whether a dataset is known to hold conversations; of a stream nothing is known before it is read."""
-    return isinstance(dataset, Dataset) and len(dataset) > 0 and isinstance(dataset[0]["prompt"], list)
 
 
 def _warn_of_other_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:

@@ -59,7 +59,7 @@ def require_reachable(tokenizer: PreTrainedTokenizerBase, ends: Collection[int],
         )
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> int | None:
+def find_turn_end(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> int | None:
     """Return the id of the special token that the chat template puts after an assistant's turn, `None` without one."""
     mark = "qvzx"  # in no template, as "turn" is in Gemma's
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ..loss.lm_head import LMHead
-
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
 
@@ -85,7 +83,7 @@ def _trimmed(whole: dict[str, torch.Tensor], rows: torch.Tensor, prompt: int, co
     return batch
 
 
-def locate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a batch with `positions`, `(N,)`, the places of the loss mask in its completions, flattened, in order.
 
     And with `position_weights`, float32, `(N,)`, which stay on the host: so it is known there which rows are projected,
@@ -123,12 +121,11 @@ def left_aligned(batch: dict[str, torch.Tensor], rows: list[int], longest: int) 
     return ids.gather(1, places), inside.to(mask.dtype)
 
 
-def at_positions(hidden: torch.Tensor, positions: torch.Tensor, head: LMHead) -> torch.Tensor:
-    """Return the rows of hidden states `(B, C, H)` at places of the flattened completions `(N,)`, `(N, H)`.
+def at_positions(hidden: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the rows of hidden states `(B, C, H)` at places `(N,)` of the flattened completions, `(N, H)`.
 
-    On the device of the head: with a model split over devices the backbone may end on another one.
+    With a model split over devices the backbone may end on another device than the head.
     """
-    device = head.weight.device
     return hidden.to(device).flatten(0, 1)[positions.to(device)]
 
 

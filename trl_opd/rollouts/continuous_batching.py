@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
-from .._trl import unwrap_model_for_generation
+from .sampling import logits_processor_names, resolve_generation_config
 
 # What each request is sampled with. The engine drops other processors, or calls them without the request's own tokens.
 PROCESSORS = {
@@ -26,37 +26,31 @@ PROCESSORS = {
 }
 
 
-def generate_continuously(trainer, prompt_ids: list[list[int]]) -> list[list[int]]:
-    """Return the ids of one completion per prompt, the end token included, sampled by the trainer's student.
+def generate_continuously(
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    generation_config: GenerationConfig,
+    engine_settings: dict[str, Any] | None,
+) -> list[list[int]]:
+    """Return the ids of one completion per prompt, the end token included.
 
     Args:
-        trainer (`OPDTrainer`): The trainer.
+        model (`transformers.PreTrainedModel`): The student, unwrapped, its weights gathered.
         prompt_ids (`list[list[int]]`): Token ids of the prompts.
+        generation_config (`transformers.GenerationConfig`): How to sample.
+        engine_settings (`dict`, *optional*): As [`engine_config`] takes them.
 
     Raises:
         `ValueError`: if the generation settings ask for something that the engine does not do.
         `RuntimeError`: if the engine lost a rollout.
     """
-    args = trainer.args
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            generation_kwargs=trainer.generation_kwargs,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as model,
-        torch.no_grad(),
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-    ):
-        model = model.get_base_model() if is_peft_model(model) else model  # the adapter is inside of its layers
-        # As `generate` does: what the trainer leaves open is as the model's own configuration has it.
-        settings, _ = model._prepare_generation_config(trainer.generation_config)
-        require_supported(model, settings)
-        engine = engine_config(model, args.transformers_continuous_batching_config, prompt_ids, settings.max_new_tokens)
-        outputs = model.generate_batch(
-            prompt_ids, generation_config=settings, continuous_batching_config=engine, progress_bar=False
-        )
+    model = model.get_base_model() if is_peft_model(model) else model  # the adapter is inside of its layers
+    settings = resolve_generation_config(model, generation_config)
+    require_supported(model, settings)
+    engine = engine_config(model, engine_settings, prompt_ids, settings.max_new_tokens)
+    outputs = model.generate_batch(
+        prompt_ids, generation_config=settings, continuous_batching_config=engine, progress_bar=False
+    )
     failed = [output.error for output in outputs.values() if output.error is not None]
     if failed or len(outputs) < len(prompt_ids):
         lost = len(prompt_ids) - len(outputs) + len(failed)
@@ -70,9 +64,7 @@ def generate_continuously(trainer, prompt_ids: list[list[int]]) -> list[list[int
 
 def require_supported(model: PreTrainedModel, settings: GenerationConfig) -> None:
     """Raise `ValueError` for generation settings that the engine would leave out."""
-    model._prepare_special_tokens(settings, device=model.device)  # some processors look for them
-    processors = model._get_logits_processor(settings, input_ids_seq_length=1)
-    asked = {type(processor).__name__ for processor in processors} - PROCESSORS
+    asked = logits_processor_names(model, settings) - PROCESSORS
     mode = settings.get_generation_mode().value
     if mode not in ("greedy_search", "sample"):
         asked.add(mode)

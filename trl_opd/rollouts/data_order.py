@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from trl import DistillationTrainer
 
 from .._trl import RepeatSampler, repeat_iterable_dataset
 
@@ -39,61 +40,45 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-def train_sampler(trainer, dataset: Dataset | None, *, prompts: int) -> EpochRepeatSampler:
-    """Return the sampler of a training run: `num_generations` times each of `prompts` prompts, then all of them again.
-
-    Once per accumulation step, as TRL has it: it makes a generation batch of the first and drops the others.
-    """
-    args = trainer.args
-    if dataset is None and trainer.train_dataset is None:
-        raise ValueError("There are no prompts to train on: pass `train_dataset` to the trainer.")
-    return EpochRepeatSampler(
-        # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
-        epoch=lambda: int(trainer.state.epoch or 0),
-        data_source=trainer.train_dataset if dataset is None else dataset,
-        mini_repeat_count=args.num_generations,
-        batch_size=prompts,
-        repeat_count=args.gradient_accumulation_steps,
-        shuffle=trainer.shuffle_dataset,
-        seed=args.seed,
-    )
-
-
-def place_in_epoch(
-    trainer,
+def place_after_resume(
     place: tuple[int, int],
+    *,
+    checkpoint: str | None,
+    state: TrainerState,
+    args: TrainingArguments,
+    dataset: Dataset | IterableDataset,
     max_steps: int,
-    num_update_steps_per_epoch: int,
     num_train_epochs: int,
-    resume_from_checkpoint: str | None,
-    trial=None,
 ) -> tuple[int, int]:
     """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
 
-    Corrects the Trainer in two places. A run that has all its steps would do one more. And a streaming dataset is one
-    epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's end: in its state `epoch`
-    counts as the run went, passes and batches of the last one.
+    Corrects transformers' Trainer in two places. A resumed run that has all its steps does one extra step there. And a
+    streaming dataset is one epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's
+    end: in the state of a checkpoint `epoch` counts as the run went, passes and batches of the last one.
 
     Args:
-        trainer (`trl.DistillationTrainer`): The trainer, whose state is that of the checkpoint.
         place (`tuple[int, int]`): The two numbers as the Trainer has them.
-        max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial:
-            As `Trainer._init_training_state` takes them.
+        checkpoint (`str`, *optional*): Folder of the checkpoint that the run resumes from.
+        state (`transformers.TrainerState`): The state that was read from it.
+        args (`transformers.TrainingArguments`): The configuration.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training prompts.
+        max_steps (`int`): Optimizer steps of the whole run.
+        num_train_epochs (`int`): Epochs of the whole run.
     """
-    if resume_from_checkpoint is None or not (path := Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
+    if checkpoint is None or not (path := Path(checkpoint) / TRAINER_STATE_NAME).is_file():
         return place
-    if trainer.state.global_step >= max_steps:
+    if state.global_step >= max_steps:
         return num_train_epochs, 0
-    if trainer.args.ignore_data_skip or not isinstance(trainer.train_dataset, IterableDataset):
+    if args.ignore_data_skip or not isinstance(dataset, IterableDataset):
         return place
     before = TrainerState.load_from_json(path)  # its `max_steps` may be another now
     epochs = int(before.epoch)
-    batches = (before.epoch - epochs) * before.max_steps * trainer.args.gradient_accumulation_steps
+    batches = (before.epoch - epochs) * before.max_steps * args.gradient_accumulation_steps
     return epochs, round(batches)
 
 
 @contextmanager
-def grouped_stream(trainer, *, prompts: int, rollouts: int):
+def grouped_stream(trainer: DistillationTrainer, *, prompts: int, rollouts: int) -> Iterator[None]:
     """Let TRL's `get_train_dataloader` read a streaming dataset in which each prompt stands `rollouts` times.
 
     TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the

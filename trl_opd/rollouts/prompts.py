@@ -41,6 +41,11 @@ def require_prompts(dataset: Dataset | IterableDataset | dict | None, name: str)
                 )
 
 
+def has_chats(dataset: Dataset | IterableDataset | None) -> bool:
+    """Return whether a dataset is known to hold conversations; of a stream nothing is known before it is read."""
+    return isinstance(dataset, Dataset) and len(dataset) > 0 and isinstance(dataset[0]["prompt"], list)
+
+
 def require_prompt(prompt, where: str) -> None:
     """Raise `ValueError` unless a prompt is a text, or a list of messages with texts, that is not empty."""
     if isinstance(prompt, str):
@@ -88,7 +93,7 @@ def _require_text(text: str, where: str) -> None:
         ) from error
 
 
-def tokens_of(tokenize: Callable[[Sequence], Tokens], prompts: Sequence) -> Tokens:
+def tokenize_prompts(tokenize: Callable[[Sequence], Tokens], prompts: Sequence) -> Tokens:
     """Return what `tokenize` makes of prompts that are all texts or all lists of messages.
 
     Raises:

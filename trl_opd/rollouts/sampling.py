@@ -1,4 +1,7 @@
-"""Corrections of how TRL draws prompts and rollouts: epochs after a resume, random streams, absolute positions."""
+"""How completions are sampled: random streams, eval mode, absolute positions, and what `generate` would apply.
+
+A seam: two functions here read private methods of transformers' generation.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model, set_seed
+from transformers import GenerationConfig, PreTrainedModel
 
 from .batches import loss_mask
-
-
-def allow_up_to(trainer, room: int) -> None:
-    """Let the trainer's rollouts be `room` tokens long."""
-    trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = room
 
 
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
@@ -91,8 +90,14 @@ def _add_positions(module, args, kwargs):
     return args, kwargs
 
 
-def suppress(trainer, ids: range) -> None:
-    """Leave `ids` out of the trainer's rollouts, beside those that the user or the model leaves out already."""
-    own = trainer.generation_kwargs.get("suppress_tokens", trainer.model.generation_config.suppress_tokens)
-    suppressed = sorted({*(own or ()), *ids})
-    trainer.generation_config.suppress_tokens = trainer.generation_kwargs["suppress_tokens"] = suppressed
+def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
+    """Return the generation settings as `generate` resolves them: what is left open is as the model's own has it."""
+    settings, _ = model._prepare_generation_config(given)
+    return settings
+
+
+def logits_processor_names(model: PreTrainedModel, settings: GenerationConfig) -> set[str]:
+    """Return the class names of the logits processors that `generate` would apply with some settings."""
+    model._prepare_special_tokens(settings, device=model.device)  # some processors look for them
+    processors = model._get_logits_processor(settings, input_ids_seq_length=1)
+    return {type(processor).__name__ for processor in processors}

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -35,16 +36,24 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
 
 
 @contextmanager
-def completing(trainer, run_dir: str | os.PathLike) -> Iterator[None]:
-    """Let the checkpoint that the trainer saves inside say of itself that it is whole. A collective.
+def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
+    """Write a manifest as the last file of the checkpoint that the trainer saves inside this block. A collective.
 
-    The Trainer's state is the last file that it writes, on the process that pushes and rotates next.
+    transformers offers no hook between the last file of a checkpoint and its push and rotation. The state of the
+    Trainer is that last file, so `TrainerState.save_to_json` is replaced inside the block: a monkeypatch, the only one
+    of this package. It can go when transformers calls a callback before it pushes and rotates.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer that saves.
+        run_dir (`str` or `os.PathLike`): The run's output folder.
 
     Raises:
         `OSError`: if a file cannot be written, with the checkpoint from which the run can go on.
     """
-    state, folder = trainer.state, Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    save_state, wait = state.save_to_json, trainer.accelerator.wait_for_everyone
+    state = trainer.state
+    folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    wait = trainer.accelerator.wait_for_everyone
+    save_state = state.save_to_json
 
     def save_and_complete(path: str) -> None:
         save_state(path)

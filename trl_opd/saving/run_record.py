@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from transformers import TrainerState
 
 from ..artefacts import token_stats
 from ..artefacts.atomic import complete_file
 from ..artefacts.hub import redact
 from ..artefacts.run_files import RUN_FILE, RUN_FORMAT
+from ..artefacts.token_stats import TokenStats
+from ..opd_config import OPDConfig
 from ..rocks import rock_set
 from ..rocks.rock_set import RockSet
 
@@ -37,79 +41,85 @@ UNTOLD |= {"accelerator_config", "report_to", "debug", "disable_tqdm", "dataload
 
 
 class RunRecord:
-    """The record of a trainer's run; no secret is in it.
+    """The record of a run: models, data, settings, hardware and log; no secret is in it.
+
+    Only the main process of a run writes.
 
     Args:
-        trainer (`OPDTrainer`): The trainer, whose teacher is placed, and not yet parked.
+        args (`OPDConfig`): The configuration.
+        accelerator (`accelerate.Accelerator`): Knows the hardware.
+        student (`torch.nn.Module`): The student, unwrapped.
+        teacher (`torch.nn.Module`): The teacher, unwrapped, and not yet parked.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training prompts.
+        rock_set (`RockSet`, *optional*): The rock set of the run.
         measure (`dict`): What is measured (see [`TokenStats`]).
 
     Attributes:
         dataset_name (`str` or `None`): Name of the training data; known to whoever loaded it.
     """
 
-    def __init__(self, trainer, measure: dict[str, Any]):
-        self._trainer, self._measure, self._started = trainer, measure, _now()
-        self._teacher = _model(trainer.accelerator.unwrap_model(trainer.teacher_model))
+    def __init__(
+        self,
+        args: OPDConfig,
+        accelerator: Accelerator,
+        *,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        train_dataset: Dataset | IterableDataset | None,
+        rock_set: RockSet | None,
+        measure: dict[str, Any],
+    ):
+        self._args = args
+        self._accelerator = accelerator
+        self._student = student
+        self._teacher = _model(teacher)
+        self._train_dataset = train_dataset
+        self._rock_set = rock_set
+        self._measure = measure
+        self._folder = Path(args.output_dir)
+        self._started = _now()
         self.dataset_name: str | None = None
 
     def start(self) -> None:
-        """Note the time at which a training begins, and lay its rock set beside what it will leave."""
+        """Note the time at which a training begins, and save its rock set in the output folder."""
         self._started = _now()
-        if self._trainer.is_world_process_zero():
-            with self._warned():
+        if self._args.process_index == 0:
+            with self._errors_as_warnings():
                 self._keep_rock_set()
 
-    def write(self, dataset_name: str | None = None) -> None:
-        """Write the record as the run stands to `output_dir/opd_run.json`; it appears only when it is complete.
-
-        Args:
-            dataset_name (`str`, *optional*): Name of the training data, where that becomes known now.
-        """
-        self.dataset_name = dataset_name or self.dataset_name
+    def write(self, state: TrainerState) -> None:
+        """Write the record as the run stands to `output_dir/opd_run.json`; it appears only when it is complete."""
         path = self._folder / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(path) as part:
-            part.write_text(json.dumps(self.describe(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.describe(state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    def write_results(self) -> None:
-        """Write record, rock set and statistics (since the run began or went on) to the output folder. A collective.
+    def write_or_warn(self, state: TrainerState) -> None:
+        """Write the record as [`RunRecord.write`] does; no run ends because that fails."""
+        try:
+            self.write(state)
+        except OSError as error:
+            warnings.warn(f"The record of the run cannot be written: {error}", stacklevel=3)
+
+    def write_results(self, state: TrainerState, stats: TokenStats | None) -> None:
+        """Write record, rock set and statistics to the output folder.
 
         What cannot be written is a warning: the student is still to be saved.
+
+        Args:
+            state (`transformers.TrainerState`): The state of the run.
+            stats (`TokenStats`, *optional*): Statistics since the run began or was resumed, of all processes.
         """
-        stats = self._trainer.reduced_token_stats()
-        if not self._trainer.is_world_process_zero():
+        if self._args.process_index != 0:
             return
-        with self._warned():
-            self.write()
+        with self._errors_as_warnings():
+            self.write(state)
             if stats is not None and bool(stats.seen.any()):
                 stats.save(self._folder / token_stats.FILE_NAME)
             self._keep_rock_set()
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self._trainer.args.output_dir)
-
-    @contextmanager
-    def _warned(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            warnings.warn(f"The record of the run cannot be written to {self._folder}: {error}", stacklevel=4)
-
-    def _keep_rock_set(self) -> None:
-        """Put the rock set of the run beside its student, unless another one lies there."""
-        found, path = self._trainer.rock_set, self._folder / rock_set.FILE_NAME
-        if found is None:
-            return
-        if path.is_file() and RockSet.load(path) != found:
-            warnings.warn(f"{path} is another rock set than this run's, and is left as it is.", stacklevel=4)
-        elif not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found.save(path)
-
-    def describe(self) -> dict[str, Any]:
+    def describe(self, state: TrainerState) -> dict[str, Any]:
         """Return the record as it is written."""
-        trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
         content = {
             "format": RUN_FORMAT,
             "version": VERSION,
@@ -119,16 +129,34 @@ class RunRecord:
             "steps": state.global_step,
             "max_steps": state.max_steps,
             "versions": _versions(),
-            "hardware": _hardware(trainer),
-            "student": _student(trainer.accelerator.unwrap_model(trainer.model)),
+            "hardware": _hardware(self._accelerator),
+            "student": _student(self._student),
             "teacher": self._teacher,
-            "dataset": _dataset(trainer.train_dataset, self.dataset_name),
+            "dataset": _dataset(self._train_dataset, self.dataset_name),
             "measure": self._measure,
-            "arguments": _arguments(args),
-            "rocks": None if trainer.rock_set is None else trainer.rock_set.ids.tolist(),
+            "arguments": _arguments(self._args),
+            "rocks": None if self._rock_set is None else self._rock_set.ids.tolist(),
             "log": state.log_history,
         }
-        return _clean(content, args.hub_token)
+        return _clean(content, self._args.hub_token)
+
+    @contextmanager
+    def _errors_as_warnings(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            warnings.warn(f"The record of the run cannot be written to {self._folder}: {error}", stacklevel=4)
+
+    def _keep_rock_set(self) -> None:
+        """Put the rock set of the run beside its student, unless another one lies there."""
+        path = self._folder / rock_set.FILE_NAME
+        if self._rock_set is None:
+            return
+        if path.is_file() and RockSet.load(path) != self._rock_set:
+            warnings.warn(f"{path} is another rock set than this run's, and is left as it is.", stacklevel=4)
+        elif not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._rock_set.save(path)
 
 
 def _now() -> str:
@@ -151,10 +179,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware(trainer) -> dict[str, Any]:
-    device = trainer.accelerator.device
+def _hardware(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": device.type, "name": name, "processes": trainer.accelerator.num_processes}
+    return {"device": device.type, "name": name, "processes": accelerator.num_processes}
 
 
 def _processor() -> str:
@@ -174,7 +202,7 @@ def _model(model: torch.nn.Module) -> dict[str, Any]:
     parameters = list(model.parameters())
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()}
     return {
-        "name": model.config._name_or_path or None,
+        "name": model.config.name_or_path or None,
         "parameters": model.num_parameters() or None,
         "dtype": ", ".join(sorted(dtypes)) or None,
         "quantization": None if quantization is None else _quantization(quantization),

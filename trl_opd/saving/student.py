@@ -8,39 +8,37 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from peft import PeftModel
+
 from ..artefacts.atomic import complete_file, complete_files
 from ..artefacts.hub import hub_errors, redact
-from .checkpoints import is_checkpoint, write_errors
+from .checkpoints import write_errors
 from .merging import remove_adapter, replace_by_merged
 
 CARD, REPORT = "README.md", "report.html"
 
 
-def save_student(trainer, folder: str | os.PathLike | None, save: Callable[[str], None]) -> None:
-    """Save the student to a folder that changes only when every file is written; merged where `merge_adapter` says so.
-
-    A checkpoint keeps the adapter, and says of itself when it is whole.
+def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merge: PeftModel | None = None) -> None:
+    """Save the student to a folder that changes only when every file is written.
 
     Args:
-        trainer (`OPDTrainer`): The trainer.
-        folder (`str` or `os.PathLike`, *optional*): Where the student is to lie; `args.output_dir` when omitted.
+        folder (`str` or `os.PathLike`): Where the student is to lie.
         save (`Callable[[str], None]`): Saves it to a folder, as the Trainer does.
+        merge (`peft.PeftModel`, *optional*): The student, when it is to be saved as a whole model instead of as its
+            adapter.
 
     Raises:
         `OSError`: if a file cannot be written.
     """
-    folder, merge = Path(folder or trainer.args.output_dir), trainer.args.merge_adapter
-    if not trainer.args.should_save or is_checkpoint(folder):
-        save(str(folder))
-        return
+    folder = Path(folder)
     with write_errors(folder, folder):
         with complete_files(folder) as part:
             if (folder / CARD).is_file():  # PEFT adds to it
                 shutil.copy(folder / CARD, part)
             save(str(part))
-            if merge:
-                replace_by_merged(trainer.accelerator.unwrap_model(trainer.model), part)
-        if merge:  # last: until they are gone the folder loads as the adapter
+            if merge is not None:
+                replace_by_merged(merge, part)
+        if merge is not None:  # last: until they are gone the folder loads as the adapter
             remove_adapter(folder)
 
 
@@ -70,17 +68,6 @@ def write_card(
     except (ValueError, OSError) as error:
         # Cards are written with checkpoints, and no run ends for one.
         warnings.warn(f"The card of {folder} cannot be written: {error}", stacklevel=3)
-
-
-def write_card_of(trainer, name: str | None, dataset_name: str | None, tags: str | Sequence[str] | None) -> None:
-    """Write the record of a trainer's run as it stands, and the card that is made of it, on the first process."""
-    if not trainer.is_world_process_zero():
-        return
-    try:
-        trainer.run_record.write(dataset_name)
-    except OSError as error:
-        warnings.warn(f"The record of the run cannot be written: {error}", stacklevel=3)
-    write_card(trainer.args.output_dir, name=name, repo_id=trainer.hub_model_id, tags=tags)
 
 
 def add_report(folder: str | os.PathLike) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ from tqdm import tqdm
 
 from ..artefacts.atomic import complete_file
 from ..artefacts.occurrences import PROMPT_SCHEMA, Occurrences, join_files, write_occurrences
-from ..loss.divergence import score
-from ..opd_trainer import OPDTrainer
-from ..rollouts.batches import locate
+from ..loss.divergence import loss_and_signals
 from ..rollouts.sampling import own_random_stream
-from ..training.model_pair import compared, describe_measure
+from ..training.model_pair import ModelPair
 
 ADAPTER_OFF = "adapter_off"
 OCCURRENCES, PROMPTS, PARTS, SETTINGS = "occurrences.parquet", "prompts.parquet", "parts", "settings.json"
@@ -37,10 +35,14 @@ class Collector:
     """Collects rollouts with their divergences into a folder.
 
     Args:
-        trainer (`OPDTrainer`): Holds student, teacher and tokenizer, and samples.
+        pair (`ModelPair`): Student and teacher.
+        sample_rollouts (`Callable`): Samples a rollout for each of some dataset rows ([`OPDTrainer.sample_rollouts`]).
         dataset (`datasets.Dataset`): Rows with a `prompt`, all of which are used, in order.
         folder (`Path`): Where `occurrences.parquet` and `prompts.parquet` go.
         num_generations (`int`): Rollouts per prompt.
+        batch_size (`int`): Rollouts of a batch.
+        seed (`int`): Seed of the rollouts.
+        chunk_bytes (`int`): Memory for the rows of the vocabulary, as [`weighted_divergence`] takes it.
         reference (`transformers.PreTrainedModel` or `str`, *optional*):
             The student before the distillation, or "adapter_off" for a LoRA student without its adapter.
         settings (`dict`): What makes the rows what they are; a folder that was begun with others is refused.
@@ -48,19 +50,30 @@ class Collector:
 
     def __init__(
         self,
-        trainer: OPDTrainer,
+        pair: ModelPair,
+        sample_rollouts: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
         dataset: Dataset,
         folder: Path,
         *,
         num_generations: int,
+        batch_size: int,
+        seed: int,
+        chunk_bytes: int,
         reference: torch.nn.Module | str | None,
         settings: dict[str, Any],
     ):
-        if reference == ADAPTER_OFF and not is_peft_model(trainer.model):
+        if reference == ADAPTER_OFF and not is_peft_model(pair.student):
             raise ValueError("adapter_off is for a student with a LoRA adapter, and this one has none: name a model.")
-        self._trainer, self._dataset, self._folder = trainer, dataset, folder
-        self._generations, self._reference, self._settings = num_generations, reference, settings
-        self._step = max(1, trainer.args.per_device_eval_batch_size // num_generations)
+        self._pair = pair
+        self._sample_rollouts = sample_rollouts
+        self._dataset = dataset
+        self._folder = folder
+        self._generations = num_generations
+        self._step = max(1, batch_size // num_generations)
+        self._seed = seed
+        self._chunk_bytes = chunk_bytes
+        self._reference = reference
+        self._settings = settings
 
     def collect(self) -> None:
         """Collect what is missing, and join it."""
@@ -95,74 +108,77 @@ class Collector:
 
     def _collect_batch(self, start: int) -> int:
         """Sample and score the rollouts of some prompts, write their part, and return how many tokens they have."""
-        trainer = self._trainer
         places = range(start, min(start + self._step, len(self._dataset)))
         rows = [self._dataset[place] for place in places for _ in range(self._generations)]
-        seed = int(np.random.SeedSequence([trainer.args.seed, start]).generate_state(1)[0])
-        trainer.model.eval()
-        with torch.no_grad(), own_random_stream(seed), trainer._teacher_phase.resident():
-            inputs = locate(trainer._prepare_inputs(rows))
+        seed = int(np.random.SeedSequence([self._seed, start]).generate_state(1)[0])
+        with torch.no_grad(), own_random_stream(seed), self._pair.teacher_resident():
+            inputs = self._sample_rollouts(rows)
             columns = self._measure(inputs)
+
         width = inputs["completion_ids"].shape[1]
-        places_of = inputs["positions"].cpu().numpy()
-        rollout = start * self._generations + places_of // width
-        columns |= {"rollout": rollout, "position": places_of % width, "prompt": rollout // self._generations}
+        positions = inputs["positions"].cpu().numpy()
+        rollout = start * self._generations + positions // width
+        columns["rollout"] = rollout
+        columns["position"] = positions % width
+        columns["prompt"] = rollout // self._generations
         columns["token_id"] = inputs["completion_ids"].flatten()[inputs["positions"]].cpu().numpy()
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        ]
-        table = [
-            pa.array(list(places), pa.int32()),
-            pa.array(prompts[:: self._generations], PROMPT_SCHEMA.field(1).type),
-        ]
-        with complete_file(self._part(start, "prompts")) as part:
-            pq.write_table(
-                pa.Table.from_arrays([*table, pa.array(list(places), pa.int64())], schema=PROMPT_SCHEMA), part
-            )
+        self._write_prompts(start, places, inputs)
         write_occurrences(self._part(start), columns, {})  # last: it says that the batch is complete
         return len(rollout)
 
+    def _write_prompts(self, start: int, places: range, inputs: dict[str, torch.Tensor]) -> None:
+        """Write the token ids of the prompts of a batch."""
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+        ]
+        arrays = [
+            pa.array(list(places), pa.int32()),
+            pa.array(prompts[:: self._generations], PROMPT_SCHEMA.field("token_ids").type),
+            pa.array(list(places), pa.int64()),
+        ]
+        with complete_file(self._part(start, "prompts")) as part:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=PROMPT_SCHEMA), part)
+
     def _measure(self, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """Return divergence and entropy of a batch's positions, and the divergence under the reference student."""
-        trainer = self._trainer
-        student = trainer.accelerator.unwrap_model(trainer.model)
-        kl, entropy = self._score(student, inputs, "student or teacher")
-        found = {"kl": kl, "entropy": entropy}
-        if self._reference is not None:
-            off = self._reference == ADAPTER_OFF
-            with student.disable_adapter() if off else nullcontext():
-                found["kl_pre"], _ = self._score(
-                    student if off else self._reference, inputs, "reference student or teacher"
-                )
-        return found
+        student = self._pair.student
+        if "teacher_hidden" not in inputs:
+            inputs["teacher_hidden"] = self._pair.teacher_states.compute_states(inputs)
+        kl, entropy = self._kl_and_entropy(student, inputs, "student or teacher")
+        columns = {"kl": kl, "entropy": entropy}
+        if self._reference == ADAPTER_OFF:
+            with student.disable_adapter():
+                columns["kl_pre"], _ = self._kl_and_entropy(student, inputs, "reference student or teacher")
+        elif self._reference is not None:
+            columns["kl_pre"], _ = self._kl_and_entropy(self._reference, inputs, "reference student or teacher")
+        return columns
 
-    def _score(
+    def _kl_and_entropy(
         self, student: torch.nn.Module, inputs: dict[str, torch.Tensor], who: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        trainer, positions = self._trainer, inputs["positions"]
-        if "teacher_hidden" not in inputs:
-            inputs["teacher_hidden"] = trainer._teacher_phase.score(inputs)
-        _, signals = score(
-            *compared(trainer, student, inputs, positions),
+        """Return KL(student ‖ teacher) and the student's entropy at the positions of a batch, nats, `(N,)` each."""
+        positions = inputs["positions"]
+        _, signals = loss_and_signals(
+            self._pair.hidden_states(inputs, student=student),
             inputs["completion_ids"].flatten()[positions],
             torch.ones(len(positions)),
             1.0,
             measure_frozen=False,
             beta=1.0,  # the format's divergence is KL(student ‖ teacher)
-            temperature=trainer.temperature,
-            chunk_bytes=trainer.args.divergence_chunk_bytes,
+            temperature=self._pair.temperature,
+            chunk_bytes=self._chunk_bytes,
         )
-        figures = [values.cpu().numpy() for values in (signals.divergence, signals.entropy)]
-        if not all(np.isfinite(values).all() for values in figures):
+        kl = signals.divergence.cpu().numpy()
+        entropy = signals.entropy.cpu().numpy()
+        if not (np.isfinite(kl).all() and np.isfinite(entropy).all()):
             raise ValueError(f"The logits of {who} are not finite: another dtype (bfloat16, float32) may help.")
-        return figures[0], figures[1]
+        return kl, entropy
 
     def _join(self, starts: range) -> None:
-        trainer = self._trainer
-        measure = describe_measure(trainer.args, trainer.model, trainer.teacher_model, trainer._tokenizer)
+        measure = self._pair.measure
         reference = self._settings.get("reference_model_name_or_path")
         metadata = {
-            "vocab_size": trainer._vocab_size,
+            "vocab_size": self._pair.vocab_size,
             **{name: measure[name] for name in ("tokenizer", "teacher", "temperature")},
             "student": self._settings.get("model_name_or_path") or measure["student"],
             "reference": reference,

@@ -12,11 +12,12 @@ from tqdm import tqdm
 from ..artefacts.gradient_table import GROUPS, MEDIANS, Study
 from ..artefacts.occurrences import Occurrences
 from ..rocks.rock_set import RockSet
+from ..training.model_pair import ModelPair
 from .gradients import GradientSums, add_rollouts, choose_types, matched_rows
 
 
-def study(
-    trainer,
+def study_gradients(
+    pair: ModelPair,
     rock_set: RockSet,
     rollouts: tuple[Sequence[tuple[list[int], slice]], np.ndarray, np.ndarray],
     early: Occurrences | None,
@@ -24,52 +25,66 @@ def study(
     matched: int,
     rare: int,
     seed: int,
+    batch_size: int,
+    pad_id: int,
 ) -> Study:
-    """Return the figures of the types in stored rollouts.
+    """Return the measures of the types in stored rollouts.
 
     Args:
-        trainer (`OPDTrainer`): Holds student and teacher.
+        pair (`ModelPair`): Student and teacher.
         rock_set (`RockSet`): The rocks.
         rollouts: Prompts and rows, `token_id` and `kl`, as [`read_rollouts`] returns them.
         early (`Occurrences`, *optional*): Of an earlier student.
         matched (`int`): Positions of each type in the groups of equal number.
         rare (`int`): Rare types at most.
         seed (`int`): Of what is drawn.
+        batch_size (`int`): Rollouts of a forward.
+        pad_id (`int`): Token that fills a batch.
 
     Raises:
         `ValueError`: if a token is outside of what student and teacher share, or no rock occurs.
     """
     pairs, token_ids, kl = rollouts
+    vocab_size = pair.vocab_size
     largest = max(int(token_ids.max()), *(max(prompt) for prompt, _ in pairs))
-    if largest >= trainer._vocab_size or min(min(prompt) for prompt, _ in pairs) < 0:
-        raise ValueError(f"The rollouts hold ids outside of the {trainer._vocab_size} that the two models share.")
-    counts = np.bincount(token_ids, minlength=trainer._vocab_size)
-    mean_kl = np.bincount(token_ids, kl, trainer._vocab_size) / np.maximum(counts, 1)
+    if largest >= vocab_size or min(min(prompt) for prompt, _ in pairs) < 0:
+        raise ValueError(f"The rollouts hold ids outside of the {vocab_size} that the two models share.")
+    counts = np.bincount(token_ids, minlength=vocab_size)
+    mean_kl = np.bincount(token_ids, kl, vocab_size) / np.maximum(counts, 1)
     groups = choose_types(counts, mean_kl, rock_set.ids.tolist(), most=rare, seed=seed)
     if len(groups["rock"]) == 0:
         raise ValueError("No rock occurs in these rollouts, so there is nothing to compare.")
+
     ids = np.concatenate(list(groups.values()))
     flags = matched_rows(token_ids, ids, matched, seed)
-    device = trainer.model.get_output_embeddings().weight.device
+    device = pair.student.get_output_embeddings().weight.device
     sums = GradientSums(torch.from_numpy(counts), torch.from_numpy(ids), device)
-    _add_all(trainer, sums, rollouts, flags)
+    _add_all(pair, sums, pairs, token_ids, flags, batch_size=batch_size, pad_id=pad_id)
+
     columns = {"token_id": ids, "group": np.repeat(list(groups), [len(part) for part in groups.values()])}
-    columns |= {"mean_kl": mean_kl[ids], **sums.figures()}
+    columns |= {"mean_kl": mean_kl[ids], **sums.measures()}
     if early is not None:
-        columns["mean_kl_early"] = _means(early, ids, trainer._vocab_size)
+        columns["mean_kl_early"] = _means(early, ids, vocab_size)
     return Study(columns, matched, early is not None)
 
 
-def _add_all(trainer, sums: GradientSums, rollouts, flags: np.ndarray) -> None:
+def _add_all(
+    pair: ModelPair,
+    sums: GradientSums,
+    rollouts: Sequence[tuple[list[int], slice]],
+    token_ids: np.ndarray,
+    flags: np.ndarray,
+    *,
+    batch_size: int,
+    pad_id: int,
+) -> None:
     """Add all rollouts, the longest first."""
-    pairs, token_ids, _ = rollouts
-    longest_first = sorted(pairs, key=lambda pair: -(len(pair[0]) + pair[1].stop - pair[1].start))
-    size = trainer.args.per_device_eval_batch_size
-    with tqdm(total=len(pairs), unit="rollout", desc="gradients") as bar:
-        for start in range(0, len(pairs), size):
-            chosen = longest_first[start : start + size]
+    longest_first = sorted(rollouts, key=lambda rollout: -(len(rollout[0]) + rollout[1].stop - rollout[1].start))
+    with tqdm(total=len(rollouts), unit="rollout", desc="gradients") as bar:
+        for start in range(0, len(rollouts), batch_size):
+            chosen = longest_first[start : start + batch_size]
             batch = [(prompt, token_ids[rows].tolist(), flags[rows].tolist()) for prompt, rows in chosen]
-            add_rollouts(trainer, sums, batch)
+            add_rollouts(pair, sums, batch, pad_id=pad_id)
             bar.update(len(chosen))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ..artefacts.occurrences import Occurrences, read_prompts
-from ..loss.logits import ROWS, head_logits, logit_gradient
-from ..rollouts.batches import locate
-from ..training.model_pair import compared
+from ..loss.logits import logit_chunks, reverse_kl_gradient
+from ..rollouts.batches import locate_loss_positions
+from ..training.model_pair import ModelPair
 
 
 class GradientSums:
@@ -55,8 +55,8 @@ class GradientSums:
         self.squares.index_add_(0, places[known], gradients[known].square().sum(-1, dtype=torch.float64))
         self.matched_counts.index_add_(0, places[known & matched], torch.ones_like(places[known & matched]))
 
-    def figures(self) -> dict[str, np.ndarray]:
-        """Return the figures of the types, `(T,)` each; NaN where a type occurs too rarely for one.
+    def measures(self) -> dict[str, np.ndarray]:
+        """Return the measures of the types, `(T,)` each; NaN where a type occurs too rarely for one.
 
         `norm` of the mean gradient; `norm_unbiased`, the root of an estimate of its square that noise does not raise
         (0 where that is negative); cosines to G_balanced and G_global, with and without the type itself in them;
@@ -99,38 +99,38 @@ def _cosines(rows: torch.Tensor, vector: torch.Tensor, parts: torch.Tensor | Non
 
 @torch.no_grad()
 def add_rollouts(
-    trainer, sums: GradientSums, rollouts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]]
+    pair: ModelPair,
+    sums: GradientSums,
+    rollouts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[bool]]],
+    *,
+    pad_id: int,
 ) -> None:
     """Add the gradients of stored rollouts, a batch of them.
 
     Args:
-        trainer (`OPDTrainer`): Holds student and teacher.
+        pair (`ModelPair`): Student and teacher.
         sums (`GradientSums`): What they are added to.
         rollouts: Token ids of prompt and completion, and which positions of the completion are matched.
+        pad_id (`int`): Token that fills the batch.
 
     Raises:
         `ValueError`: where the logits of a model are not finite.
     """
-    inputs = locate(_padded(rollouts, trainer._tokenizer.pad_token_id, trainer.accelerator.device))
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    trainer.model.eval()
-    with trainer._teacher_phase.resident():
-        hidden, teacher_hidden, head, teacher_head = compared(trainer, student, inputs, inputs["positions"])
-    ids = inputs["completion_ids"].flatten()[inputs["positions"]].to(hidden.device)
-    matched = torch.tensor([flag for *_, flags in rollouts for flag in flags], device=hidden.device)
-    for start in range(0, len(ids), ROWS):
-        rows = slice(start, start + ROWS)
-        logits = {
-            name: head_logits(states[rows], one, trainer._vocab_size) / trainer.temperature
-            for name, states, one in (("student", hidden, head), ("teacher", teacher_hidden, teacher_head))
-        }
-        for name, found in logits.items():
-            if not torch.isfinite(found).all():
+    inputs = locate_loss_positions(_padded(rollouts, pad_id, pair.device))
+    pair.student.eval()
+    with pair.teacher_resident():
+        states = pair.hidden_states(inputs)
+    device = states.student.device
+    token_ids = inputs["completion_ids"].flatten()[inputs["positions"]].to(device)
+    matched = torch.tensor([flag for *_, flags in rollouts for flag in flags], device=device)
+    for rows, student_logits, teacher_logits in logit_chunks(states, temperature=pair.temperature):
+        for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
+            if not torch.isfinite(logits).all():
                 raise ValueError(
                     f"The {name}'s logits are not finite (NaN or infinite): load it in bfloat16 or float32, and check "
                     "its weights."
                 )
-        sums.add(ids[rows], logit_gradient(*logits.values()), matched[rows])
+        sums.add(token_ids[rows], reverse_kl_gradient(student_logits, teacher_logits), matched[rows])
 
 
 def _padded(rollouts, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:

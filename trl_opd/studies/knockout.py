@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..loss.hashing import hashed
+from ..loss.hashing import hash_counters
 
 BASELINE = "baseline"  # the arm that forbids nothing
 
@@ -212,7 +212,7 @@ def gumbel(seed: int, problems: torch.Tensor, places: torch.Tensor, vocab_size: 
         vocab_size (`int`): Tokens.
     """
     tokens = torch.arange(vocab_size, device=problems.device)
-    bits = hashed(seed, problems[:, None], places[:, None], tokens[None]) & (2**52 - 1)
+    bits = hash_counters(seed, problems[:, None], places[:, None], tokens[None]) & (2**52 - 1)
     kind = torch.float32 if problems.device.type == "mps" else torch.float64
     uniform = (bits.to(kind) + 0.5) / 2**52
     return -torch.log(-torch.log(uniform)).float()

@@ -40,7 +40,7 @@ class FiniteGuard:
         self._flags.zero_()
         for model, flag in zip(_ADVICE, flags, strict=True):
             if flag:
-                raise not_finite(model, step)
+                raise not_finite_error(model, step)
 
     def end_step(self, step: int) -> None:
         """Raise `ValueError` when something was not finite in optimizer step `step`, or fp16 has skipped ten in a row.
@@ -57,18 +57,18 @@ class FiniteGuard:
             )
 
 
-def not_finite(model: str, step: int) -> ValueError:
+def not_finite_error(model: str, step: int) -> ValueError:
     """Return the error that says which model's logits are not finite, in which optimizer step, and what to check."""
     return ValueError(f"Step {step}: the {model}'s logits are not finite (NaN or infinite): {_ADVICE[model]}.")
 
 
 @contextmanager
-def name_the_sampling_student(step: int):
+def name_student_in_sampling_error(step: int):
     """Raise `ValueError` where sampling fails because the student's logits are not finite."""
     try:
         yield
     except RuntimeError as error:
         # How torch.multinomial says NaN, on the CPU and on CUDA.
         if any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
-            raise not_finite("student", step) from error
+            raise not_finite_error("student", step) from error
         raise

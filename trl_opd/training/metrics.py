@@ -1,4 +1,7 @@
-"""Sums behind the figures of the log, kept on the device: sums travel, means are for display."""
+"""Sums behind the metrics of the log, kept on the device, and the times of a step.
+
+Sums travel, means are for display.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ OTHER, ROCK, CONTROL = range(3)
 N_GRAM = 4
 
 
-class FigureSums:
+class MetricSums:
     """Sums over the positions and forwards since the last log, one small float64 vector.
 
     Adding needs no synchronisation with the device; reading needs one.
@@ -87,9 +90,9 @@ class FigureSums:
         return sums[self._PROJECTED_KL] / sums[self._PROJECTED] if sums[self._PROJECTED] else None
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Return the figures of all processes by name, in nats and shares, and start anew.
+        """Return the metrics of all processes by name, in nats and shares, and reset the sums.
 
-        A figure without positions is absent.
+        A metric without positions is absent.
 
         Args:
             reduce (`Callable`): Sums the vector over processes; every process calls it.
@@ -98,7 +101,7 @@ class FigureSums:
         self.clear()
         divergence, measured = sums[self._DIVERGENCE], sums[self._MEASURED]
         total, positions = sum(divergence), sum(measured)
-        figures = {
+        metrics = {
             "entropy": (sums[self._ENTROPY], sums[self._PROJECTED]),
             "kl/mean": (total, positions),
             "weight/zero_share": (sums[self._ZERO_WEIGHT], sums[self._WEIGHTED]),
@@ -106,18 +109,18 @@ class FigureSums:
             "completions/repetition": (sums[self._REPETITION], sums[self._COMPLETIONS]),
         }
         if self._groups is not None:
-            figures |= {
+            metrics |= {
                 "rock/token_share": (measured[ROCK], positions),
                 "rock/kl_share": (divergence[ROCK], total),
                 "rock/mean_kl": (divergence[ROCK], measured[ROCK]),
                 "other/mean_kl": (divergence[OTHER], measured[OTHER]),
             }
             if self._has_controls:
-                figures |= {
+                metrics |= {
                     "control/token_share": (measured[CONTROL], positions),
                     "control/mean_kl": (divergence[CONTROL], measured[CONTROL]),
                 }
-        return {name: part / whole for name, (part, whole) in figures.items() if whole > 0}
+        return {name: part / whole for name, (part, whole) in metrics.items() if whole > 0}
 
 
 def repetition(token_ids: Sequence[int]) -> float | None:
@@ -137,12 +140,12 @@ def token_groups(rock_ids: torch.Tensor, control_ids: list[int], vocab_size: int
     return groups
 
 
-class PhaseClock:
+class StepTimer:
     """Adds up how long generation, the teacher and the student (forward, divergence and backward) take.
 
     On CUDA by events in the stream, so nothing waits for the device before the log.
 
-    Phases are "generate", "teacher" and "student"; one that never ran has no figure: a teacher that runs in each
+    Phases are "generate", "teacher" and "student"; one that never ran has no time: a teacher that runs in each
     micro-batch is part of the student's.
 
     Args:
@@ -167,7 +170,7 @@ class PhaseClock:
         self._steps += 1
 
     def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Return the seconds of an optimizer step by figure, of the slowest process, and start anew. A collective.
+        """Return the seconds of an optimizer step by phase, of the slowest process, and reset the timer. A collective.
 
         Args:
             gather (`Callable`): Puts the tensors of all processes one after the other.

@@ -1,81 +1,93 @@
-"""A micro-batch of a trainer -> the hidden states that are compared, the loss, and what is known of each token."""
+"""ModelPair: the student and its frozen teacher, and the way to the hidden states of both.
+
+A training step and the studies of a student take this handle where they would otherwise reach into the trainer.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artefacts.fingerprint import fingerprint
-from ..loss.divergence import score
-from ..loss.lm_head import LMHead, lm_head
+from ..loss.lm_head import lm_head
+from ..loss.signals import HiddenStates
 from ..opd_config import OPDConfig
-from ..rollouts.batches import at_positions, forward_inputs, locate
+from ..rollouts.batches import at_positions, forward_inputs
+from .teacher_states import CallInside, LastHiddenState, ShardedTeacherStates, TeacherStates
 
 
-def compared(
-    trainer, student: torch.nn.Module, inputs: dict[str, torch.Tensor], positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, LMHead, LMHead]:
-    """Return the hidden states that predict the tokens at positions, `(N, H)`, and the heads, of both models.
+@dataclass(frozen=True)
+class ModelPair:
+    """The two models of a distillation and what their distributions are compared with.
 
     Args:
-        trainer (`OPDTrainer`): Holds the teacher.
-        student (`torch.nn.Module`): The unwrapped student.
-        inputs (`dict[str, torch.Tensor]`): A micro-batch.
-        positions (`torch.Tensor`): Places of the loss mask in its flattened completions, `(N,)`.
+        student (`torch.nn.Module`): The student, unwrapped.
+        teacher_states (`TeacherStates` or `ShardedTeacherStates`): Runs the teacher.
+        last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
+        call_inside (`Callable`): Takes a wrapped model, a function and its further arguments, and calls the function
+            with the unwrapped model inside the wrapper's forward, where FSDP and DeepSpeed gather the weights.
+        vocab_size (`int`): The range of ids that student and teacher share.
+        beta (`float`): Direction of the divergence that is trained: 0 forward KL, 1 reverse KL.
+        temperature (`float`): Softmax temperature of both distributions.
+        device (`torch.device`): Where batches lie.
+        measure (`dict`): Divergence, models and tokenizer by name, as [`TokenStats`] takes it.
     """
-    forward = forward_inputs(inputs, trainer._vocab_size)
-    hidden = trainer._get_last_hidden_state(student, *forward)
-    # Only now: FSDP2 gathers the head with the final norm, and averages the gradient of what it has gathered. A head
-    # that is read while it is sharded would have the gradient of this process's tokens alone.
-    head = lm_head(student)
-    student_hidden = at_positions(hidden, positions, head)
-    teacher_hidden, teacher_head = trainer._teacher_phase.compared(inputs, forward, positions, head)
-    return student_hidden, teacher_hidden, head, teacher_head
 
+    student: torch.nn.Module
+    teacher_states: TeacherStates | ShardedTeacherStates
+    last_hidden_state: LastHiddenState
+    call_inside: CallInside
+    vocab_size: int
+    beta: float
+    temperature: float
+    device: torch.device
+    measure: dict[str, Any]
 
-def weighted_loss(trainer, student: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch):
-    """Return the loss of a micro-batch (scalar), and leave its figures with the trainer.
+    def hidden_states(self, inputs: dict[str, torch.Tensor], *, student: torch.nn.Module | None = None) -> HiddenStates:
+        """Return the hidden states that predict the tokens of a micro-batch's loss mask, `(N, H)` of each model.
 
-    No collective may run in here: it runs inside of the wrapped forward.
-    """
-    inputs = inputs if "positions" in inputs else locate(inputs)
-    positions, weights, training = inputs["positions"], inputs["position_weights"], trainer.model.training
-    denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
-    complete = "weights" not in inputs or trainer._arm.measures_all(trainer.state)
-    loss, signals = score(
-        *compared(trainer, student, inputs, positions),
-        inputs["completion_ids"].flatten()[positions],
-        weights,
-        inputs.get("weight_denominator", denominator),
-        measure_frozen=complete,
-        beta=trainer.beta,
-        temperature=trainer.temperature,
-        chunk_bytes=trainer.args.divergence_chunk_bytes,
-    )
-    figures = trainer._figures["train" if training else "eval"]
-    figures.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
-    figures.add_signals(signals, complete)
-    if training:
-        trainer._stats.update(signals)
-        trainer._occurrences.add(inputs, signals, trainer.state)
-    trainer._finite.note(signals.entropy, signals.divergence, complete | (weights != 0))
-    return loss
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`, `(N,)`.
+            student (`torch.nn.Module`, *optional*): Another student to compare, unwrapped; `self.student` by default.
+        """
+        student = self.student if student is None else student
+        positions = inputs["positions"]
+        hidden = self.last_hidden_state(student, *forward_inputs(inputs, self.vocab_size))
+        # Only now: FSDP2 gathers the head with the final norm, and averages the gradient of what it has gathered. A
+        # head that is read while it is sharded would have the gradient of this process's tokens alone.
+        student_head = lm_head(student)
+        device = student_head.weight.device
+        teacher_hidden, teacher_head = self.teacher_states.at_loss_positions(inputs)
+        return HiddenStates(
+            at_positions(hidden, positions, device), teacher_hidden.to(device), student_head, teacher_head
+        )
+
+    def teacher_resident(self) -> AbstractContextManager[None]:
+        """Return a context in which a parked teacher stays on its device."""
+        return self.teacher_states.resident()
+
+    def occurrence_metadata(self) -> dict[str, Any]:
+        """Return what a file of rollouts, scored token by token, says of the models that it was measured with."""
+        names = ("student", "teacher", "tokenizer", "temperature", "beta")
+        return {"vocab_size": self.vocab_size, "reference": None, **{name: self.measure[name] for name in names}}
 
 
 def describe_measure(
     args: OPDConfig, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Return the `measure` of a run's statistics: divergence, temperature, dropout, models and tokenizer."""
-    names = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    divergences = {0.0: "forward_kl", 1.0: "reverse_kl"}
     return {
-        "divergence": names.get(float(args.beta), "jsd"),
+        "divergence": divergences.get(float(args.beta), "jsd"),
         "beta": float(args.beta),
         "temperature": float(args.temperature),
-        "dropout": _dropout(student),
-        "student": student.config._name_or_path,
-        "teacher": teacher.config._name_or_path,
+        "dropout": _largest_dropout(student),
+        "student": student.config.name_or_path,
+        "teacher": teacher.config.name_or_path,
         "tokenizer": {
             "name": tokenizer.name_or_path,
             "vocab_size": len(tokenizer),
@@ -84,7 +96,7 @@ def describe_measure(
     }
 
 
-def _dropout(model: PreTrainedModel) -> float:
+def _largest_dropout(model: PreTrainedModel) -> float:
     """Return the largest dropout probability of a model in training mode."""
     rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     rates += [getattr(module, "attention_dropout", 0.0) for module in model.modules()]

@@ -18,24 +18,19 @@ from ..opd_config import OPDConfig
 FOLDER = "occurrences"
 
 
-class RunOccurrences:
+class OccurrenceWriter:
     """Keeps what is measured in the steps that `save_occurrences` names, and writes it when the step ends.
 
     Args:
         args (`OPDConfig`): The configuration.
-        measure (`dict`): What is measured (see [`TokenStats`]).
-        vocab_size (`int`): The range of ids that student and teacher share.
+        metadata (`dict`): What a file of this run's rollouts says of its models (`ModelPair.occurrence_metadata`).
         accelerator (`accelerate.Accelerator`): Gathers over processes.
-
-    Attributes:
-        metadata (`dict`): What a file of this run's rollouts says of itself.
     """
 
-    def __init__(self, args: OPDConfig, measure: dict[str, Any], vocab_size: int, accelerator: Accelerator):
+    def __init__(self, args: OPDConfig, metadata: dict[str, Any], accelerator: Accelerator):
         self._every, self._accelerator = args.save_occurrences, accelerator
         self._folder, self._generations = Path(args.output_dir) / FOLDER, args.num_generations
-        names = ("student", "teacher", "tokenizer", "temperature", "beta")
-        self.metadata = {"vocab_size": vocab_size, "reference": None, **{name: measure[name] for name in names}}
+        self._metadata = metadata
         self._kept: list[list[np.ndarray]] = []
         self._step_of_kept, self._last = None, None
 
@@ -76,7 +71,7 @@ class RunOccurrences:
         columns = {"rollout": rollout, "position": position, "token_id": token_id, "kl": kl, "entropy": entropy}
         columns |= {"prompt": rollout // self._generations, "weight": weight}
         self._folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self.metadata, "step": step, "num_rollouts": len(np.unique(rollout))}
+        metadata = {**self._metadata, "step": step, "num_rollouts": len(np.unique(rollout))}
         write_occurrences(
             self._folder / f"step-{step}.parquet", {name: column[order] for name, column in columns.items()}, metadata
         )

@@ -1,4 +1,4 @@
-"""One arm of the rock experiment: the weights that a configuration and a rock set give to a generation batch."""
+"""Weights of the positions of a generation batch, from the configuration and its rock set."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 MEASURE_EVERY = 10
 
 
-class Arm:
-    """How a run weights its positions; evaluation is never weighted and does not ask.
+class PositionWeights:
+    """The weights that a run gives to the positions of its generation batches; evaluation is never weighted.
 
     Args:
         args (`OPDConfig`): The configuration.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import is_peft_model
@@ -38,7 +39,7 @@ def prompts_per_step(args: OPDConfig) -> int:
 
 def default_config(model: str | PreTrainedModel) -> OPDConfig:
     """Return the configuration of a trainer that was given none, named after its student as TRL names it."""
-    name = model if isinstance(model, str) else model.config._name_or_path
+    name = model if isinstance(model, str) else model.config.name_or_path
     return OPDConfig(f"{name.split('/')[-1]}-OPD")
 
 
@@ -70,8 +71,6 @@ def require_placeable(args: OPDConfig) -> None:
         raise ValueError(
             f"teacher_device={args.teacher_device!r}: there are {torch.cuda.device_count()} CUDA devices here."
         )
-    if args.n_gpu > 1:
-        args._n_gpu = 1  # TRL takes a second visible GPU for one to replicate the student on
 
 
 def require_mergeable(args: OPDConfig, model: PreTrainedModel) -> None:
@@ -104,23 +103,29 @@ def require_step(state: TrainerState, dataset, prompts: int) -> None:
     )
 
 
-def suppressible(trainer, rows: int) -> range:
-    """Return the ids of a student of `rows` entries that the teacher lacks, which the trainer's sampling must avoid.
+def ids_to_suppress(vocab_size: int, rows: int, end_ids: Sequence[int], *, use_vllm: bool) -> range:
+    """Return the ids that the student has and the teacher lacks, which sampling must avoid.
 
     Warns when no end of a rollout is left.
+
+    Args:
+        vocab_size (`int`): The range of ids that student and teacher share.
+        rows (`int`): Vocabulary entries of the student.
+        end_ids (`Sequence[int]`): Ids that end a rollout.
+        use_vllm (`bool`): Whether vLLM samples.
 
     Raises:
         `ValueError`: if the engine cannot avoid them.
     """
-    ids = range(trainer._vocab_size, rows)
-    if trainer.use_vllm:
+    ids = range(vocab_size, rows)
+    if use_vllm:
         raise ValueError(
             f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
             "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
         )
-    if set(trainer.eos_token_ids) <= set(ids):
+    if set(end_ids) <= set(ids):
         warnings.warn(
-            f"Every end of a rollout (eos_token ids {trainer.eos_token_ids}) is a token that the teacher cannot embed, "
+            f"Every end of a rollout (eos_token ids {list(end_ids)}) is a token that the teacher cannot embed, "
             "so rollouts run up to max_completion_length: use the teacher's eos_token.",
             stacklevel=2,
         )

@@ -1,19 +1,21 @@
-"""The teacher phase: a whole generation batch is scored at once, without padding beyond groups of like length.
+"""The teacher's part of a step: a whole generation batch is scored at once, in groups of rollouts of like length.
 
-TRL runs its teacher once per micro-batch; with a 4-bit teacher each run dequantises every weight anew. What is kept are
-the teacher's last hidden states at the positions of the loss, never logits.
+TRL runs its teacher once per micro-batch; with a 4-bit teacher each run dequantises every weight again. What is kept
+are the teacher's last hidden states at the positions of the loss, never logits.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from ..loss.lm_head import LMHead, lm_head
 from ..models.parking import Parking
-from ..rollouts.batches import at_positions, left_aligned, length_groups, loss_mask
+from ..rollouts.batches import at_positions, forward_inputs, left_aligned, length_groups, loss_mask
 
 # Tokens of a forward, padding included: enough to fill a GPU, and few enough for its activations.
 GROUP_TOKENS = 16_384
@@ -23,105 +25,84 @@ ON_DEVICE_SHARE = 0.125
 _HOST = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
+# (model, ids, attention mask, number of last positions) -> last hidden states of those positions.
+LastHiddenState = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (wrapped model, function, its further arguments) -> what the function returns for the unwrapped model.
+CallInside = Callable[..., Any]
 
-class TeacherPhase:
-    """Scores the generation batches of a trainer with its teacher.
 
-    FSDP and DeepSpeed need the same number of forwards on every process, so there the teacher runs once per
-    micro-batch, as with TRL.
+class TeacherStates:
+    """Hidden states of a teacher that lies on one process whole: each generation batch is scored once.
 
     Args:
-        trainer (`OPDTrainer`): The trainer, whose teacher is placed.
-        sharded (`bool`): Whether FSDP or DeepSpeed shards the teacher.
+        teacher (`torch.nn.Module`): The frozen teacher, placed.
+        last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
+        vocab_size (`int`): The range of ids that student and teacher share.
+        device (`torch.device`): Where the student's head lies; states are compared there.
+        parked (`bool`): Whether the teacher leaves its device while nobody needs it.
     """
 
-    def __init__(self, trainer, *, sharded: bool):
-        self._trainer, self._sharded = trainer, sharded
-        self._device = trainer.model.get_output_embeddings().weight.device
-        self._parking, self._said = None, None
-        if sharded:
-            logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as with TRL.")
-            if trainer._dist.is_zero3:
-                for model in (trainer.model, trainer.accelerator.unwrap_model(trainer.teacher_model)):
-                    gather_head_with(model)
-            return
-        self._teacher = trainer.teacher_model
-        head = lm_head(self._teacher)
-        bias = None if head.bias is None else head.bias.to(self._device)
-        self._head = LMHead(head.weight.to(self._device), bias, head.logit_scale, head.softcap)
-        if trainer.args.teacher_placement == "parked":
-            self._parking = Parking(self._teacher, (head.weight, head.bias))
+    def __init__(
+        self,
+        teacher: torch.nn.Module,
+        last_hidden_state: LastHiddenState,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        parked: bool,
+    ):
+        self._teacher = teacher
+        self._last_hidden_state = last_hidden_state
+        self._vocab_size = vocab_size
+        self._device = device
+        self._logged_home: torch.device | None = None
+
+        head = lm_head(teacher)
+        bias = None if head.bias is None else head.bias.to(device)
+        self._head = LMHead(head.weight.to(device), bias, head.logit_scale, head.softcap)
+
+        self._parking: Parking | None = None
+        if parked:
+            self._parking = Parking(teacher, (head.weight, head.bias))
             self._parking.leave()
 
-    def resident(self):
+    def resident(self) -> AbstractContextManager[None]:
         """Return a context in which the teacher stays on its device, as in an evaluation of many batches."""
         return nullcontext() if self._parking is None else self._parking.here()
 
-    def prepare(self, batch: dict[str, torch.Tensor]) -> None:
-        """Score a generation batch, unless the teacher runs once per micro-batch."""
-        trainer = self._trainer
-        if not self._sharded and not trainer._as_trl:
-            with trainer._clock.time("teacher", on=trainer.model.training):
-                batch["teacher_hidden"] = self.score(batch)
-
-    def compared(
-        self, inputs: dict[str, torch.Tensor], forward: tuple, positions: torch.Tensor, head: LMHead
-    ) -> tuple[torch.Tensor, LMHead]:
-        """Return the teacher's hidden states that predict the tokens at positions, `(N, H)`, and its head.
+    def at_loss_positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LMHead]:
+        """Return the states that predict the tokens of a micro-batch's loss mask, `(N, H)`, and the teacher's head.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A micro-batch.
-            forward (`tuple`): What the student's forward takes of it.
-            positions (`torch.Tensor`): Places of the loss mask in its flattened completions, `(N,)`.
-            head (`LMHead`): The student's head, on whose device all is compared.
+            inputs (`dict[str, torch.Tensor]`): A micro-batch, with `teacher_hidden` if it was scored already.
         """
-        if self._sharded:
-            return self._of_shards(forward, positions, head)
-        states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.score(inputs)
+        states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.compute_states(inputs)
         return torch.cat([rows.to(self._device, non_blocking=True) for rows in states]), self._head
 
     @torch.no_grad()
-    def _of_shards(self, forward, positions, head) -> tuple[torch.Tensor, LMHead]:
-        trainer = self._trainer
-        trainer.teacher_model.eval()  # apart: DeepSpeed's engine returns nothing
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        # As in TRL, through the wrapper: FSDP and DeepSpeed gather the teacher's shards in its forward.
-        heads = []
-
-        def states_and_head() -> torch.Tensor:
-            hidden = trainer._get_last_hidden_state(teacher, *forward)
-            found = lm_head(teacher)
-            # Detached: ZeRO-3 empties the parameter at the end of the forward, not what lies in it.
-            bias = None if found.bias is None else found.bias.detach()
-            heads.append(LMHead(found.weight.detach(), bias, found.logit_scale, found.softcap))
-            return hidden
-
-        hidden = trainer._forward_redirection(trainer.teacher_model, teacher, states_and_head)
-        return at_positions(hidden, positions, head), heads[0]
-
-    @torch.no_grad()
-    def score(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def compute_states(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return the teacher's last hidden states that predict the tokens of the loss mask, `(n, H)` for each rollout.
 
         Args:
             batch (`dict[str, torch.Tensor]`): Prompts `(B, P)`, padded left, and completions `(B, C)`, padded right.
         """
-        prompts = batch["prompt_mask"].sum(1).tolist()
-        totals = [p + c for p, c in zip(prompts, batch["completion_mask"].sum(1).tolist(), strict=True)]
+        prompt_lengths = batch["prompt_mask"].sum(1).tolist()
+        completion_lengths = batch["completion_mask"].sum(1).tolist()
+        lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
         mask = loss_mask(batch).cpu()
-        forward = self._trainer._get_last_hidden_state
         device = self._teacher.get_input_embeddings().weight.device
-        home, kept = self._home(int(mask.sum())), [None] * len(totals)
+        home = self._home(int(mask.sum()))
+        kept = [None] * len(lengths)
         with self.resident():
             self._teacher.eval()
-            for rows in length_groups(totals, GROUP_TOKENS):
-                longest = max(2, *(totals[row] for row in rows))
+            for rows in length_groups(lengths, GROUP_TOKENS):
+                longest = max(2, *(lengths[row] for row in rows))
                 ids, attention = left_aligned(batch, rows, longest)
-                ids = ids.clamp(max=self._trainer._vocab_size - 1)  # the padding id may be one that the teacher lacks
-                hidden = forward(self._teacher, ids.to(device), attention.to(device), longest - 1)
+                ids = ids.clamp(max=self._vocab_size - 1)  # the padding id may be one that the teacher lacks
+                hidden = self._last_hidden_state(self._teacher, ids.to(device), attention.to(device), longest - 1)
                 for place, row in enumerate(rows):
                     # A token is predicted where the one before it is read.
-                    positions = mask[row].nonzero()[:, 0] + prompts[row] - 1
+                    positions = mask[row].nonzero()[:, 0] + prompt_lengths[row] - 1
                     states = hidden[place][positions.to(hidden.device)].to(self._teacher.dtype)
                     kept[row] = _to(states, home)
         return kept
@@ -131,11 +112,66 @@ class TeacherPhase:
         if self._device.type != "cuda":
             return self._device
         size = positions * self._head.weight.shape[1] * self._teacher.dtype.itemsize
-        home = self._device if size <= ON_DEVICE_SHARE * torch.cuda.mem_get_info(self._device)[0] else _HOST
-        if home != self._said:
+        free = torch.cuda.mem_get_info(self._device)[0]
+        home = self._device if size <= ON_DEVICE_SHARE * free else _HOST
+        if home != self._logged_home:
             logger.info("The teacher's hidden states (%.0f MiB) are kept on %s.", size / 2**20, home)
-            self._said = home
+            self._logged_home = home
         return home
+
+
+class ShardedTeacherStates:
+    """Hidden states of a teacher that FSDP or DeepSpeed shards: it runs once per micro-batch, as with TRL.
+
+    Every process needs the same number of forwards there, so generation batches cannot be scored in groups.
+
+    Args:
+        teacher (`torch.nn.Module`): The wrapped teacher.
+        last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
+        call_inside (`Callable`): Takes a wrapped model and a function, and calls the function with the unwrapped
+            model inside the wrapper's forward, where the weights are gathered.
+        vocab_size (`int`): The range of ids that student and teacher share.
+    """
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,
+        last_hidden_state: LastHiddenState,
+        call_inside: CallInside,
+        *,
+        vocab_size: int,
+    ):
+        self._teacher = teacher
+        self._last_hidden_state = last_hidden_state
+        self._call_inside = call_inside
+        self._vocab_size = vocab_size
+        logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as with TRL.")
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: a sharded teacher never leaves its devices."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def at_loss_positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LMHead]:
+        """Return the states that predict the tokens of a micro-batch's loss mask, `(N, H)`, and the teacher's head.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`.
+        """
+        self._teacher.eval()  # a call of its own, because `DeepSpeedEngine.eval()` returns None
+        forward = forward_inputs(inputs, self._vocab_size)
+        heads: list[LMHead] = []
+
+        def states_and_head(teacher: torch.nn.Module) -> torch.Tensor:
+            hidden = self._last_hidden_state(teacher, *forward)
+            head = lm_head(teacher)
+            # Detached: ZeRO-3 empties the parameter at the end of the forward, not what lies in it.
+            bias = None if head.bias is None else head.bias.detach()
+            heads.append(LMHead(head.weight.detach(), bias, head.logit_scale, head.softcap))
+            return hidden
+
+        hidden = self._call_inside(self._teacher, states_and_head)
+        return at_positions(hidden, inputs["positions"], hidden.device), heads[0]
 
 
 def gather_head_with(model: torch.nn.Module) -> None:

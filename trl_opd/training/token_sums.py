@@ -10,10 +10,9 @@ import torch
 
 from ..artefacts.token_stats import COUNTS, FILE_NAME, SUMS, TokenStats
 from ..loss.signals import TokenSignals
-from ..saving.checkpoints import is_checkpoint
 
 
-class RunStats:
+class TokenSums:
     """Statistics of this process, kept on the device without synchronisation between logs.
 
     A window is closed by a checkpoint and starts at zero, so a resumed run writes the windows of an unbroken one.
@@ -37,7 +36,7 @@ class RunStats:
         self._closed, self._window = self._new(), self._new()
 
     def start(self, *, resumed: bool) -> None:
-        """Begin a run: one that goes on from a checkpoint forgets all, another one its window only."""
+        """Begin a run: on resume, drop all sums; otherwise open a new window."""
         self.close_window()
         self._folder, self._written = None, None
         if resumed:
@@ -79,19 +78,18 @@ class RunStats:
         return window
 
     def write_window(self, folder: str, reduce: Callable[[torch.Tensor], torch.Tensor], *, is_main: bool) -> None:
-        """Close the window and write it, summed over processes, into a checkpoint's folder. A collective.
-
-        Does nothing for a folder that is no checkpoint: `push_to_hub` saves the model elsewhere.
-        """
-        if self._enabled and is_checkpoint(folder):
-            window = self.close_window()
-            if folder == self._folder:  # saved again, by a callback or before a shutdown: the window goes on
-                window = self._new().merge(self._written).merge(window)
-            self._folder, self._written = folder, window
-            total = _reduced(window, reduce)
-            if is_main:
-                os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
-                total.save(os.path.join(folder, FILE_NAME))
+        """Close the window and write it, summed over processes, into the folder of a checkpoint. A collective."""
+        if not self._enabled:
+            return
+        window = self.close_window()
+        if folder == self._folder:  # saved again, by a callback or before a shutdown: the window goes on
+            window = self._new().merge(self._written).merge(window)
+        self._folder = folder
+        self._written = window
+        total = _reduced(window, reduce)
+        if is_main:
+            os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
+            total.save(os.path.join(folder, FILE_NAME))
 
 
 def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:

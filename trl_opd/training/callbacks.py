@@ -1,0 +1,36 @@
+"""OPDCallback: the base class of callbacks that see more of a distillation than transformers shows them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainerCallback
+from trl import DistillationTrainer
+
+from .model_pair import ModelPair
+
+
+class OPDCallback(TrainerCallback):
+    """Base class of callbacks that work with [`OPDTrainer`] only.
+
+    Before a training begins `OPDTrainer` calls `attach`; with every new generation batch it calls
+    `on_generation_batch`. With another trainer the training ends in a sentence.
+    """
+
+    trainer: DistillationTrainer | None = None
+    model_pair: ModelPair | None = None
+
+    def attach(self, trainer: DistillationTrainer, model_pair: ModelPair) -> None:
+        """Take the trainer and its two models, once before each training."""
+        self.trainer = trainer
+        self.model_pair = model_pair
+
+    def on_generation_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        """Take the generation batch of an optimizer step, weighted, and scored by the teacher where it scores ahead."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Raise `ValueError` where no `OPDTrainer` has attached this callback."""
+        if self.trainer is None:
+            raise ValueError(
+                f"{type(self).__name__} works with trl_opd.OPDTrainer only: pass it to that trainer, whose models and "
+                "rollouts it needs."
+            )
