@@ -15,14 +15,13 @@ import pytest
 
 from trl_opd import RockSet
 from trl_opd.artefacts.fingerprint import fingerprint
-from trl_opd.artefacts.occurrences import SCHEMA, Occurrences, write_occurrences
+from trl_opd.artefacts.occurrences import write_occurrences
 from trl_opd.cli import detect, main
 from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
-from trl_opd.rocks.corpus import halves, read_selection
 from trl_opd.rocks.from_occurrences import select_rocks
 from trl_opd.rocks.recurrence import ContextSettings
-from trl_opd.statistics import ratio_interval
 
+from tests.helpers.occurrence_columns import columns
 from tests.helpers.paths import ROOT
 from tests.helpers.planted import EACH, make_world, save_world
 from tests.helpers.tiny import make_tokenizer
@@ -38,17 +37,6 @@ def world():
 @pytest.fixture(scope="module")
 def path(world, tmp_path_factory):
     return save_world(world, tmp_path_factory.mktemp("world") / "occurrences.parquet", student="s", temperature=1.0)
-
-
-def columns(rows: int = 8) -> dict:
-    """Return the columns of a small good file: two rollouts of each of two prompts."""
-    return {
-        "rollout": np.arange(rows) // 2,
-        "position": np.arange(rows) % 2,
-        "token_id": np.arange(rows) % 3,
-        "kl": np.linspace(0.1, 1.0, rows).astype(np.float32),
-        "prompt": np.arange(rows) // 4,
-    }
 
 
 def run(arguments: list[str], capsys) -> tuple[int, str, str]:
@@ -108,19 +96,6 @@ def test_the_other_half_judges(path, world):
     ratio = part.sum() / whole.sum()
     error = np.sqrt(((part - ratio * whole) ** 2).sum()) / whole.sum()
     assert held["kl_share_ci95"] == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], abs=0.3 * error)
-
-
-def test_halves_go_by_prompts_and_by_rollouts_without_them(tmp_path):
-    good = columns()
-    good["prompt"] = np.array([7, 7, 7, 7, 3, 3, 9, 9])
-    write_occurrences(tmp_path / "a.parquet", good, {})
-    file = Occurrences(tmp_path / "a.parquet")
-    assert [half.tolist() for half in halves(file)] == [[3, 9], [7]]
-    assert read_selection(file, halves(file)[0]).rollout.tolist() == [2, 2, 3, 3]
-    del good["prompt"]
-    write_occurrences(tmp_path / "b.parquet", good, {})
-    file = Occurrences(tmp_path / "b.parquet")
-    assert [half.tolist() for half in halves(file)] == [[0, 2], [1, 3]]
 
 
 def test_rollouts_of_one_prompt_have_no_other_half(tmp_path, capsys):
@@ -498,33 +473,6 @@ def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
-
-
-# The format
-
-
-def test_a_file_has_the_promised_columns_and_nulls_where_nothing_was_measured(tmp_path):
-    given = columns() | {"kl": [np.nan, *[0.5] * 7], "weight": np.ones(8), "entropy": np.ones(8)}
-    write_occurrences(tmp_path / "o.parquet", given, {"vocab_size": 3})
-    table = pq.read_table(tmp_path / "o.parquet")
-    assert table.schema.names == ["rollout", "position", "token_id", "kl", "entropy", "prompt", "weight"]
-    assert all(table.schema.field(name).type == SCHEMA.field(name).type for name in table.schema.names)
-    assert table["kl"].null_count == 1
-    assert json.loads(table.schema.metadata[b"trl_opd"]) == {"version": 1, "vocab_size": 3}
-    assert pq.ParquetFile(tmp_path / "o.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
-
-
-def test_a_ratio_of_one_unit_or_of_equal_units_has_no_interval():
-    assert ratio_interval(np.array([1.0]), np.array([2.0]), seed=0) is None
-    assert ratio_interval(np.array([1.0, 2.0]), np.array([2.0, 4.0]), seed=0) is None
-    assert ratio_interval(np.array([0.0, 0.0]), np.array([0.0, 0.0]), seed=0) is None
-
-
-def test_a_ratio_is_resampled_by_units_that_keep_part_and_whole_together():
-    wholes = np.geomspace(1, 1000, 200)
-    parts = wholes * np.where(np.arange(200) % 2, 0.45, 0.55)  # of very unlike sizes, and all near one half
-    low, high = ratio_interval(parts, wholes, seed=0)
-    assert 0.48 < low < high < 0.52
 
 
 def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):

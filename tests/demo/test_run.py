@@ -11,7 +11,6 @@ from trl_opd import RockSet, TokenStats
 from trl_opd.cli import main
 from trl_opd.demo import arms, run
 from trl_opd.demo.arithmetic import PLANTED_ROCKS, make_tokenizer
-from trl_opd.report.token_types import kind_means
 
 SUMMARY = {"version", "seconds", "task", "eval_problems", "start", "teacher", "arms", "differences", "rocks"}
 ALL_ARMS = ("uniform", "rock", "control", "random")
@@ -152,17 +151,6 @@ def test_arms_that_have_nothing_to_freeze_are_left_out_with_a_reason(arm):
         "tokens": [],
         **dict.fromkeys(("token_share", "kl_share", "planted_precision", "planted_recall")),
     }
-
-
-def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen(tmp_path):
-    stats = TokenStats(4, {})
-    stats.seen[:], stats.count[:] = torch.tensor([10, 30, 10, 5]), torch.tensor([10, 3, 10, 0])
-    stats.kl_sum[:] = torch.tensor([20.0, 15.0, 10.0, 0.0])  # means 2, 5 and 1; the last was never measured
-    stats.save(tmp_path / "seven.safetensors")
-    TokenStats(4, {}).save(tmp_path / "eight.safetensors")
-    windows = [(7, tmp_path / "seven.safetensors"), (8, tmp_path / "eight.safetensors")]
-    assert kind_means(windows, [0], []) == [(7, 2.0, None, (5 * 30 + 10) / 40), (8, None, None, None)]
-    assert kind_means(windows[:1], [0], [2, 3, 99]) == [(7, 2.0, 1.0, 5.0)]
 
 
 def test_an_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):

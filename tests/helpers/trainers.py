@@ -9,6 +9,7 @@ from tests.helpers import reference
 from tests.helpers.tiny import make_config, make_dataset, make_model, make_tokenizer
 
 GREEDY = {"do_sample": False}
+PARKED = {"teacher_placement": "parked"}
 ROCKS = list(range(60, 180))
 
 

@@ -14,7 +14,6 @@ from trl_opd.rocks.rock_set import Controls
 from trl_opd.studies.effects import arms_of, evaluate
 from trl_opd.studies.knockout import Sampling
 from trl_opd.studies.probe import Probe, tokenize
-from trl_opd.studies.rewards import exact_match, last_number, reward_completions
 from trl_opd.training.position_weights import load_rock_set
 
 from tests.helpers.tiny import PROMPTS, config_kwargs, make_tokenizer, save
@@ -241,33 +240,6 @@ def test_prompts_are_tokenised_as_trl_does():
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert list(tokenize(chat, tokenizer)) == expected
     assert list(tokenize("How many eggs?", tokenizer)) == tokenizer("How many eggs?").input_ids
-
-
-# Rewards
-
-
-def test_built_in_rewards():
-    assert exact_match([" 7 ", "8"], ["7", "7"]) == [1.0, 0.0]
-    assert exact_match([[{"role": "assistant", "content": "7"}]], ["7"]) == [1.0]
-    given = ["1 + 2 = 3.", "so 1,200", "-4", "none", "3.50"]
-    assert last_number(given, ["#### 3", "1200", "4", "1", "3.5"]) == [1, 1, 0, 0, 1]
-
-
-def test_a_reward_gets_prompts_completions_and_columns_as_trl_has_them():
-    seen = {}
-
-    def spy(**given):
-        seen.update(given)
-        return [0.5]
-
-    chat = [{"role": "user", "content": "q"}]
-    assert reward_completions(spy, [{"prompt": chat, "answer": "a", "level": 3}], ["text"], [0]) == [0.5]
-    assert seen == {
-        "prompts": [chat],
-        "completions": [[{"role": "assistant", "content": "text"}]],
-        "answer": ["a"],
-        "level": [3],
-    }
 
 
 # What cannot be
