@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 
 from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples
 
+from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_model, make_tokenizer
-from tests.test_laws import rock_file
 
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 NAMES = ("seen", "count", "kl_sum", "kl_sq_sum", "entropy_sum")

@@ -16,8 +16,8 @@ import torch
 
 from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples, TokenStats
 
+from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_dataset, make_model, make_tokenizer
-from tests.test_laws import rock_file
 
 NAMES = ("seen", "count", "kl_sum", "kl_sq_sum", "entropy_sum")
 
