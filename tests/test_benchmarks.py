@@ -9,7 +9,7 @@ import torch
 from trl_opd import opd_trainer
 from trl_opd.rocks.recurrence import ContextSettings
 
-from .benchmarks import (
+from tests.benchmarks import (
     detection,
     detection_sensitivity,
     divergence_op,
@@ -19,7 +19,7 @@ from .benchmarks import (
     report,
     step_time,
 )
-from .benchmarks.workload import (
+from tests.benchmarks.workload import (
     LONGEST,
     MEAN_SHARE,
     ROCK_SHARE,
@@ -29,7 +29,7 @@ from .benchmarks.workload import (
     make_rollouts,
     peak_bytes,
 )
-from .planted import make_world
+from tests.helpers.planted import make_world
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
 

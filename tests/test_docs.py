@@ -1,13 +1,13 @@
 """What the documents say about the repository is true: commands, trees, tables, links and names of tests."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from trl_opd.cli.options import options_of_config, show_default
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,8 +38,9 @@ def test_the_tree_of_the_readme_is_the_tree():
 
 def test_the_diagram_of_the_design_names_every_module():
     design = (ROOT / "docs" / "design.md").read_text()
-    diagram = design[design.index("## Who may import whom") : design.index("Imports go down")]
+    diagram = design[design.index("## The parts") : design.index("Imports go down")]
     modules = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"}
+    modules |= {path.parent.name for path in (ROOT / "trl_opd").glob("*/__init__.py")}
     assert [name for name in sorted(modules) if not re.search(rf"\b{name}\b", diagram)] == []
 
 
@@ -54,7 +55,7 @@ def test_the_table_of_options_is_the_documentation_of_the_config():
 
 
 def test_every_test_that_a_page_names_exists():
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert len(named) >= 18
     assert [name for name in sorted(named) if f"def {name}(" not in tests] == []

@@ -9,7 +9,7 @@ from trl_opd import OPDTrainer
 from trl_opd.models.vocabulary import find_turn_end, warn_of_other_ends
 from trl_opd.rollouts.batches import loss_mask
 
-from .tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers.tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
 
 END, PAD = 2, 0  # <|end|> and <|pad|> of the tiny tokenizer
 RISK = "may end their turns differently"

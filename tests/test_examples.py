@@ -2,11 +2,12 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "tiny_models.py"
+from tests.helpers.paths import ROOT
+
+SCRIPT = ROOT / "examples" / "tiny_models.py"
 
 
 @pytest.fixture(scope="module")

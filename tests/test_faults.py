@@ -22,9 +22,9 @@ from trl import DistillationConfig, DistillationTrainer
 from trl_opd import OPDConfig, OPDTrainer
 from trl_opd.training.preflight import warn_of_one_process
 
-from . import reference
-from .test_laws import make_inputs
-from .tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers import reference
+from tests.helpers.padded_rollouts import make_inputs
+from tests.helpers.tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
 
 CLASSES = [DistillationTrainer, OPDTrainer]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import hostile_files
-from .benchmarks import fuzz
-from .hostile_files import CHECKS, MARKER, broken_file, good_files, large_files, read
+from tests.benchmarks import fuzz
+from tests.helpers import hostile_files
+from tests.helpers.hostile_files import CHECKS, MARKER, broken_file, good_files, large_files, read
 
 # Of every kind; a report draws plots, so those are few.
 FILES = {"rock_set": 140, "occurrences": 100, "prompts": 60, "token_stats": 90, "recipe": 90}

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ from trl.scripts.vllm_serve import ScriptArguments
 from trl_opd import OPDConfig
 from trl_opd.models.shape import shape_of
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 LAUNCH = ROOT / "examples" / "launch"
 PAGE = ROOT / "docs" / "scaling.md"
 

@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import DistillationConfig, DistillationTrainer
 
-from trl_opd import LMHead, OPDConfig, OPDTrainer, Rock, RockSet, token_weights, weighted_divergence
+from trl_opd import LMHead, OPDConfig, OPDTrainer, token_weights, weighted_divergence
 from trl_opd.loss.lm_head import lm_head, logit_scale
 
-from . import reference
-from .tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
+from tests.helpers import reference
+from tests.helpers.padded_rollouts import make_inputs
+from tests.helpers.paths import ROOT
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import AS_TRL, config_kwargs, make_config, make_dataset, make_model
+from tests.helpers.trainers import loss_and_gradient
 
 BETAS = [0.0, 0.25, 0.5, 1.0]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -44,56 +47,11 @@ def make_pair(name):
     return built
 
 
-def rock_file(path, ids, **changes) -> str:
-    """Write a rock set of these ids and return its path."""
-    rocks = [Rock(id=id, text=None, count=10, mean_kl=1.0, score=10.0) for id in ids]
-    nothing_known = {"name": None, "vocab_size": None, "fingerprint": None}
-    fields = {
-        "tokenizer": nothing_known,
-        "measure": {"divergence": "reverse_kl", "temperature": 1.0},
-        "method": {"score": "aggregate", "top_k": len(rocks)},
-        "corpus": {"rollouts": 4, "tokens": 100, "kl_sum": 30.0},
-        **changes,
-    }
-    RockSet(rocks=rocks, **fields).save(path)
-    return str(path)
-
-
-def make_inputs(prompts=((5, 6, 7), (8, 9), (10, 11, 12, 13)), lengths=(4, 7, 1), seed=0, vocab=300, tools=False):
-    """Return padded rollouts as TRL's `_generate_and_score_completions` does, without a model."""
-    generator = torch.Generator().manual_seed(seed)
-    width, longest = max(map(len, prompts)), max(lengths)
-    batch = {key: torch.zeros(len(prompts), width, dtype=torch.long) for key in ("prompt_ids", "prompt_mask")}
-    batch |= {
-        key: torch.zeros(len(prompts), longest, dtype=torch.long) for key in ("completion_ids", "completion_mask")
-    }
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        batch["prompt_ids"][row, width - len(prompt) :] = torch.tensor(prompt)
-        batch["prompt_mask"][row, width - len(prompt) :] = 1
-        batch["completion_ids"][row, :length] = torch.randint(3, vocab, (length,), generator=generator)
-        batch["completion_mask"][row, :length] = 1
-    if tools:
-        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
-        batch["tool_mask"][1, 2:4] = 0
-    mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-    batch["num_items_in_batch"] = mask.sum()
-    return batch
-
-
 def make_trainer(cls, student, teacher, tokenizer, path, **changes):
     config = (OPDConfig if cls is OPDTrainer else DistillationConfig)(**config_kwargs(path, **changes))
     return cls(
         model=student, teacher_model=teacher, args=config, train_dataset=make_dataset(), processing_class=tokenizer
     )
-
-
-def loss_and_gradient(trainer, inputs):
-    """Return the loss and every gradient of one training forward and backward on given rollouts."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 # Law 1: with nothing new set it trains as TRL's trainer does.
@@ -350,16 +308,14 @@ def test_four_by_one_equals_two_by_two_equals_one_by_four(tokenizer, tmp_path, n
 
 
 def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
-    script = Path(__file__).parent / "train_on_processes.py"
+    script = ROOT / "tests" / "helpers" / "train_on_processes.py"
     environment_of_one = [sys.executable, str(script)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     commands = {1: environment_of_one, 2: [*launch, str(script)]}
     found = {}
     for count, command in commands.items():
         out = tmp_path / f"{count}.json"
-        run = subprocess.run(
-            [*command, str(out)], capture_output=True, text=True, timeout=240, cwd=script.parents[1], check=False
-        )
+        run = subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
         found[count] = json.loads(out.read_text())
     assert found[2]["processes"] == 2

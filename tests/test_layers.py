@@ -1,6 +1,6 @@
-"""Tests of the shape of trl_opd: who may import whom, what an import costs, and how long a thing may be.
+"""Tests of the shape of trl_opd: who may import whom, what an import costs, and which names stay inside their module.
 
-A diagram that is not tested is a wish: the table below is the one of docs/design.md, read against the sources.
+The table below is the picture of docs/design.md, one row for each part, read against the sources.
 """
 
 import ast
@@ -18,124 +18,66 @@ import trl
 
 import trl_opd
 
+from tests.helpers.paths import ROOT
+
 PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MODULE_LINES, FUNCTION_LINES = 300, 50
 
-GROUND = {
-    "_trl",
-    "checkpoints",
-    "files",
-    "hub",
-    "occurrences",
-    "parquet",
-    "records",
-    "rock_set",
-    "rollout_file",
-    "schema",
+# part (a folder or a module beside them): what it may import of ours, a part or a module of one
+MAY_IMPORT = {
+    "_trl": set(),
+    "statistics": set(),
+    "opd_config": set(),
+    "loss": {"_trl"},
+    "artefacts": {"loss.signals"},  # TokenStats takes TokenSignals
+    "rocks": {"artefacts", "statistics"},
+    "report": {"rocks", "artefacts", "statistics"},
+    "rollouts": {"loss", "_trl"},
+    "models": {"loss", "artefacts", "opd_config", "_trl"},
+    "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
+    "saving": {"report", "rocks", "artefacts", "opd_config"},  # the record of a run holds its settings
+    "opd_trainer": {"training", "saving", "models", "rollouts", "loss", "rocks", "artefacts", "opd_config", "_trl"},
+    "studies": {"opd_trainer", "training", "rollouts", "loss", "rocks", "artefacts", "opd_config", "statistics"},
 }
-GROUND |= {"token_stats", "vocabulary"}
-PURE = {
-    "batching",
-    "context",
-    "corpus",
-    "counters",
-    "cutoff",
-    "detection",
-    "divergence",
-    "evidence",
-    "families",
-    "figures",
-    "fused_divergence",
-    "selection",
-    "statistics",
-    "weighting",
-}
-PLUMBING = {
-    "accuracy",
-    "arm",
-    "collect",
-    "continuous_batching",
-    "finite",
-    "gradient_study",
-    "gradients",
-    "knockout",
-    "memory",
-    "merging",
-    "model_shape",
-    "option_checks",
-    "opd_config",
-    "opd_trainer",
-    "parking",
-    "phases",
-    "preflight",
-    "probe",
-    "prompts",
-    "publishing",
-    "report",
-    "rewards",
-    "rollout_samples",
-    "rollouts",
-    "run_occurrences",
-    "run_record",
-    "run_stats",
-    "scoring",
-    "student",
-    "teacher",
-    "teacher_phase",
-}
-EDGE = {"__init__", "__main__", "cli"}
+MAY_IMPORT["demo"] = {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts"}
+MAY_IMPORT["demo"] |= {"opd_config", "statistics"}
+# Commands parse and print: they load models and call what computes, and form no tensors.
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "models", "rollouts"}
+MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT["__init__"] = set(trl_opd._HOME.values())
 
-# layer: its modules, and the modules of ours that each of them may import
-DIAGRAM = {
-    "ground": (GROUND, GROUND),
-    "pure": (PURE - {"divergence", "corpus", "context", "cutoff", "selection", "weighting"}, GROUND),
-    "hashes": ({"weighting"}, GROUND | {"counters"}),
-    "corpus": ({"corpus"}, GROUND | {"statistics"}),
-    "of a corpus": ({"context", "cutoff"}, {"corpus"}),
-    "selection": ({"selection"}, GROUND | {"context", "corpus", "cutoff", "detection", "families"}),
-    "the op": ({"divergence"}, GROUND | {"fused_divergence"}),
-    "knockout": ({"knockout"}, {"counters"}),
-    "scoring": ({"scoring"}, GROUND | {"batching", "divergence"}),
-    "gradient sums": ({"gradients"}, GROUND | {"batching", "scoring"}),
-    "gradient study": ({"gradient_study"}, GROUND | {"gradients"}),
-    "probe": ({"probe"}, GROUND | {"evidence", "knockout", "rewards", "statistics"}),
-    "alone": ({"finite", "merging", "model_shape", "option_checks", "parking", "phases", "prompts", "rewards"}, set()),
-    "configuration": ({"opd_config"}, {"option_checks"}),
-    "planner": ({"memory"}, {"model_shape"}),
-    "report": ({"report"}, GROUND | {"cutoff", "families", "gradient_study"}),
-    "for others to see": ({"publishing"}, GROUND | {"merging", "report"}),
-    "record": ({"run_record"}, GROUND | {"report"}),
-    "callbacks": (
-        {"accuracy", "rollout_samples"},
-        GROUND | PURE | {"arm", "gradients", "knockout", "option_checks", "prompts", "rewards", "rollouts", "scoring"},
-    ),
-    "rollouts": ({"rollouts", "continuous_batching"}, GROUND | PURE),
-    "teacher phase": ({"teacher_phase"}, GROUND | PURE | {"parking"}),
-    "student": ({"student"}, GROUND | {"teacher"}),
-    "collector": ({"collect"}, GROUND | PURE | {"opd_trainer", "rollouts", "run_stats", "scoring"}),
-    "teacher": ({"teacher"}, GROUND | {"opd_config"}),
-    "one arm": ({"arm", "preflight", "run_occurrences", "run_stats"}, GROUND | PURE | {"opd_config"}),
-    "trainer": ({"opd_trainer"}, GROUND | PURE | PLUMBING),
-    "demo": ({"demo"}, GROUND | PURE | PLUMBING),
-    "edge": (EDGE, GROUND | PURE | PLUMBING | EDGE | {"demo"}),
-}
-MAY_IMPORT = {module: allowed for modules, allowed in DIAGRAM.values() for module in modules}
-# Pure modules take tensors and plain values, and know no configuration, trainer or device policy.
+# Pure parts take tensors and plain values, and know no configuration, trainer or device policy.
+PURE = ("loss", "rocks", "rollouts.batches", "statistics")
 NOT_PURE = {"accelerate", "datasets", "peft", "transformers", "trl"}
+# What a user types or imports: only here may the name of a module be computed.
+EDGE = ("__init__", "__main__", "cli")
+# Seams to TRL and transformers, whose private names are overridden, called or copied there.
+SEAMS = {"opd_trainer", "_trl", "rollouts.sampling"}
+# Names that the standard library has made public with an underscore in front.
+PUBLIC_IN_SPITE_OF_IT = {"_asdict", "_exit", "_fields", "_make", "_replace"}
+
+
+# Imports
 
 
 class Import(NamedTuple):
-    """An import in a source: what is imported, by whom, and whether it runs when the importing module loads."""
+    """An import in a source.
+
+    Args:
+        importer (`str`): The module of ours in which it stands ("rocks.rock_set").
+        target (`str`): What is imported, by its absolute name ("trl_opd.artefacts.hub.hub_errors").
+        line (`int`): Where.
+        moment (`str`): When it runs: with the module ("load"), in a function ("call") or for type checkers ("typing").
+    """
 
     importer: str
     target: str
     line: int
-    at_load: bool
+    moment: str
 
 
 def imports_in(source: str, module: str, *, package: bool = False) -> list[Import]:
-    """Return every import of a source with absolute targets ("trl_opd.rock_set.RockSet"), wherever it stands.
+    """Return every import of a source, wherever it stands.
 
     Args:
         source (`str`): The text of the module.
@@ -143,7 +85,7 @@ def imports_in(source: str, module: str, *, package: bool = False) -> list[Impor
         package (`bool`, *optional*, defaults to `False`): Whether it is an `__init__`, from which one dot is itself.
     """
     found = []
-    for node, at_load in _nodes(ast.parse(source), True):
+    for node, moment in _nodes(ast.parse(source), "load"):
         targets = []
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -152,107 +94,162 @@ def imports_in(source: str, module: str, *, package: bool = False) -> list[Impor
             above = parts[: len(parts) - node.level + package] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             targets = [f"{base}.{alias.name}" for alias in node.names]
-        found += [Import(_ours(module), target, node.lineno, at_load) for target in targets]
+        for target in targets:
+            found.append(Import(module_of(module), target, node.lineno, moment))
     return found
 
 
-def _nodes(node: ast.AST, at_load: bool) -> Iterator[tuple[ast.AST, bool]]:
+def _nodes(node: ast.AST, moment: str) -> Iterator[tuple[ast.AST, str]]:
     for child in ast.iter_child_nodes(node):
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
-        runs = at_load and not typing_only and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-        yield child, runs
-        yield from _nodes(child, runs)
+        if typing_only:
+            inside = "typing"
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and moment == "load":
+            inside = "call"
+        else:
+            inside = moment
+        yield child, inside
+        yield from _nodes(child, inside)
 
 
-def _ours(target: str) -> str | None:
-    """Return the module of the diagram that a target lies in, or `None` for another package's."""
-    package, *rest = target.split(".")
+def module_of(target: str) -> str | None:
+    """Return the module of ours that a target is or lies in ("rocks.rock_set"), or `None` for another package's."""
+    package, *names = target.split(".")
     if package != "trl_opd":
         return None
-    first = rest[0] if rest else "__init__"
-    # `from trl_opd import RockSet` loads the public name's home.
-    return first if first in MAY_IMPORT or (PACKAGE / f"{first}.py").exists() else trl_opd._HOME.get(first, "__init__")
+    if len(names) == 1 and names[0] in trl_opd._HOME:  # `from trl_opd import RockSet` loads the public name's home
+        return trl_opd._HOME[names[0]]
+    while names:
+        path = PACKAGE.joinpath(*names)
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            return ".".join(names)
+        names.pop()
+    return "__init__"
 
 
-def _name(path: Path) -> str:
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def lies_in(module: str, places) -> bool:
+    """Return whether a module is one of these places, or lies in one that is a folder."""
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def name_of(path: Path) -> str:
+    """Return the absolute name of a module by its path."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _all_imports() -> list[Import]:
-    return [
-        found
-        for path in FILES
-        for found in imports_in(path.read_text(encoding="utf-8"), _name(path), package=path.stem == "__init__")
-    ]
+def all_imports() -> list[Import]:
+    found = []
+    for path in FILES:
+        found += imports_in(path.read_text(encoding="utf-8"), name_of(path), package=path.stem == "__init__")
+    return found
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("from .rock_set import RockSet", ("trl_opd.rock_set.RockSet", "rock_set", True)),
-        ("from . import schema as s", ("trl_opd.schema", "schema", True)),
-        ("from . import RockSet", ("trl_opd.RockSet", "rock_set", True)),
-        ("import trl_opd.figures", ("trl_opd.figures", "figures", True)),
-        ("import trl_opd", ("trl_opd", "__init__", True)),
-        ("from trl_opd import OPDConfig", ("trl_opd.OPDConfig", "opd_config", True)),
-        ("from trl_opd import __version__", ("trl_opd.__version__", "__init__", True)),
-        ("from trl_opd.cli.demo import main", ("trl_opd.cli.demo.main", "cli", True)),
-        ("def f():\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", False)),
-        ("class A:\n    async def f(self):\n        import trl_opd.arm", ("trl_opd.arm", "arm", False)),
-        ("class A:\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", True)),
-        ("try:\n    pass\nfinally:\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", True)),
-        ("if TYPE_CHECKING:\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", False)),
-        ("if not TYPE:\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", True)),
-        ("if TYPE_CHECKING:\n    pass\nelse:\n    from .arm import Arm", ("trl_opd.arm.Arm", "arm", True)),
-        ("from trl.trainer.utils import RepeatSampler", ("trl.trainer.utils.RepeatSampler", None, True)),
+        ("from ..rocks.rock_set import RockSet", ("trl_opd.rocks.rock_set.RockSet", "rocks.rock_set", "load")),
+        ("from ..artefacts import hub as h", ("trl_opd.artefacts.hub", "artefacts.hub", "load")),
+        ("from .. import artefacts", ("trl_opd.artefacts", "artefacts", "load")),
+        ("from .. import RockSet", ("trl_opd.RockSet", "rocks.rock_set", "load")),
+        ("import trl_opd.statistics", ("trl_opd.statistics", "statistics", "load")),
+        ("import trl_opd", ("trl_opd", "__init__", "load")),
+        ("from trl_opd import OPDConfig", ("trl_opd.OPDConfig", "opd_config", "load")),
+        ("from trl_opd import __version__", ("trl_opd.__version__", "__init__", "load")),
+        ("from trl_opd.cli.demo import main", ("trl_opd.cli.demo.main", "cli.demo", "load")),
+        ("def f():\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "call")),
+        ("class A:\n    async def f(self):\n        import trl_opd.cli", ("trl_opd.cli", "cli", "call")),
+        ("class A:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "load")),
+        (
+            "try:\n    pass\nfinally:\n    from .finite import A",
+            ("trl_opd.training.finite.A", "training.finite", "load"),
+        ),
+        ("if TYPE_CHECKING:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "typing")),
+        ("if not TYPE:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "load")),
+        (
+            "if TYPE_CHECKING:\n    pass\nelse:\n    from .finite import A",
+            ("trl_opd.training.finite.A", "training.finite", "load"),
+        ),
+        ("from trl.trainer.utils import RepeatSampler", ("trl.trainer.utils.RepeatSampler", None, "load")),
     ],
 )
 def test_the_reader_sees_an_import_in_every_form(source, expected):
-    (found,) = imports_in(source, "trl_opd.teacher")
-    assert (found.target, _ours(found.target), found.at_load) == expected
-    assert found.importer == "teacher"
+    (found,) = imports_in(source, "trl_opd.training.metrics")
+    assert (found.target, module_of(found.target), found.moment) == expected
+    assert found.importer == "training.metrics"
 
 
 def test_the_reader_counts_dots_from_the_place_of_the_module():
-    assert imports_in("from ..arm import Arm", "trl_opd.cli.demo")[0].target == "trl_opd.arm.Arm"
+    assert imports_in("from ..loss import fused", "trl_opd.cli.demo")[0].target == "trl_opd.loss.fused"
     assert imports_in("from .demo import main", "trl_opd.cli", package=True)[0].target == "trl_opd.cli.demo.main"
-    assert imports_in("from .arm import Arm", "trl_opd", package=True)[0].target == "trl_opd.arm.Arm"
+    assert imports_in("from .loss import fused", "trl_opd", package=True)[0].target == "trl_opd.loss.fused"
 
 
-def test_every_module_has_a_place_in_the_diagram():
-    modules = {_ours(_name(path)) for path in FILES}
-    assert modules <= MAY_IMPORT.keys(), "a new module needs a layer: here and in docs/design.md"
-    assert MAY_IMPORT.keys() <= modules, "the diagram names modules that do not exist"
+def test_a_folder_holds_its_modules_and_no_neighbour():
+    assert lies_in("loss.signals", ["loss"])
+    assert lies_in("loss.signals", ["loss.signals"])
+    assert not lies_in("loss", ["loss.signals"])
+    assert not lies_in("lossless", ["loss"])
 
 
-def test_no_module_imports_against_the_diagram():
-    wrong = [
-        f"{found.importer} imports {found.target} (line {found.line}); it may import {allowed or 'none of ours'}"
-        for found in _all_imports()
-        if (ours := _ours(found.target)) is not None
-        and ours != found.importer
-        and ours not in (allowed := MAY_IMPORT.get(found.importer, set()))
-    ]
+def test_the_table_of_imports_has_a_row_for_each_part():
+    parts = {part_of(module_of(name_of(path))) for path in FILES}
+    assert parts <= MAY_IMPORT.keys(), "a new part needs a row: here and in docs/design.md"
+    assert MAY_IMPORT.keys() <= parts, "the table has rows of parts that do not exist"
+
+
+def test_no_part_imports_against_the_table():
+    wrong = []
+    for found in all_imports():
+        ours = module_of(found.target)
+        if ours is None or part_of(ours) == part_of(found.importer):
+            continue
+        allowed = MAY_IMPORT.get(part_of(found.importer), set())
+        if not lies_in(ours, allowed):
+            may = ", ".join(sorted(allowed)) or "none of ours"
+            wrong.append(f"{found.importer} imports {found.target} (line {found.line}); it may import {may}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_pure_modules_know_no_trainer_library():
-    wrong = [found for found in _all_imports() if found.importer in PURE and found.target.split(".")[0] in NOT_PURE]
-    assert not wrong
+def test_the_table_of_imports_has_no_cycle():
+    graph = {part: {part_of(place) for place in allowed} for part, allowed in MAY_IMPORT.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_parts_import_each_other_without_a_cycle():
+    graph = {}
+    for found in all_imports():
+        ours = module_of(found.target)
+        if ours is not None and part_of(ours) != part_of(found.importer):
+            graph.setdefault(part_of(found.importer), set()).add(part_of(ours))
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_modules_load_without_a_cycle():
-    edges = {}
-    for found in _all_imports():
-        if found.at_load and (ours := _ours(found.target)) not in (None, found.importer):
-            edges.setdefault(found.importer, set()).add(ours)
-    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the cycle
+    graph = {}
+    for found in all_imports():
+        ours = module_of(found.target)
+        if found.moment == "load" and ours not in (None, found.importer):
+            graph.setdefault(found.importer, set()).add(ours)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_pure_modules_know_no_trainer_library():
+    wrong = []
+    for found in all_imports():
+        library = found.target.split(".")[0]
+        if lies_in(found.importer, PURE) and library in NOT_PURE and found.moment != "typing":
+            wrong.append(f"{found.importer} imports {found.target} (line {found.line})")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_only_trl_py_reaches_behind_the_public_names_of_trl():
     wrong = []
-    for found in _all_imports():
+    for found in all_imports():
         package, *names = found.target.split(".")
         if package != "trl" or found.importer == "_trl":
             continue
@@ -265,25 +262,165 @@ def test_only_trl_py_reaches_behind_the_public_names_of_trl():
 def test_nothing_is_imported_by_a_computed_name_below_the_edge():
     # What no reader of imports can see: `import_module("trl_opd.cli")`.
     for path in FILES:
-        if _ours(_name(path)) not in EDGE:
+        if not lies_in(module_of(name_of(path)), EDGE):
             text = path.read_text(encoding="utf-8")
             assert "import_module" not in text, path
             assert "__import__" not in text, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_every_module_says_what_it_is_and_is_short(path):
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree), "its first line says what it is for"
-    assert len(text.splitlines()) <= MODULE_LINES, "a module that outgrows its one-line purpose is two modules"
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and node.end_lineno - node.lineno + 1 > FUNCTION_LINES
-    ]
-    assert not long, f"a function has at most {FUNCTION_LINES} lines"
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "its first line says what it is for"
+
+
+# The tests
+
+
+def test_no_test_module_is_imported_by_another_or_by_a_benchmark():
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for found in imports_in(path.read_text(encoding="utf-8"), module, package=path.stem == "__init__"):
+            package, *names = found.target.split(".")
+            if package == "tests" and any(name.startswith("test_") for name in names):
+                wrong.append(
+                    f"{module} imports {found.target} (line {found.line}): what is shared lies in tests/helpers"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+# Private names
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_IN_SPITE_OF_IT
+
+
+def is_own(value: ast.expr) -> bool:
+    """Return whether an expression is the object itself, its class or its base class."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+        of_self = [ast.unparse(argument) for argument in value.args] == ["self"]
+        return value.func.id == "super" or (value.func.id == "type" and of_self)
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+def foreign_private_names(source: str) -> list[tuple[int, str]]:
+    """Return line and text of every private name that a source takes from another object, by a dot or by its name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node.value):
+            found.append((node.lineno, ast.unparse(node)))
+        by_name = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1
+        if by_name and node.func.id in ("getattr", "setattr", "hasattr", "delattr"):
+            holder, name = node.args[:2]
+            is_text = isinstance(name, ast.Constant) and isinstance(name.value, str)
+            if is_text and is_private(name.value) and not is_own(holder):
+                found.append((node.lineno, ast.unparse(node)))
+    return sorted(found)
+
+
+def private_imports(source: str, module: str, *, package: bool = False) -> list[tuple[int, str]]:
+    """Return line and name of every private name that a source imports from a module of ours."""
+    found = []
+    for one in imports_in(source, module, package=package):
+        name = one.target.split(".")[-1]
+        if is_private(name) and module_of(one.target) not in (None, "_trl"):
+            found.append((one.line, one.target))
+    return found
+
+
+def untyped_trainers(source: str) -> list[tuple[int, str]]:
+    """Return line and name of every function with a parameter named `trainer` that has no annotation."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if any(parameter.arg == "trainer" and parameter.annotation is None for parameter in parameters):
+            found.append((node.lineno, node.name))
+    return sorted(found)
+
+
+def listed(found: list[tuple[Path, int, str]]) -> str:
+    return "\n".join(f"{path.relative_to(PACKAGE)}:{line}: {text}" for path, line, text in found)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = trainer._step", [(1, "trainer._step")]),
+        ("x = self.trainer._step", [(1, "self.trainer._step")]),
+        ("trainer._step()\nother._y = 1", [(1, "trainer._step"), (2, "other._y")]),
+        ("x = module._function", [(1, "module._function")]),
+        ("x = f()._y", [(1, "f()._y")]),
+        ("x = type(other)._y", [(1, "type(other)._y")]),
+        ("x = self._a._b", [(1, "self._a._b")]),
+        ("x = getattr(trainer, '_step', None)", [(1, "getattr(trainer, '_step', None)")]),
+        ("setattr(trainer, '_step', 1)", [(1, "setattr(trainer, '_step', 1)")]),
+        ("x = self._step + cls._step + super()._step + type(self)._step", []),
+        ("x = getattr(self, '_step')", []),
+        ("x = getattr(trainer, name)", []),
+        ("x = trainer.step", []),
+        ("x = trainer.__class__", []),
+        ("x = record._replace(a=1)", []),
+    ],
+)
+def test_the_reader_sees_private_names_of_other_objects(source, expected):
+    assert foreign_private_names(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from .metrics import _sum", [(1, "trl_opd.training.metrics._sum")]),
+        ("from ..loss.fused import a, _b as b", [(1, "trl_opd.loss.fused._b")]),
+        ("def f():\n    from .metrics import _sum", [(2, "trl_opd.training.metrics._sum")]),
+        ("from trl_opd import _HOME", [(1, "trl_opd._HOME")]),
+        ("from .. import _trl", []),
+        ("from .._trl import RepeatSampler", []),
+        ("from .. import __version__", []),
+        ("from torch._dynamo import _x", []),
+    ],
+)
+def test_the_reader_sees_private_names_that_are_imported(source, expected):
+    assert private_imports(source, "trl_opd.training.finite") == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(trainer): pass", [(1, "f")]),
+        ("class A:\n    async def f(self, *, trainer=None): pass", [(2, "f")]),
+        ("def f(trainer, /): pass", [(1, "f")]),
+        ("def f(trainer: OPDTrainer): pass", []),
+        ("def f(model): trainer = model", []),
+    ],
+)
+def test_the_reader_sees_a_trainer_without_a_type(source, expected):
+    assert untyped_trainers(source) == expected
+
+
+def test_no_private_name_is_read_from_another_object():
+    wrong = []
+    for path in FILES:
+        if module_of(name_of(path)) not in SEAMS:
+            wrong += [(path, *found) for found in foreign_private_names(path.read_text(encoding="utf-8"))]
+    assert not wrong, listed(wrong)
+
+
+def test_no_private_name_is_imported_from_another_module():
+    wrong = []
+    for path in FILES:
+        source, package = path.read_text(encoding="utf-8"), path.stem == "__init__"
+        wrong += [(path, *found) for found in private_imports(source, name_of(path), package=package)]
+    assert not wrong, listed(wrong)
+
+
+def test_no_parameter_named_trainer_is_without_a_type():
+    wrong = []
+    for path in FILES:
+        wrong += [(path, *found) for found in untyped_trainers(path.read_text(encoding="utf-8"))]
+    assert not wrong, listed(wrong)
 
 
 # The public names
@@ -293,11 +430,10 @@ def test_public_names_are_listed_once_for_every_reader():
     assert set(trl_opd.__all__) == set(trl_opd._HOME)
     assert len(trl_opd.__all__) == len(set(trl_opd.__all__))
     # The block for type checkers says the same a third time.
-    typed = {
-        found.target.split(".")[2]: found.target.split(".")[1]
-        for found in imports_in(Path(trl_opd.__file__).read_text(encoding="utf-8"), "trl_opd", package=True)
-        if _ours(found.target) is not None
-    }
+    typed = {}
+    for found in imports_in(Path(trl_opd.__file__).read_text(encoding="utf-8"), "trl_opd", package=True):
+        if found.moment == "typing":
+            typed[found.target.split(".")[-1]] = module_of(found.target)
     assert typed == trl_opd._HOME
 
 

@@ -1,28 +1,27 @@
 """OPDTrainer with every kind of student and teacher, and with vocabularies of one tokenizer and two sizes."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDConfig, OPDTrainer
 
-from . import reference
-from .test_laws import make_inputs
-from .tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers import reference
+from tests.helpers.padded_rollouts import make_inputs
+from tests.helpers.tiny import (
+    FOUR_BIT,
+    config_kwargs,
+    make_config,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    save,
+    swapped_tokenizer,
+)
+from tests.helpers.trainers import Rollouts
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
-FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
-
-
-def save(path, *, seed, tokenizer=None, **changes) -> str:
-    """Write a model and its tokenizer and return the path."""
-    make_model("qwen3", seed=seed, **{"width": 64, **changes}).save_pretrained(path)
-    (tokenizer or make_tokenizer()).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -151,15 +150,6 @@ def test_one_tokenizer_and_two_paddings_train_on_the_shared_range(tmp_path, stud
     assert all(distance > 0 for distance in trained(trainer).values())
 
 
-class Rollouts(OPDTrainer):
-    """Keeps the generation batches."""
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        self.seen = [*getattr(self, "seen", []), batch]
-        return batch
-
-
 @pytest.mark.parametrize("generation_kwargs", [None, {"do_sample": False}, {"suppress_tokens": [40, 41]}])
 def test_sampling_never_leaves_the_shared_range(tmp_path, generation_kwargs):
     student, teacher = make_model(seed=0, rows=320), make_model(seed=1, rows=300)
@@ -176,16 +166,6 @@ def test_sampling_never_leaves_the_shared_range(tmp_path, generation_kwargs):
     assert sampled.max() < 300
     suppressed = torch.isin(sampled, torch.tensor([40, 41])).any()
     assert suppressed == (generation_kwargs is None or "suppress_tokens" not in generation_kwargs)
-
-
-def swapped_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer with the ids of two tokens exchanged."""
-    content = json.loads(make_tokenizer().backend_tokenizer.to_str())
-    vocab = content["model"]["vocab"]
-    one, other = sorted(vocab, key=vocab.get)[60:62]
-    vocab[one], vocab[other] = vocab[other], vocab[one]
-    core = Tokenizer.from_str(json.dumps(content))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
 
 
 def test_another_mapping_is_refused_even_when_sizes_agree(tmp_path):

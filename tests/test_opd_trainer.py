@@ -8,28 +8,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
-from trl_opd import OPDTrainer
 from trl_opd.models.quantised import keep_4bit_layout
 
-from . import reference
-from .test_laws import loss_and_gradient, make_inputs, rock_file
-from .test_models import FOUR_BIT, Rollouts, save, swapped_tokenizer
-from .tiny import AS_TRL, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers import reference
+from tests.helpers.padded_rollouts import make_inputs
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import (
+    AS_TRL,
+    FOUR_BIT,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    save,
+    swapped_tokenizer,
+)
+from tests.helpers.trainers import Rollouts, build, loss_and_gradient
 
 ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": LoraConfig(**ADAPTER)}
-
-
-def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, **changes):
-    given = {key: changes.pop(key) for key in ("quantization_config", "peft_config", "eval_dataset") if key in changes}
-    return cls(
-        model=make_model(seed=0) if student is None else student,
-        teacher_model=make_model(seed=1) if teacher is None else teacher,
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        processing_class=tokenizer or make_tokenizer(),
-        **given,
-    )
 
 
 def four_bit(path) -> torch.nn.Module:

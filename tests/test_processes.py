@@ -11,9 +11,9 @@ import pytest
 
 from trl_opd.saving.checkpoints import fault
 
-from .tiny import PROMPTS, make_model, make_tokenizer
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import PROMPTS, make_model, make_tokenizer
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CUT = ["cut on one", "cut on one, LoRA", "cut everywhere", "cut everywhere, LoRA"]
 FROZEN = ["frozen on one", "frozen on one, LoRA", "frozen on one, by weights"]
@@ -30,7 +30,7 @@ def launch(command: list[str], limit: int) -> subprocess.CompletedProcess:
 
 
 def train(folder: Path, names: list[str], prefix: list[str]) -> None:
-    found = launch([*prefix, str(ROOT / "tests" / "scenarios.py"), str(folder), *names], limit=280)
+    found = launch([*prefix, str(ROOT / "tests" / "helpers" / "scenarios.py"), str(folder), *names], limit=280)
     assert found.returncode == 0, found.stderr[-3000:]
 
 

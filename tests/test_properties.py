@@ -15,8 +15,8 @@ from trl_opd import Controls, Rock, RockSet, TokenStats, token_weights
 from trl_opd.artefacts.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, read_prompts, write_occurrences
 from trl_opd.rocks.corpus import NO_TOKEN, Corpus
 
-from . import reference
-from .test_token_stats import MEASURE, V, assert_sums, positions, slow_sums, stats_of
+from tests.helpers import reference
+from tests.helpers.token_statistics import MEASURE, V, assert_sums, positions, slow_sums, stats_of
 
 texts = st.text(max_size=12) | st.text(alphabet='a\0\n"\\\ud800\ufeff\u202e', max_size=6)
 finite = st.floats(-1e300, 1e300) | st.sampled_from([0.0, -0.0, 5e-324, 1e300, -1e300, 0.1])

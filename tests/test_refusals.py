@@ -15,8 +15,8 @@ from trl_opd import Controls, LMHead, OPDConfig, OPDTrainer, RockSet, token_weig
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.training.preflight import default_config, ids_to_suppress, warn_of_float32
 
-from .test_laws import rock_file
-from .tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
 
 
 def build(path, tokenizer, student=None, teacher=None, **changes):

@@ -20,7 +20,8 @@ from packaging.utils import canonicalize_name
 
 import trl_opd
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WHEEL_BYTES = SDIST_BYTES = 2_000_000
 FILE_BYTES = 200_000

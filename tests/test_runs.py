@@ -8,50 +8,12 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from trl_opd import Controls, OPDTrainer
-from trl_opd.loss import fused as fused_divergence
 from trl_opd.loss.weights import random_weights
 from trl_opd.training.metrics import repetition
 
-from . import reference
-from .test_laws import rock_file
-from .tiny import make_config, make_dataset, make_model
-
-GREEDY = {"do_sample": False}
-ROCKS = list(range(60, 180))
-
-
-class Recorder(OPDTrainer):
-    """Keeps the prompts and the generation batches of every step."""
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        place = (self.model.training, self.state.global_step)
-        self.batches = [*getattr(self, "batches", []), (*place, [row["prompt"] for row in inputs], batch)]
-        return batch
-
-
-def record(tokenizer, path, dataset=None, eval_dataset=None, student=None, **changes) -> Recorder:
-    trainer = Recorder(
-        model=student or make_model(seed=0),
-        teacher_model=make_model(seed=1),
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(chat=False) if dataset is None else dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return trainer
-
-
-def measured(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and divergences of the loss mask of a batch under the trainer's models as they are, by reference."""
-    student, teacher = (make_model(seed=seed).double().eval() for seed in (0, 1))
-    student.load_state_dict(trainer.model.state_dict())
-    with torch.no_grad():
-        rows = reference.token_divergences(student, teacher, batch, beta=1.0, temperature=1.0, vocab=300)
-    mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
-    return batch["completion_ids"][mask], torch.stack([value for row in rows for value in row])
-
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import make_config, make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, broken, measured, record
 
 # Several rollouts per prompt
 
@@ -283,21 +245,6 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
 # What is projected
 
 
-@pytest.fixture
-def projections(monkeypatch) -> list[int]:
-    """Rows of every projection of hidden states through an LM head, as they happen."""
-    rows, original = [], fused_divergence._project
-
-    def project(hidden, *head, out):
-        if len(hidden):
-            rows.append(len(hidden))
-        return original(hidden, *head, out=out)
-
-    monkeypatch.setattr(fused_divergence, "_project", project)
-    monkeypatch.setattr(fused_divergence, "MAX_ROWS", 10_000)  # one chunk
-    return rows
-
-
 def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp_path, projections):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 3}
@@ -380,16 +327,6 @@ def test_random_weights_are_uniform_independent_and_do_not_touch_the_random_stre
 
 
 # Numbers that are not finite
-
-
-def broken(model, where):
-    with torch.no_grad():
-        if where == "everywhere":
-            for p in model.parameters():
-                p.fill_(float("nan"))
-        else:
-            model.lm_head.weight[50] = {"nan": float("nan"), "inf": float("inf")}[where]
-    return model
 
 
 @pytest.mark.parametrize("own_path", [False, True])

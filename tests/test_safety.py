@@ -12,9 +12,9 @@ import pytest
 
 import trl_opd
 
-from .test_cli import flags
-from .test_laws import rock_file
-from .tiny import PROMPTS, make_model, make_tokenizer
+from tests.helpers.command_line import flags
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import PROMPTS, make_model, make_tokenizer
 
 PACKAGE = Path(trl_opd.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -9,10 +9,11 @@ from transformers import TrainerState
 
 from trl_opd import Controls, OPDTrainer
 
-from . import reference
-from .test_laws import make_inputs, rock_file
-from .test_runs import GREEDY, ROCKS, Recorder, broken, measured, projections, record  # noqa: F401
-from .tiny import AS_TRL, make_config, make_dataset, make_model
+from tests.helpers import reference
+from tests.helpers.padded_rollouts import make_inputs
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, Recorder, broken, measured, record
 
 CONTROLS = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
 CHOSEN = {"rock": ROCKS, "control": CONTROLS.ids, "uniform": []}
@@ -218,7 +219,7 @@ def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(token
 
 
 @pytest.mark.parametrize("arm", ["uniform", "rock", "control", "random"])
-def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer, tmp_path, projections, arm):  # noqa: F811
+def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer, tmp_path, projections, arm):
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 2}
     cut = {"max_completion_length": 24, "mask_truncated_completions": True}
     weighting = {"token_weighting": arm, "rock_set": rocks_with_controls(tmp_path)}

@@ -5,10 +5,9 @@ from transformers import BitsAndBytesConfig
 
 from trl_opd import OPDConfig
 
-from .test_laws import rock_file
-from .test_models import FOUR_BIT, save
-from .test_opd_trainer import build
-from .tiny import make_model
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import FOUR_BIT, make_model, save
+from tests.helpers.trainers import build
 
 
 def one_sentence(error) -> str:

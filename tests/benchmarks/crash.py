@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
 
-from .crash_runs import Job, Phases, jobs
+from tests.benchmarks.crash_runs import Job, Phases, jobs
 
 TARGETS = ("saving", "generation", "backward", "teacher")
 LIMIT = 300  # seconds of a run

@@ -21,7 +21,7 @@ from trl_opd.cli import main
 from trl_opd.rocks.rock_set import Rock
 from trl_opd.saving.checkpoints import FILE_NAME, fault
 
-from ..tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
 
 PHASES = ("other", "generation", "teacher", "backward", "saving")
 STEPS, SAVE_STEPS = 8, 2

@@ -18,7 +18,7 @@ import numpy as np
 
 from trl_opd.artefacts.occurrences import write_occurrences
 
-from .workload import host_peak_bytes, machine
+from tests.benchmarks.workload import host_peak_bytes, machine
 
 LENGTH = 500  # tokens of a rollout
 BASELINE_ROWS = 1_000_000  # above this its memory is not worth waiting for

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.detection_sensitivity --features
 
 The second line compares what a surrounding is taken as: its tokens at their offsets (ours), or its tokens in any order.
-In the first each parameter is varied alone, the others at their defaults, on ten planted worlds (tests/planted.py) and,
-where occurrences of the demo's models are given (docs/detection.md), on those.
+In the first each parameter is varied alone, the others at their defaults, on ten planted worlds
+(tests/helpers/planted.py) and, where occurrences of the demo's models are given (docs/detection.md), on those.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from trl_opd.rocks.cutoff import ranked
 from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings, threshold
 
-from ..planted import EACH, World, make_world, save_world
+from tests.helpers.planted import EACH, World, make_world, save_world
 
 QUANTILES = ("q0", "q0.3", "q0.5", "q0.6", "q0.7", "q0.8", "q0.9", "q0.95")
 VALUES = {

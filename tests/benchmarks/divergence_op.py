@@ -18,7 +18,7 @@ import torch
 from trl_opd import LMHead, weighted_divergence
 from trl_opd.loss.divergence import _by_trl, _in_one_pass
 
-from .workload import in_a_process, machine, peak_bytes
+from tests.benchmarks.workload import in_a_process, machine, peak_bytes
 
 WIDTHS = (256, 384)
 CHUNK_BYTES = 512 * 2**20

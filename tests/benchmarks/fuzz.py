@@ -27,7 +27,7 @@ import torch
 
 import trl_opd
 
-from ..hostile_files import CHECKS, FILES, MARKER, broken_file, good_files, large_files, read, tokenizer
+from tests.helpers.hostile_files import CHECKS, FILES, MARKER, broken_file, good_files, large_files, read, tokenizer
 
 SECONDS, GRACE = 5, 60  # of a processor, for a file; of a clock, for a process that no signal reaches
 MEMORY, ADDRESSES = 2**30, 4 * 2**30  # above what the process starts with

@@ -20,8 +20,8 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from trl_opd import OPDConfig, OPDTrainer
 
-from ..tiny import make_dataset, make_tokenizer
-from .workload import MEAN_SHARE, PROMPTS, STUDENT, TEACHER, machine, make_model
+from tests.benchmarks.workload import MEAN_SHARE, PROMPTS, STUDENT, TEACHER, machine, make_model
+from tests.helpers.tiny import make_dataset, make_tokenizer
 
 END = 2
 

@@ -13,7 +13,7 @@ import torch
 from trl_opd.loss.logits import CHUNK_ROWS, reverse_kl_gradient
 from trl_opd.studies.gradients import GradientSums
 
-from .workload import host_peak_bytes, machine
+from tests.benchmarks.workload import host_peak_bytes, machine
 
 
 def study(vocab: int, types: int, rows: int) -> None:

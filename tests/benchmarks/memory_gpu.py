@@ -23,7 +23,7 @@ from trl_opd.models.memory_plan import Setup, phases
 from trl_opd.models.quantised import keep_4bit_layout
 from trl_opd.models.shape import shape_of
 
-from .workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step
+from tests.benchmarks.workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

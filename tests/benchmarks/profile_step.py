@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from trl_opd import opd_trainer
 
-from .workload import machine, make_rollouts, make_trainer
+from tests.benchmarks.workload import machine, make_rollouts, make_trainer
 
 PHASES = ("generation", "teacher", "student forward", "divergence", "backward", "optimizer", "statistics", "other")
 

@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 
-from .workload import in_a_process, machine, make_rollouts, make_trainer, peak_bytes, replay, step
+from tests.benchmarks.workload import in_a_process, machine, make_rollouts, make_trainer, peak_bytes, replay, step
 
 
 def seconds(trainer, rollouts) -> float:

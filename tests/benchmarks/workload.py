@@ -17,7 +17,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_opd import OPDConfig, OPDTrainer, Rock, RockSet
 
-from ..tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer
 
 PER_DEVICE, ACCUMULATION = 2, 8
 PROMPTS, LONGEST, MEAN_SHARE = (32, 96), 192, 0.4

@@ -1,0 +1,98 @@
+"""`trl-opd`: help without torch, every option in the table, and bad usage."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from trl import DistillationConfig
+
+from trl_opd import OPDConfig
+from trl_opd.cli import COMMANDS, main
+from trl_opd.cli.collect import CollectArguments
+from trl_opd.cli.demo import DemoArguments
+from trl_opd.cli.detect import DetectArguments
+from trl_opd.cli.fit import FitArguments
+from trl_opd.cli.gradients import GradientArguments
+from trl_opd.cli.options import Option, options_of, options_of_config, show_default
+from trl_opd.cli.probe import ProbeArguments
+from trl_opd.cli.report import ReportArguments
+
+from tests.helpers.command_line import flags
+
+
+@pytest.mark.parametrize("command", ["--help", *COMMANDS])
+def test_help_answers_without_torch(command):
+    argv = [command] if command == "--help" else [command, "--help"]
+    code = (
+        f"import sys; from trl_opd.cli import main; main({argv!r}); "
+        "sys.exit(len({'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: trl-opd ")
+    assert max(map(len, run.stdout.splitlines())) <= 120
+    if command == "--help":
+        assert all(f"\n  {name} " in run.stdout for name in COMMANDS)
+
+
+OPTIONS = {
+    "collect": options_of(CollectArguments),
+    "demo": options_of(DemoArguments),
+    "detect": options_of(DetectArguments),
+    "fit": options_of(FitArguments),
+    "gradients": options_of(GradientArguments),
+    "probe": options_of(ProbeArguments),
+    "report": options_of(ReportArguments),
+    "train": options_of_config(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option_with_its_default_and_its_documentation(command, capsys):
+    assert main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    words = " ".join(page.split())
+    for option in OPTIONS[command]:
+        assert option.help.endswith(".")
+        assert " ".join(option.help.split()) in words, option.name
+        row = next(line for line in page.splitlines() if line.startswith(f"  --{option.name} "))
+        assert f" {show_default(option)} " in row or " required " in row
+
+
+def test_the_options_that_help_reads_are_the_fields_of_the_config():
+    inherited = {field.name for field in dataclasses.fields(DistillationConfig)}
+    new = [field for field in dataclasses.fields(OPDConfig) if field.name not in inherited]
+    assert options_of_config() == [Option(field.name, field.default, field.metadata["help"]) for field in new]
+
+
+def test_the_docstring_of_the_config_documents_every_field():
+    words = " ".join(OPDConfig.__doc__.split())
+    for option in options_of_config():
+        assert re.search(rf"^    {option.name} \(`\w+`.*, \*optional\*", OPDConfig.__doc__, re.MULTILINE)
+        assert f": {' '.join(option.help.split())} " in f"{words} "
+    assert OPDConfig.__doc__.count("\n    > Parameters that ") == 4
+    assert "rock_weight (`float`, *optional*, defaults to `0.0`):" in OPDConfig.__doc__
+    assert 'micro_batching (`str`, *optional*, defaults to `"tight"`):' in OPDConfig.__doc__
+
+
+def test_help_all_lists_the_options_of_trl_and_ours(capsys):
+    assert main(["train", "--help_all"]) == 0
+    printed = capsys.readouterr().out
+    ours = [option.name for option in OPTIONS["train"]]
+    assert all(f"--{name}" in printed for name in (*ours, "lora_r", "dataset_name", "max_completion_length"))
+
+
+@pytest.mark.parametrize("argv", [[], ["distil"], ["train", "--config"], ["train", "--no_such_option", "1"]])
+def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
+    if "--no_such_option" in argv:
+        argv = [*argv, *flags(world, tmp_path)]
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert "usage: trl-opd" in printed
+    assert len(printed.splitlines()) < 20

@@ -1,0 +1,141 @@
+"""Files of options: YAML that is read, YAML that is refused with a sentence, and the recipes of examples/."""
+
+import os
+
+import pytest
+
+from trl_opd.cli import main
+from trl_opd.cli.models import make_parser
+from trl_opd.cli.parsing import parse
+
+from tests.helpers.paths import ROOT
+
+RECIPES = ROOT / "examples" / "recipes"
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "No such file"), ("a: [", "is not YAML"), ("- a", "mapping")])
+def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, content, sentence):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert main(["train", "--config", str(path)]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]\n" for before, one in zip("abcdefghi", "bcdefghij", strict=True)
+)
+MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{one}: &{one} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for before, one in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (BOMB, "with its anchors unfolded it has more than 16384 values"),
+        (MERGES, "with its anchors unfolded it has more than 16384 values"),
+        ("output_dir: &a [*a]", "with its anchors unfolded it has more than"),
+        ("output_dir: " + "[" * 500, "nested too deeply"),
+        ("a: '" + "x" * 70_000 + "'", "it has more than 65536 bytes"),
+        ("seed: !!python/object/apply:os.system ['touch ran']", "is not YAML: could not determine a constructor"),
+        ("learning_rate: !!float ''", "is not YAML"),
+        ("bf16: !!bool perhaps", "is not YAML: 'perhaps'"),
+        ("1: 2", "1 is no name of an option"),
+        ("self: 2", "'self' is no name of an option"),
+        ("env: [A]", "env must be a mapping of names to values"),
+        ("learning_rate: [1]", "learning_rate is [1], and must be float"),
+        ("max_steps: 1.5", "max_steps is 1.5, and must be int"),
+        ("output_dir: {a: 1}", "output_dir is {'a': 1}, and must be str"),
+        ("output_dir: true", "output_dir is True, and must be str"),
+        ("lora_target_modules: {a: 1}", "lora_target_modules is {'a': 1}, and must be list"),
+        ("generation_kwargs: greedy", "generation_kwargs takes a dictionary such as {'do_sample': False}"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, capsys, content, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert main(["train", "--config", "recipe.yaml", "--use_cpu", "--bf16", "false"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in error
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
+    from trl_opd.cli.models import make_parser
+    from trl_opd.cli.train import parse
+
+    monkeypatch.setenv("OPD_TEST", "before")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {OPD_TEST: 3}\noutput_dir: &name 2026\nrun_name: *name\nlearning_rate: 1\nlora_r: 4\n")
+    on_this_machine = ["--use_cpu", "--bf16", "false", "--lora_r", "8"]
+    _, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+    assert (training_args.output_dir, training_args.run_name, training_args.learning_rate) == ("2026", "2026", 1)
+    assert model_args.lora_r == 8, "a flag comes before the file"
+    assert os.environ["OPD_TEST"] == "3"
+    recipe.write_text("no_such_option: 1")
+    with pytest.raises(SystemExit):
+        parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("resume_from_checkpoint: false", "resume_from_checkpoint", False),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint", True),
+        ("max_steps: 100.0", "max_steps", 100),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("run_name: 2026-11-24", "run_name", "2026-11-24"),
+        ("run_name: 7", "run_name", "7"),
+    ],
+)
+def test_a_value_of_a_file_is_of_the_kind_that_its_option_takes(tmp_path, line, name, value):
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{line}\n")
+    _, config, *_ = parse(make_parser(), ["--config", str(tmp_path / "recipe.yaml")])
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--resume_from_checkpoint"], "true"),
+        (["--resume_from_checkpoint", "--seed", "7"], "true"),
+        (["--resume-from-checkpoint"], "true"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "checkpoint-3"),
+        (["--resume_from_checkpoint=checkpoint-3"], "checkpoint-3"),
+        (["--resume_from_checkpoint=true"], "true"),
+        (["--resume_from", "--seed", "7"], "true"),  # argparse takes a unique beginning
+    ],
+)
+def test_resume_may_stand_without_a_value(tmp_path, words, value):
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    for argv in ([*given, *words], [*words, *given]):
+        _, config, *_ = parse(make_parser(), argv)
+        assert config.resume_from_checkpoint == value
+        assert config.output_dir == str(tmp_path)
+
+
+def test_a_word_that_yaml_reads_as_a_truth_is_told(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
+    assert "YAML reads yes, no, on and off as truths: put them in quotes" in capsys.readouterr().err
+
+
+def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):
+    assert main(["train", f"--config={tmp_path / 'nowhere.yaml'}"]) == 1
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_into_the_options_it_names(recipe, tmp_path):
+    from trl_opd.cli.models import make_parser
+    from trl_opd.cli.train import parse
+
+    on_this_machine = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    script_args, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])
+    assert training_args.num_generations == 4
+    assert script_args.dataset_name
+    assert model_args.lora_dropout == 0.0 or not model_args.use_peft

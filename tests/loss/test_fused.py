@@ -1,0 +1,403 @@
+"""The divergence in one pass: values and gradients against float64, chunks, precision, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_opd import LMHead, weighted_divergence
+from trl_opd.loss import fused as fused_divergence
+from trl_opd.loss.divergence import _by_trl
+from trl_opd.loss.fused import MAX_ROWS, FusedDivergence, _rows_of_a_chunk
+
+from tests.helpers import reference
+
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+HEADS = [{}, {"logit_scale": 0.3}, {"softcap": 4.0}, {"logit_scale": 2.0, "softcap": 6.0}]
+# Largest error of a gradient, as a part of its norm: what rounding it once to the dtype costs, and a little.
+ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
+
+
+def make_case(n=23, widths=(13, 17), rows=(401, 401), seed=0, dtype=torch.float32, bias=True, **head):
+    """Return hidden states and heads; every tensor of the student requires a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    hidden = [draw(n, width) for width in widths]
+    heads = [
+        LMHead(draw(v, width) * 0.4, draw(v) if bias else None, **head) for width, v in zip(widths, rows, strict=True)
+    ]
+    for tensor in (hidden[0], heads[0].weight, heads[0].bias):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return hidden, heads, torch.rand(n, generator=generator)
+
+
+def expected_of(hidden, heads, weights, denominator, *, beta, temperature):
+    """Return loss, divergences, entropies and the three gradients, in float64."""
+    vocab = min(len(head.weight) for head in heads)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden[0], heads[0].weight, heads[0].bias)]
+    student = LMHead(leaves[1], leaves[2], heads[0].logit_scale, heads[0].softcap)
+    rows = [
+        (
+            reference.head_logits(leaves[0][n], student)[:vocab] / temperature,
+            reference.head_logits(hidden[1][n], heads[1])[:vocab] / temperature,
+        )
+        for n in range(len(weights))
+    ]
+    divergences = torch.stack([reference.divergence(*row, beta) for row in rows])
+    entropies = torch.stack([reference.entropy(row[0]) for row in rows])
+    loss = (divergences * weights.double()).sum() / denominator
+    loss.backward()
+    return loss.detach(), divergences.detach(), entropies.detach(), [leaf.grad for leaf in leaves]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("head", HEADS)
+def test_values_and_all_gradients_are_those_of_the_reference(dtype, beta, head):
+    hidden, heads, weights = make_case(rows=(401, 390), dtype=dtype, **head)
+    settings = {"beta": beta, "temperature": 1.7}
+    loss, divergence, entropy = weighted_divergence(*hidden, *heads, weights, 0.011, **settings)
+    loss.backward()
+    # The small denominator keeps the gradients above the numbers that float16 cannot hold.
+    expected = expected_of(hidden, heads, weights, 0.011, **settings)
+    assert loss.dtype == divergence.dtype == entropy.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    torch.testing.assert_close(divergence.double(), expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), expected[2], rtol=1e-5, atol=1e-5)
+    for tensor, gradient in zip((hidden[0], heads[0].weight, heads[0].bias), expected[3], strict=True):
+        assert tensor.grad.dtype == dtype
+        assert error(tensor.grad, gradient) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_half_precision_is_no_worse_than_with_trl(dtype, beta):
+    hidden, heads, weights = make_case(n=64, widths=(32, 32), rows=(1001, 1001), dtype=dtype)
+    expected = expected_of(hidden, heads, weights, 1.0, beta=beta, temperature=1.0)[3]
+    errors = []
+    for op in ("ours", "TRL"):
+        for tensor in (hidden[0], heads[0].weight, heads[0].bias):
+            tensor.grad = None
+        if op == "ours":
+            loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0)
+        else:
+            loss, *_ = _by_trl(*hidden, heads, weights, beta, 1.0, None)
+        loss.backward()
+        errors.append([error(t.grad, e) for t, e in zip((hidden[0], heads[0].weight), expected, strict=False)])
+    assert all(mine < 1.01 * its for mine, its in zip(*errors, strict=True))
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 401 * 5 * 2, 4 * 401 * 5 * 7])
+def test_chunks_of_any_size_give_the_same(beta, softcap, chunk_bytes):
+    found = []
+    for size in (2**29, chunk_bytes):
+        hidden, heads, weights = make_case(softcap=softcap)
+        loss, divergence, entropy = weighted_divergence(
+            *hidden, *heads, weights, 3.0, beta=beta, temperature=1.0, chunk_bytes=size
+        )
+        loss.backward()
+        found.append([loss, divergence, entropy, hidden[0].grad, heads[0].weight.grad, heads[0].bias.grad])
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
+
+
+@given(count=st.integers(0, 2000), fit=st.integers(-3, 5000))
+def test_a_chunk_fits_and_none_has_a_few_rows_only(count, fit):
+    rows = _rows_of_a_chunk(count, fit)
+    most = max(1, min(MAX_ROWS, fit))
+    assert 1 <= rows <= most
+    if count:
+        chunks = -(-count // rows)
+        assert chunks == -(-count // most)
+        assert count - (chunks - 1) * rows > rows - chunks  # the last lacks less than a row for each of the others
+
+
+@pytest.mark.parametrize(
+    ("beta", "softcap", "buffers"), [(1.0, None, 3), (0.0, None, 3), (0.5, None, 4), (0.5, 3.0, 5)]
+)
+def test_the_rows_alive_at_once_stay_within_the_chunk_bytes(monkeypatch, beta, softcap, buffers):
+    hidden, heads, weights = make_case(n=200, rows=(64, 64), softcap=softcap)
+    sizes, original = [], fused_divergence._values_of_rows
+
+    def compare(student, *others, beta):
+        sizes.append(buffers * student.numel() * 4)
+        return original(student, *others, beta=beta)
+
+    monkeypatch.setattr(fused_divergence, "_values_of_rows", compare)
+    budget = 4 * 64 * buffers * 10 + 17
+    weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0, chunk_bytes=budget)
+    assert len(sizes) == 20
+    assert max(sizes) == 4 * 64 * buffers * 10 <= budget
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_a_head_is_converted_in_tiles_to_the_dtype_of_the_states(monkeypatch, dtypes):
+    of_states, of_heads = dtypes
+    found = []
+    for tile in (32768, 100):
+        monkeypatch.setattr(fused_divergence, "TILE", tile)
+        hidden, heads, weights = make_case()
+        hidden = [states.detach().to(of_states).requires_grad_() for states in hidden]
+        heads = [LMHead(head.weight.detach().to(of_heads).requires_grad_(), head.bias.detach()) for head in heads]
+        loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+        loss.backward()
+        assert hidden[0].grad.dtype == of_states
+        assert heads[0].weight.grad.dtype == of_heads
+        found.append([loss, hidden[0].grad.float(), heads[0].weight.grad.float()])
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-2, atol=1e-5)
+    rounded = [LMHead(head.weight.detach().to(of_states).double(), head.bias.double()) for head in heads]
+    expected = expected_of(hidden, rounded, weights, 1.0, beta=1.0, temperature=1.0)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert error(hidden[0].grad, expected[3][0]) < ROUNDING[of_states]
+
+
+def test_memory_that_is_kept_for_the_next_call_changes_nothing():
+    found = []
+    for n in (40, 7, 40):  # smaller in between, and from a mode whose tensors cannot be written elsewhere
+        hidden, heads, weights = make_case(n=n)
+        with torch.inference_mode(n == 7):
+            loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=0.5, temperature=1.0)
+        if n == 40:
+            loss.backward()
+            found.append([loss, hidden[0].grad, heads[0].weight.grad])
+    assert all(torch.equal(one, again) for one, again in zip(*found, strict=True))
+
+
+def test_kept_memory_goes_when_far_less_is_allowed():
+    cpu = torch.device("cpu")
+    large = fused_divergence._row_buffers((3, 100, 1000), cpu, 2**30)
+    assert fused_divergence._row_buffers((3, 2, 1000), cpu, 2**30).data_ptr() == large.data_ptr()
+    del large
+    small = fused_divergence._row_buffers((3, 2, 1000), cpu, 24_000)
+    assert small.untyped_storage().nbytes() == 24_000
+
+
+# What is not paid for
+
+
+def test_each_head_is_projected_once_per_row_and_not_again_in_the_backward(monkeypatch):
+    rows, original = [], fused_divergence._project
+    monkeypatch.setattr(
+        fused_divergence,
+        "_project",
+        lambda hidden, *rest, out: (rows.append(len(hidden)), original(hidden, *rest, out=out)),
+    )
+    hidden, heads, weights = make_case(n=40)
+    weights[::4] = 0.0
+    weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)[0].backward()
+    assert rows == [30, 30]
+
+
+@pytest.mark.parametrize("trained", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_a_gradient_that_nobody_needs_is_not_formed(monkeypatch, trained):
+    formed, original = [], fused_divergence._Gradients.__init__
+
+    def init(self, inputs, needs):
+        original(self, inputs, needs)
+        formed.append([tensor is not None for tensor in (self._hidden, self._weight, self._bias)])
+
+    monkeypatch.setattr(fused_divergence._Gradients, "__init__", init)
+    hidden, heads, weights = make_case()
+    tensors = hidden[0], heads[0].weight, heads[0].bias
+    for place, tensor in enumerate(tensors):
+        tensor.requires_grad_(place in trained)
+    loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    assert formed == [[place in trained for place in range(3)]]
+    assert loss.requires_grad == bool(trained)
+    if trained:
+        loss.backward()
+    assert [tensor.grad is not None for tensor in tensors] == formed[0]
+
+
+def test_without_gradients_none_is_formed(monkeypatch):
+    monkeypatch.setattr(fused_divergence._Gradients, "add", None)  # a call would fail
+    hidden, heads, weights = make_case()
+    with torch.no_grad():
+        loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    assert not loss.requires_grad
+
+
+def test_the_teacher_never_has_a_gradient_also_when_it_shares_the_head():
+    hidden, heads, weights = make_case(widths=(13, 13), bias=False)
+    hidden[1].requires_grad_()
+    shared = heads[0]
+    loss, divergence, entropy = weighted_divergence(*hidden, shared, shared, weights, 1.0, beta=1.0, temperature=1.0)
+    assert not divergence.requires_grad
+    assert not entropy.requires_grad
+    loss.backward()
+    assert hidden[1].grad is None
+    alone = shared.weight.grad.clone()
+    shared.weight.grad = None
+    copy = LMHead(shared.weight.detach().clone())
+    weighted_divergence(*hidden, shared, copy, weights, 1.0, beta=1.0, temperature=1.0)[0].backward()
+    assert torch.equal(alone, shared.weight.grad)
+
+
+def test_a_tied_head_has_the_gradients_of_both_its_uses():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 8, generator=generator).requires_grad_()
+    ids = torch.tensor([3, 7, 7, 41])
+    teacher, head = torch.randn(4, 8, generator=generator), LMHead(torch.randn(50, 8, generator=generator))
+    loss, *_ = weighted_divergence(
+        table[ids], teacher, LMHead(table), head, torch.ones(4), 4, beta=1.0, temperature=1.0
+    )
+    loss.backward()
+    twin = table.detach().double().requires_grad_()
+    rows = zip(twin[ids] @ twin.t(), teacher.double() @ head.weight.double().t(), strict=True)
+    torch.stack([reference.divergence(*row, 1.0) for row in rows]).mean().backward()
+    assert error(table.grad, twin.grad) < 1e-5
+
+
+# Precision
+
+
+def test_the_gradient_stays_in_float32_until_the_incoming_scalar_is_known():
+    scale = 65536.0
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        hidden, heads, weights = make_case(n=8)
+        hidden = [states.detach().to(torch.float16).to(dtype) for states in hidden]
+        heads = [LMHead(head.weight.detach().to(torch.float16).to(dtype)) for head in heads]
+        hidden[0].requires_grad_()
+        loss, *_ = weighted_divergence(*hidden, *heads, weights, 1e6, beta=1.0, temperature=1.0)
+        (loss * scale).backward()
+        grads.append(hidden[0].grad.double())
+    assert (grads[0] / scale).abs().max() < 6e-7  # next to nothing is left of such a number in float16
+    assert error(grads[1], grads[0]) < ROUNDING[torch.float16]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.sampled_from([0.01, 1.0, 30.0, 300.0]),
+    noise=st.sampled_from([0.0, 1e-7, 1e-4, 1e-2]),
+    beta=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_near_and_equal_distributions_never_have_a_negative_divergence(seed, size, noise, beta):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(5, 8, generator=generator) * size
+    other = hidden + noise * size * torch.randn(5, 8, generator=generator)
+    head = LMHead(torch.randn(3001, 8, generator=generator))
+    _, divergence, entropy = weighted_divergence(
+        hidden, other, head, head, torch.ones(5), 5, beta=beta, temperature=1.0
+    )
+    assert divergence.min() >= -1e-6
+    assert entropy.min() >= -1e-5
+    if noise == 0.0:
+        assert divergence.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_gradients_of_the_logits_of_a_row_sum_to_zero(beta):
+    hidden, heads, weights = make_case()
+    weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=0.5)[0].backward()
+    gradient = heads[0].bias.grad
+    assert abs(gradient.sum().item()) < 1e-5 * gradient.abs().sum().item()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_autocast_outside_changes_nothing(beta):
+    found = []
+    for enabled in (False, True):
+        hidden, heads, weights = make_case()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, *rows = weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0)
+        loss.backward()
+        found.append([loss, *rows, hidden[0].grad, heads[0].weight.grad])
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("where", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_row_that_is_not_finite_is_seen_and_stays_alone(which, where):
+    hidden, heads, weights = make_case()
+    with torch.no_grad():
+        hidden[which][3] = where
+    _, divergence, entropy = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    others = torch.arange(len(weights)) != 3
+    assert not divergence[3].isfinite()
+    assert entropy[3].isfinite() == (which == 1)
+    assert torch.isfinite(divergence[others]).all()
+
+
+# Edges
+
+
+def test_no_positions_have_loss_zero_and_gradients_of_zero():
+    hidden, heads, weights = make_case(n=0)
+    loss, divergence, entropy = weighted_divergence(*hidden, *heads, weights, 0.0, beta=1.0, temperature=1.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert divergence.shape == entropy.shape == (0,)
+    assert hidden[0].grad.shape == (0, 13)
+    assert heads[0].weight.grad.abs().sum() == 0
+
+
+def test_states_that_are_no_block_of_memory_are_read_right():
+    hidden, heads, weights = make_case(n=24)
+    plain = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    strided = [torch.stack([states, states * 9], dim=1)[:, 0] for states in hidden]
+    turned = [LMHead(head.weight.t().contiguous().t(), head.bias) for head in heads]
+    again = weighted_divergence(*strided, *turned, weights, 1.0, beta=1.0, temperature=1.0)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, heads, weights = make_case()
+    loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    with pytest.raises(RuntimeError, match="first derivative only") as caught:
+        torch.autograd.grad(loss, hidden[0], create_graph=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_frozen_head_allows_another_backward_and_a_trained_one_does_not():
+    hidden, heads, weights = make_case()
+    loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="the gradient of an LM head in one backward only"):
+        loss.backward()
+    expected = hidden[0].grad.clone()
+    heads[0].weight.requires_grad_(False)
+    loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss, hidden[0], retain_graph=True)[0], expected)
+
+
+def test_the_incoming_scalar_multiplies_every_gradient():
+    grads = []
+    for factor in (1.0, -2.5):
+        hidden, heads, weights = make_case()
+        loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=0.5, temperature=1.0)
+        (loss * factor).backward()
+        grads.append([hidden[0].grad, heads[0].weight.grad, heads[0].bias.grad])
+    for one, many in zip(*grads, strict=True):
+        torch.testing.assert_close(many, one * -2.5)
+
+
+def test_the_kernels_of_trl_serve_on_cuda_only(monkeypatch):
+    monkeypatch.setattr(FusedDivergence, "apply", lambda *_: pytest.fail("ours"))
+    hidden, heads, weights = make_case()
+    with pytest.raises(pytest.fail.Exception, match="ours"):
+        weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+    if torch.cuda.is_available():
+        moved = [states.cuda() for states in hidden]
+        heads = [LMHead(head.weight.cuda(), head.bias.cuda()) for head in heads]
+        loss, *_ = weighted_divergence(*moved, *heads, weights, 1.0, beta=1.0, temperature=1.0)
+        assert loss.isfinite()

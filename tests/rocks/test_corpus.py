@@ -1,0 +1,21 @@
+"""The corpus that rocks are chosen from: its halves."""
+
+import numpy as np
+
+from trl_opd.artefacts.occurrences import Occurrences, write_occurrences
+from trl_opd.rocks.corpus import halves, read_selection
+
+from tests.helpers.occurrence_columns import columns
+
+
+def test_halves_go_by_prompts_and_by_rollouts_without_them(tmp_path):
+    good = columns()
+    good["prompt"] = np.array([7, 7, 7, 7, 3, 3, 9, 9])
+    write_occurrences(tmp_path / "a.parquet", good, {})
+    file = Occurrences(tmp_path / "a.parquet")
+    assert [half.tolist() for half in halves(file)] == [[3, 9], [7]]
+    assert read_selection(file, halves(file)[0]).rollout.tolist() == [2, 2, 3, 3]
+    del good["prompt"]
+    write_occurrences(tmp_path / "b.parquet", good, {})
+    file = Occurrences(tmp_path / "b.parquet")
+    assert [half.tolist() for half in halves(file)] == [[0, 2], [1, 3]]

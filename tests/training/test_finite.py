@@ -1,0 +1,213 @@
+"""Logits that are not finite: in one rollout, in one entry of the vocabulary, in half precision, in every command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_opd import OPDTrainer
+from trl_opd.cli import main
+
+from tests.helpers.command_line import flags
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import AS_TRL, make_config, make_model, make_tokenizer
+
+GREEDY = {"generation_kwargs": {"do_sample": False}}
+NAN, INF = float("nan"), float("inf")
+# Only the third prompt has a Q, and no rollout has one.
+RARE = "Q"
+PROMPTS = ["Add 3", "so it", "Q it", "we add"]
+ADVICE = {
+    "student": "lower learning_rate or max_grad_norm, use bf16 instead of fp16, and check the checkpoint.",
+    "teacher": "load it in bfloat16 or float32 instead of float16, and check its weights and its quantisation.",
+}
+
+
+def broken_row(seed: int, value: float = NAN) -> torch.nn.Module:
+    """Return a model that is broken where the rare token stands before, and nowhere else."""
+    model = make_model(seed=seed)
+    (rare,) = make_tokenizer()(RARE)["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rare] = value
+    return model
+
+
+def broken_entry(seed: int, value: float) -> torch.nn.Module:
+    """Return a model with one logit, of id 50, that is not finite at every position."""
+    model = make_model("phi", seed=seed)
+    with torch.no_grad():
+        model.lm_head.bias[50] = value
+    return model
+
+
+def overflowing(scale: float, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a teacher whose last hidden states are finite in float32, with numbers of about `scale`."""
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(scale)
+    return model.to(dtype)
+
+
+def build(path, student, teacher, *, rows=PROMPTS, eval_rows=None, **changes) -> OPDTrainer:
+    datasets = [None if found is None else Dataset.from_dict({"prompt": found}) for found in (rows, eval_rows)]
+    unwritten = {"suppress_tokens": make_tokenizer()(RARE)["input_ids"], **changes.pop("generation_kwargs", {})}
+    fixed = {"shuffle_dataset": False, "max_completion_length": 4, "generation_kwargs": unwritten}
+    config = make_config(path, **fixed, **changes)
+    return OPDTrainer(student, teacher, config, *datasets, processing_class=make_tokenizer())
+
+
+def stops(run, culprit: str, step: int = 1) -> None:
+    """Run, and expect the sentence that names model and step."""
+    with pytest.raises(ValueError, match=f"^Step {step}: the {culprit}'s logits are not finite") as error:
+        run()
+    assert str(error.value).endswith(ADVICE[culprit])
+
+
+# One rollout, one entry
+
+
+@pytest.mark.parametrize("settings", [{}, AS_TRL, {"num_generations": 2}], ids=["ours", "as TRL", "groups"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_one_broken_rollout_of_the_teacher_stops_the_step_before_it_trains(tmp_path, value, settings):
+    trainer = build(tmp_path, make_model(seed=0), broken_row(1, value), **settings)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    stops(trainer.train, "teacher", step=2 if "num_generations" in settings else 1)
+    if "num_generations" not in settings:
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, GREEDY, {"use_transformers_continuous_batching": True}])
+def test_one_broken_rollout_of_the_student_stops_the_step(tmp_path, settings):
+    stops(build(tmp_path, broken_row(0), make_model(seed=1), **settings).train, "student")
+
+
+@pytest.mark.parametrize("settings", [{}, AS_TRL, {"beta": 0.0}, {"beta": 0.5}], ids=["ours", "as TRL", "0", "0.5"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("culprit", ["student", "teacher"])
+def test_one_broken_entry_of_the_vocabulary_stops_the_run(tmp_path, culprit, value, settings):
+    models = {"student": make_model("phi", seed=0), "teacher": make_model("phi", seed=1)}
+    models[culprit] = broken_entry(["student", "teacher"].index(culprit), value)
+    stops(build(tmp_path, *models.values(), **settings).train, culprit)
+
+
+def test_a_broken_rollout_that_is_not_in_the_loss_does_not_stop_the_run(tmp_path):
+    trainer = build(tmp_path, make_model(seed=0), broken_row(1), rows=[*PROMPTS[:2], *PROMPTS[3:]] * 4)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(("culprit", "step"), [("student", 1), ("teacher", 0)])
+def test_an_evaluation_stops_at_one_broken_rollout(tmp_path, culprit, step):
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    models[culprit] = broken_row(["student", "teacher"].index(culprit))
+    healthy = [PROMPTS[0]] * 4
+    trainer = build(tmp_path, *models.values(), rows=healthy, eval_rows=PROMPTS)
+    stops(trainer.evaluate, culprit, step=step)
+
+
+def test_a_training_stops_where_its_evaluation_meets_a_broken_rollout(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1}
+    healthy = [PROMPTS[0]] * 8
+    trainer = build(tmp_path, make_model(seed=0), broken_row(1), rows=healthy, eval_rows=PROMPTS, **settings)
+    stops(trainer.train, "teacher")
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+def test_a_float16_teacher_that_overflows_is_named_and_in_bfloat16_it_trains(tmp_path, settings):
+    trainer = build(tmp_path, make_model(seed=0), overflowing(1e5, torch.float16), **settings)
+    stops(trainer.train, "teacher")
+    trainer = build(tmp_path, make_model(seed=0), overflowing(1e5, torch.bfloat16), **settings)
+    with pytest.warns(UserWarning, match="as between unrelated models"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_float16_teacher_whose_logits_alone_are_out_of_range_is_compared_in_float32(tmp_path):
+    teacher = overflowing(1.0, torch.float16)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(5e4)
+    assert torch.isfinite(teacher.lm_head.weight).all()
+    assert not torch.isfinite(teacher(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    trainer = build(tmp_path, make_model(seed=0), teacher)
+    with pytest.warns(UserWarning, match="as between unrelated models"):
+        trainer.train()
+    assert trainer.state.log_history[0]["kl/mean"] > 1e3
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Healthy models, models that are broken in one rollout, prompts, a collection and a rock set."""
+    folder = tmp_path_factory.mktemp("world")
+    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
+    models |= {"bad_student": broken_row(0), "bad_teacher": broken_row(1)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": prompt, "answer": "7"} for prompt in PROMPTS]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rock_file(folder / "rocks.json", range(60, 90))
+    assert main(["collect", *flags(folder, folder / "rollouts")]) == 0
+    return folder
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("role", "more", "said"),
+    [
+        ("student", [], "Step 1: the student's logits are not finite"),
+        ("student", ["--greedy"], "The logits of student or teacher are not finite"),
+        ("teacher", [], "The logits of student or teacher are not finite"),
+        ("reference", [], "The logits of reference student or teacher are not finite"),
+    ],
+)
+def test_collect_stops_at_one_broken_rollout(world, tmp_path, capsys, role, more, said):
+    name = {"student": "", "teacher": "teacher_", "reference": "reference_"}[role] + "model_name_or_path"
+    bad = world / ("bad_teacher" if role == "teacher" else "bad_student")
+    assert main(["collect", *flags(world, tmp_path / "out", **{name: bad}), *more]) == 1
+    assert last_line(capsys).startswith(f"trl-opd collect: error: {said}")
+    assert not (tmp_path / "out" / "occurrences.parquet").exists()
+
+
+@pytest.mark.parametrize("more", [["--greedy"], ["--temperature", "0.7"]])
+def test_probe_names_the_problem_whose_logits_are_broken(world, tmp_path, capsys, more):
+    given = ["--model_name_or_path", world / "bad_student", "--dataset_name", world / "chats.jsonl", "--use_cpu"]
+    given += ["--candidates", "all", "--max_completion_length", 4, "--output", tmp_path / "k.json", *more]
+    assert main(["probe", *map(str, given)]) == 1
+    assert "Problem 2, arm 'baseline': the student's logits are not finite." in last_line(capsys)
+    assert not (tmp_path / "k.json").exists()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_gradients_stop_at_one_broken_rollout(world, tmp_path, capsys, role):
+    name = {"student": "", "teacher": "teacher_"}[role] + "model_name_or_path"
+    changes = {"dataset_name": None, "rock_set": world / "rocks.json", name: world / f"bad_{role}"}
+    table = tmp_path / "gradients.parquet"
+    occurrences = world / "rollouts" / "occurrences.parquet"
+    given = [str(occurrences), "--output", str(table), *flags(world, tmp_path / "out", **changes)]
+    assert main(["gradients", *given]) == 1
+    assert f"error: The {role}'s logits are not finite (NaN or infinite)" in last_line(capsys)
+    assert not table.exists()
+
+
+def test_the_same_commands_finish_with_healthy_models(world, tmp_path):
+    """Else the tests above could pass for another reason."""
+    assert main(["collect", *flags(world, tmp_path / "out", reference_model_name_or_path=world / "student")]) == 0
+    changes = {"dataset_name": None, "rock_set": world / "rocks.json"}
+    occurrences = world / "rollouts" / "occurrences.parquet"
+    given = [str(occurrences), "--output", str(tmp_path / "g.parquet"), *flags(world, tmp_path / "out", **changes)]
+    assert main(["gradients", *given]) == 0

@@ -1,0 +1,213 @@
+"""The teacher phase: scored once in groups of like length, equal to TRL's scoring, parked or not, and timed."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from trl_opd import OPDTrainer
+from trl_opd.models.parking import Parking
+from trl_opd.rollouts.batches import left_aligned, length_groups
+from trl_opd.training import teacher_states as teacher_phase
+
+from tests.helpers import reference, trainers
+from tests.helpers.padded_rollouts import LENGTHS, make_inputs, split
+from tests.helpers.tiny import AS_TRL, FOUR_BIT, make_dataset, make_model, save
+from tests.helpers.trainers import PARKED, loss_and_gradient
+
+ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": ADAPTER}
+GREEDY = {"generation_kwargs": {"do_sample": False}}
+
+
+def build(path, student=None, teacher=None, **changes):
+    return trainers.build(path, student, teacher, eval_dataset=make_dataset(5), **changes)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Shapes of the teacher's forwards, as they happen."""
+    shapes, original = [], OPDTrainer._get_last_hidden_state
+
+    def watch(self, model, input_ids, *rest, **kwargs):
+        if model is self.teacher_model:
+            shapes.append(tuple(input_ids.shape))
+        return original(self, model, input_ids, *rest, **kwargs)
+
+    monkeypatch.setattr(OPDTrainer, "_get_last_hidden_state", watch)
+    return shapes
+
+
+# Groups
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), tokens=st.integers(1, 200))
+def test_groups_hold_every_row_once_and_no_more_tokens_than_allowed(lengths, tokens):
+    groups = length_groups(lengths, tokens)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    flat = [lengths[row] for group in groups for row in group]
+    assert flat == sorted(flat, reverse=True)
+    for group, following in zip(groups, [*groups[1:], []], strict=True):
+        longest = lengths[group[0]]
+        assert len(group) == 1 or len(group) * longest <= tokens
+        assert not following or (len(group) + 1) * longest > tokens  # the next one had no room
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS)
+def test_left_aligned_rollouts_are_prompt_and_completion_without_a_gap(lengths):
+    (batch,) = split(lengths, 1)
+    rows = list(range(len(lengths)))[::-1]
+    longest = max(p + c for p, c in lengths)
+    ids, mask = left_aligned(batch, rows, longest)
+    assert ids.shape == mask.shape == (len(rows), longest)
+    for place, row in enumerate(rows):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        expected = [*prompt.tolist(), *completion.tolist()]
+        assert ids[place, : len(expected)].tolist() == expected
+        assert mask[place].tolist() == [1] * len(expected) + [0] * (longest - len(expected))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("tokens", [1, 20, 16_384])
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_states_are_those_of_each_rollout_alone(tmp_path, monkeypatch, family, tokens, tools):
+    monkeypatch.setattr(teacher_phase, "GROUP_TOKENS", tokens)
+    teacher = make_model(family, seed=1).eval()
+    trainer = build(tmp_path, teacher=teacher)
+    inputs = make_inputs(tools=tools)
+    states = trainer.model_pair.teacher_states.compute_states(inputs)
+    for row, found in enumerate(states):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        with torch.no_grad():
+            hidden = teacher.base_model(input_ids=torch.cat([prompt, completion])[None]).last_hidden_state[0]
+        hidden = hidden[len(prompt) - 1 : -1]
+        if tools:
+            hidden = hidden[inputs["tool_mask"][row][: len(completion)].bool()]
+        torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teacher_runs_once_per_group_and_not_once_per_micro_batch(tmp_path, forwards):
+    build(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=3).train()
+    assert len(forwards) == 3
+    assert all(shape[0] == 8 for shape in forwards)
+
+
+def test_a_group_is_no_longer_than_its_longest_rollout(tmp_path, forwards, monkeypatch):
+    student = make_model(seed=0)
+    with torch.no_grad():  # some rollouts end early
+        student.lm_head.weight[2] *= 4
+    batches = []
+
+    class Watch(OPDTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batches.append(super()._generate_and_score_completions(inputs))
+            return batches[-1]
+
+    monkeypatch.setattr(teacher_phase, "GROUP_TOKENS", 100)
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_completion_length": 24}
+    build(tmp_path, student, cls=Watch, max_steps=1, **changes).train()
+    totals = (batches[0]["prompt_mask"].sum(1) + batches[0]["completion_mask"].sum(1)).tolist()
+    groups = length_groups(totals, 100)
+    assert 1 < len(groups) < 8
+    assert forwards == [(len(group), totals[group[0]]) for group in groups]
+
+
+def test_one_forward_per_micro_batch_as_under_sharding_gives_the_same(tmp_path):
+    found = []
+    for sharded in (False, True):
+        trainer = build(tmp_path)
+        if sharded:
+            states = trainer._teacher_states(trainer.model_pair.vocab_size, sharded=True)
+            trainer.model_pair = dataclasses.replace(trainer.model_pair, teacher_states=states)
+        found.append(loss_and_gradient(trainer, make_inputs()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert reference.relative_error(found[1][1], found[0][1]) < 1e-5
+
+
+# Parked
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "phi"])
+def test_a_run_with_a_parked_teacher_is_the_run_with_a_resident_one(tmp_path, family):
+    lines = []
+    for placement in ({}, PARKED):
+        trainer = build(tmp_path, make_model(family, seed=0), make_model(family, seed=1), **GREEDY, **placement)
+        trainer.train()
+        trainer.evaluate()
+        lines.append(trainer.state.log_history)
+        empty = [p.numel() == 0 for p in trainer.teacher_model.parameters()]
+        assert any(empty) == bool(placement)
+        assert not all(empty)  # the head is here
+    timed = ("time", "per_second", "_s")
+    for one, other in zip(*lines, strict=True):
+        same = {name: value for name, value in one.items() if not any(part in name for part in timed)}
+        assert same == {name: other[name] for name in same}
+
+
+@pytest.mark.parametrize("placement", [{}, PARKED])
+def test_a_qlora_student_and_a_four_bit_teacher_train_evaluate_and_train_again(tmp_path, placement):
+    paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
+    torch.manual_seed(0)
+    trainer = build(tmp_path, *paths, teacher_quantization="4bit", **GREEDY, **placement, **QUANTISED)
+    inputs = make_inputs()
+    before = loss_and_gradient(trainer, dict(inputs))
+    resident = build(tmp_path, *paths, teacher_quantization="4bit", **GREEDY, **QUANTISED)
+    resident.model.load_state_dict(trainer.model.state_dict(), strict=False)
+    assert loss_and_gradient(resident, dict(inputs))[0] == pytest.approx(before[0], rel=1e-5)
+    trainer.train()
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != first
+    _, gradients = loss_and_gradient(trainer, dict(inputs))
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
+    trainer = build(tmp_path, per_device_eval_batch_size=1, **PARKED)
+    left, original = [], Parking.leave
+    monkeypatch.setattr(Parking, "leave", lambda self: (left.append(1), original(self)))
+    trainer.evaluate()
+    assert len(left) == 1
+    trainer.train()
+    assert len(left) == 3  # one for each step
+
+
+# Time
+
+
+def test_the_log_says_how_long_each_phase_took(tmp_path):
+    trainer = build(tmp_path, max_steps=4, logging_steps=2)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        phases = {name: line[f"phase/{name}_s"] for name in ("generate", "teacher", "student")}
+        assert all(value > 0 for value in phases.values())
+        assert sum(phases.values()) == pytest.approx(line["step_time"], rel=0.2)
+    last = trainer.evaluate()
+    assert not [name for name in last if "phase" in name]
+
+
+def test_an_evaluation_does_not_count_in_the_phases_of_training(tmp_path, monkeypatch):
+    trainer = build(tmp_path, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert len(trainer._step_timer._events) == 0
+    line = next(line for line in trainer.state.log_history if "loss" in line)
+    assert line["phase/teacher_s"] < line["step_time"]
+
+
+def test_a_teacher_that_runs_with_trls_loss_has_no_time_of_its_own(tmp_path):
+    trainer = build(tmp_path, **AS_TRL)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert {"phase/generate_s", "phase/student_s"} <= line.keys()
+    assert "phase/teacher_s" not in line
+    assert json.dumps(line)

@@ -1,0 +1,303 @@
+"""Sums of a run: what they count, which window a checkpoint holds, and that a resumed run agrees."""
+
+import pytest
+import torch
+
+from trl_opd import Controls, OPDTrainer, TokenStats
+from trl_opd.artefacts.fingerprint import fingerprint
+from trl_opd.training.model_pair import describe_measure
+from trl_opd.training.token_sums import TokenSums
+
+from tests.helpers.rock_sets import rock_file
+from tests.helpers.tiny import make_config, make_dataset, make_model
+from tests.helpers.token_statistics import MEASURE, ROWS, V, equal, signals, stats_of
+from tests.helpers.trainers import ROCKS, measured, record
+
+
+def test_the_statistics_are_the_sums_over_every_rollout(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, learning_rate=0.0)
+    stats = trainer.token_stats
+    seen, sums = {}, {}
+    for *_, batch in trainer.batches:
+        for id, divergence in zip(*measured(trainer, batch), strict=True):
+            seen[int(id)] = seen.get(int(id), 0) + 1
+            sums.setdefault(int(id), []).append(float(divergence))
+    assert len(seen) > 5
+    assert stats.vocab_size == 300
+    assert {id: int(n) for id, n in enumerate(stats.seen) if n} == seen
+    assert torch.equal(stats.seen, stats.count)
+    for id, values in sums.items():
+        assert float(stats.kl_sum[id]) == pytest.approx(sum(values), rel=1e-5)
+        assert float(stats.kl_sq_sum[id]) == pytest.approx(sum(value**2 for value in values), rel=1e-5)
+    lines = [line for line in trainer.state.log_history if "entropy" in line]
+    weights = [int(batch["completion_mask"].sum()) for *_, batch in trainer.batches]
+    entropy = sum(line["entropy"] * n for line, n in zip(lines, weights, strict=True))
+    assert float(stats.entropy_sum.sum()) == pytest.approx(entropy, rel=1e-6)
+
+
+def test_statistics_change_no_number_of_a_run(tokenizer, tmp_path):
+    runs = [record(tokenizer, tmp_path / str(on), token_statistics=on) for on in (True, False)]
+    for one, two in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+def test_without_statistics_there_are_none(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, token_statistics=False, save_strategy="steps", save_steps=1)
+    assert trainer.token_stats is None
+    assert trainer.reduced_token_stats() is None
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert not list(tmp_path.rglob("token_stats*"))
+
+
+def test_a_model_saved_outside_of_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run")
+    seen = trainer.token_stats.seen
+    trainer.save_model(str(tmp_path / "elsewhere"), _internal_call=True)  # as `push_to_hub` does
+    assert not list((tmp_path / "elsewhere").glob("token_stats*"))
+    trainer.save_model(str(tmp_path / "checkpoint-9"), _internal_call=True)
+    assert torch.equal(TokenStats.load(tmp_path / "checkpoint-9").seen, seen)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_truncated_completions": True}], ids=["all", "without cut rollouts"])
+def test_a_frozen_position_is_seen_always_and_counted_in_the_steps_that_log(tokenizer, tmp_path, changes):
+    settings = {"token_weighting": "rock", "rock_set": rock_file(tmp_path / "rocks.json", ROCKS), "logging_steps": 3}
+    student = make_model(seed=0)
+    with torch.no_grad():
+        student.lm_head.weight[2] *= 4
+    trainer = record(tokenizer, tmp_path, student=student, max_steps=4, **settings, **changes)
+    frozen = torch.zeros(300, dtype=torch.bool)
+    frozen[ROCKS] = True
+    seen, counted = torch.zeros(300, dtype=torch.int64), torch.zeros(300, dtype=torch.int64)
+    for _, step, _, batch in trainer.batches:
+        ids = batch["completion_ids"][(batch["completion_mask"] * batch.get("tool_mask", 1)).bool()]
+        seen += torch.bincount(ids, minlength=300)
+        counted += torch.bincount(ids if step + 1 == 3 else ids[~frozen[ids]], minlength=300)
+    stats = trainer.token_stats
+    assert torch.equal(stats.seen, seen)
+    assert torch.equal(stats.count, counted)
+    assert 0 < counted[ROCKS].sum() < seen[ROCKS].sum()
+
+
+def test_evaluation_leaves_the_statistics_alone(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, eval_dataset=make_dataset(3, chat=False), max_steps=1)
+    before = trainer.token_stats
+    trainer.evaluate()
+    assert equal(trainer.token_stats, before)
+
+
+def test_a_checkpoint_holds_the_window_since_the_last_one(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=5, save_strategy="steps", save_steps=2)
+    windows = [TokenStats.load(tmp_path / f"checkpoint-{step}") for step in (2, 4, 5)]
+    positions = [int(batch["completion_mask"].sum()) for *_, batch in trainer.batches]
+    sums = [sum(positions[:2]), sum(positions[2:4]), positions[4]]
+    assert [int(window.seen.sum()) for window in windows] == sums
+    total = windows[0].merge(windows[1]).merge(windows[2])
+    assert equal(total, trainer.token_stats)
+    assert equal(trainer.reduced_token_stats(), trainer.token_stats)
+
+
+def test_saving_without_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run", max_steps=1)
+    stats = trainer.token_stats
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    trainer.save_model(tmp_path / "copy", _internal_call=True)
+    trainer.save_model()
+    # The statistics of the whole run, that it writes at its end, are no window.
+    assert [path.parent for path in tmp_path.rglob("token_stats*")] == [tmp_path / "run"]
+    trainer.save_model(tmp_path / "checkpoint-1", _internal_call=True)
+    assert equal(TokenStats.load(tmp_path / "checkpoint-1"), stats)
+
+
+def test_a_checkpoint_that_is_saved_again_keeps_its_window(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
+    folder = tmp_path / "run" / "checkpoint-2"
+    first = TokenStats.load(folder)
+    trainer.save_model(str(folder), _internal_call=True)
+    assert equal(TokenStats.load(folder), first)
+    trainer.train()  # a run of its own: it replaces the window
+    assert int(TokenStats.load(folder).seen.sum()) == sum(
+        int(b["completion_mask"].sum()) for *_, b in trainer.batches[2:]
+    )
+
+
+def test_a_resumed_run_writes_the_windows_of_an_unbroken_one(tokenizer, tmp_path):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    record(tokenizer, tmp_path / "whole", **changes)
+    broken = record(tokenizer, tmp_path / "broken", **(changes | {"max_steps": 3}))
+    resumed = OPDTrainer(
+        model=make_model(seed=0),
+        teacher_model=make_model(seed=1),
+        args=make_config(tmp_path / "broken", **changes),
+        train_dataset=make_dataset(chat=False),
+        processing_class=tokenizer,
+    )
+    checkpoint = str(tmp_path / "broken" / "checkpoint-2")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    windows = [TokenStats.load(tmp_path / name / "checkpoint-4") for name in ("whole", "broken")]
+    assert int(windows[0].seen.sum()) > 0
+    assert equal(*windows)
+    assert equal(resumed.token_stats, windows[0])
+    # The same trainer object, resumed, forgets what it trained beyond the checkpoint.
+    broken.args.max_steps = 4
+    broken.train(resume_from_checkpoint=checkpoint)
+    assert equal(broken.token_stats, windows[0])
+
+
+def test_a_second_run_of_a_trainer_adds_to_its_statistics(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path)
+    first = trainer.token_stats
+    trainer.train()
+    second = int(sum(batch["completion_mask"].sum() for *_, batch in trainer.batches))
+    assert int(first.seen.sum()) < int(trainer.token_stats.seen.sum()) == second
+
+
+def test_the_measure_says_what_was_measured(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=1, temperature=0.7)
+    expected = {
+        "divergence": "reverse_kl",
+        "beta": 1.0,
+        "temperature": 0.7,
+        "dropout": 0.0,
+        "student": "",
+        "teacher": "",
+    }
+    tokens = {"name": tokenizer.name_or_path, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer)}
+    assert trainer.token_stats.measure == expected | {"tokenizer": tokens}
+
+
+@pytest.mark.parametrize(("beta", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl"), (0.5, "jsd"), (0.9, "jsd")])
+def test_beta_has_a_name(tokenizer, tmp_path, beta, name):
+    student = make_model(seed=0)
+    student.model.layers[0].self_attn.attention_dropout = 0.1
+    args = make_config(tmp_path, beta=beta)
+    measure = describe_measure(args, student, student, tokenizer)
+    assert (measure["divergence"], measure["beta"], measure["dropout"]) == (name, beta, 0.1)
+
+
+def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_path):
+    controls = Controls(list(range(180, 240)), 1.0, True)
+    rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
+    trainer = record(tokenizer, tmp_path, token_weighting="control", rock_set=rocks, logging_steps=10, max_steps=1)
+    stats = trainer.token_stats
+    assert stats.seen[180:240].sum() > 0
+    assert stats.count[180:240].sum() == 0
+    assert torch.equal(stats.count[60:180], stats.seen[60:180])
+
+
+def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=1)
+    before = trainer.token_stats
+    trainer._token_sums._waits = True  # as on MPS, which has no float64
+    trainer.train()
+    assert trainer._token_sums._waiting == []
+    assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
+
+
+# The windows of a run. No device is touched for "mps": its signals are added up on the host.
+
+
+DEVICES = ["cpu", "mps"]
+
+
+def run_stats(device: str, **changes) -> TokenSums:
+    return TokenSums(V, MEASURE, torch.device(device), **changes)
+
+
+def same(sums: torch.Tensor) -> torch.Tensor:
+    return sums.clone()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows_merge_to_the_total(device):
+    stats, windows = run_stats(device), []
+    for rows in (ROWS[:2], ROWS[2:3], [], ROWS[3:]):
+        stats.update(signals(rows))
+        assert equal(stats.total(), stats.total())
+        windows.append(stats.close_window())
+    assert [int(window.seen.sum()) for window in windows] == [2, 1, 0, 4]
+    total = TokenStats(V, MEASURE)
+    for window in windows:
+        total.merge(window)
+    assert equal(total, stats_of(ROWS))
+    assert equal(stats.total(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_total_is_a_copy_of_the_moment(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS))
+    total = stats.total()
+    stats.update(signals(ROWS))
+    assert equal(total, stats_of(ROWS))
+    total.update(signals(ROWS[:1]))
+    assert equal(stats.total(), stats_of(ROWS).merge(stats_of(ROWS)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("flushes", [0, 1, 3])
+def test_a_flush_counts_a_position_once(device, flushes):
+    stats = run_stats(device)
+    stats.update(signals(ROWS))
+    for _ in range(flushes):
+        stats.flush()
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_starts_at_zero_and_another_one_goes_on_in_a_new_window(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS[:2]))
+    stats.start(resumed=False)
+    stats.update(signals(ROWS[2:]))
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), stats_of(ROWS[2:]))
+    stats.update(signals(ROWS))
+    stats.start(resumed=True)
+    assert equal(stats.total(), TokenStats(V, MEASURE))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_reduced_total_is_summed_and_leaves_the_local_one(device):
+    stats = run_stats(device)
+    stats.update(signals(ROWS[:3]))
+    stats.close_window()
+    stats.update(signals(ROWS[3:]))
+    assert equal(stats.total(lambda sums: 3 * sums), stats_of(ROWS).merge(stats_of(ROWS)).merge(stats_of(ROWS)))
+    assert equal(stats.total(same), stats_of(ROWS))
+    assert equal(stats.total(), stats_of(ROWS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_holds_its_window_summed_over_processes(device, tmp_path):
+    stats, folder = run_stats(device), tmp_path / "checkpoint-7"
+    folder.mkdir()
+    stats.update(signals(ROWS[:3]))
+    stats.close_window()
+    stats.update(signals(ROWS[3:]))
+    stats.write_window(str(folder), lambda sums: 2 * sums, is_main=True)
+    assert equal(TokenStats.load(folder), stats_of(ROWS[3:]).merge(stats_of(ROWS[3:])))
+    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(stats.close_window(), TokenStats(V, MEASURE))
+
+
+def test_only_the_main_process_writes_and_all_take_part(tmp_path):
+    stats, calls = run_stats("cpu"), []
+    stats.update(signals(ROWS))
+    (tmp_path / "checkpoint-1").mkdir()
+    stats.write_window(str(tmp_path / "checkpoint-1"), lambda sums: calls.append(sums) or sums, is_main=False)
+    assert calls
+    assert not list((tmp_path / "checkpoint-1").iterdir())
+    assert equal(stats.close_window(), TokenStats(V, MEASURE))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_that_are_off_hold_and_write_nothing(device, tmp_path):
+    stats = run_stats(device, enabled=False)
+    (tmp_path / "checkpoint-1").mkdir()
+    stats.update(signals(ROWS))
+    stats.start(resumed=False)
+    stats.write_window(str(tmp_path / "checkpoint-1"), same, is_main=True)
+    assert stats.total() is None
+    assert stats.total(same) is None
+    assert not list((tmp_path / "checkpoint-1").iterdir())
