@@ -27,17 +27,27 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "_trl": set(),
     "statistics": set(),
-    "opd_config": set(),
+    "opd_config": {"_trl"},
     "loss": {"_trl"},
     "artefacts": {"loss.signals"},  # TokenStats takes TokenSignals
     "rocks": {"artefacts", "statistics"},
-    "report": {"rocks", "artefacts", "statistics"},
+    "report": {"rocks", "artefacts", "statistics", "_trl"},  # a card cites what TRL cites
     "rollouts": {"loss", "_trl"},
     "models": {"loss", "artefacts", "opd_config", "_trl"},
     "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
     "saving": {"report", "rocks", "artefacts", "opd_config"},  # the record of a run holds its settings
     "opd_trainer": {"training", "saving", "models", "rollouts", "loss", "rocks", "artefacts", "opd_config", "_trl"},
-    "studies": {"opd_trainer", "training", "rollouts", "loss", "rocks", "artefacts", "opd_config", "statistics"},
+    "studies": {
+        "opd_trainer",
+        "training",
+        "models",
+        "rollouts",
+        "loss",
+        "rocks",
+        "artefacts",
+        "opd_config",
+        "statistics",
+    },
 }
 MAY_IMPORT["demo"] = {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts"}
 MAY_IMPORT["demo"] |= {"opd_config", "statistics"}

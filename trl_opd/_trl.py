@@ -30,6 +30,7 @@ try:
 except PackageNotFoundError:
     raise ImportError('TRL is not installed: `pip install "trl>=1.16,<1.17"`.', name="trl") from None
 
+from trl import DistillationConfig, DistillationTrainer  # noqa: E402
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
@@ -38,7 +39,11 @@ from trl.trainer.utils import (  # noqa: E402
     repeat_iterable_dataset,
 )
 
+# The options of TRL's config that may be given as JSON.
+DICT_FIELDS = tuple(DistillationConfig._VALID_DICT_FIELDS)
+
 __all__ = [
+    "DICT_FIELDS",
     "ChunkedDivergenceFunction",
     "RepeatSampler",
     "create_model_from_path",
@@ -51,6 +56,4 @@ __all__ = [
 
 def distillation_paper() -> dict[str, str]:
     """Return what TRL cites for its trainer: `title`, `id` and `citation`."""
-    from trl import DistillationTrainer
-
     return dict(DistillationTrainer._paper)

@@ -15,6 +15,8 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.trainer_utils import HubStrategy
 from trl import DistillationConfig
 
+from ._trl import DICT_FIELDS
+
 TOKEN_WEIGHTINGS = ("uniform", "rock", "control", "random")
 WEIGHT_NORMALIZATIONS = ("tokens", "weights")
 MICRO_BATCHINGS = ("tight", "trl")
@@ -41,7 +43,7 @@ class OPDConfig(DistillationConfig):
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *DistillationConfig._VALID_DICT_FIELDS,
+        *DICT_FIELDS,
         "transformers_continuous_batching_config",
     ]
 

@@ -111,7 +111,6 @@ def run(argv: list[str]) -> None:
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
     """Return the collector of a dataset's rollouts, with the models loaded."""
-    from ..loss.lm_head import output_rows
     from ..models.student import load_reference
     from ..studies.collect import ADAPTER_OFF, Collector
     from .models import make_trainer
@@ -120,7 +119,7 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
     trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
     if reference not in (None, ADAPTER_OFF):
         reference = load_reference(
-            reference, kwargs, quantization, rows=output_rows(trainer.model), device=trainer.accelerator.device
+            reference, kwargs, quantization, student=trainer.model, device=trainer.accelerator.device
         )
     return Collector(
         trainer.model_pair,

@@ -156,8 +156,8 @@ def run(argv: list[str]) -> None:
     from ..rocks.rock_set import RockSet
     from ..studies.effects import add_roles
     from ..studies.probe import Probe, journal_settings, require_prompts_fit, run_probe, write_result
-    from ..studies.rewards import load_reward
     from .probe_table import format_result
+    from .rewards import load_reward
 
     output = Path(args.output)
     require_writable(output)
@@ -243,26 +243,19 @@ def load_student_and_tokenizer(args: ProbeArguments, rock_set: RockSet | None):
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
-    from .._trl import create_model_from_path
-    from ..loss.lm_head import output_rows
-    from ..models.quantised import make_readable
-    from ..models.student import load_student
+    from ..models.student import load_student_model
+    from ..studies.probe import require_rock_set_fits
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
-    student, tokenizer_name = load_student(args.model_name_or_path, kwargs, quantization)
-    if isinstance(student, str):
-        if quantization is not None:
-            kwargs["quantization_config"] = quantization
-        student = create_model_from_path(student, **kwargs)
-    make_readable(student)
+    student, tokenizer_name = load_student_model(args.model_name_or_path, kwargs, quantization)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no eos_token, so no completion could end.")
     if rock_set is not None:
-        rock_set.check(tokenizer, output_rows(student))
-    return student.eval(), tokenizer
+        require_rock_set_fits(rock_set, student, tokenizer)
+    return student, tokenizer
 
 
 def make_sampling(args: ProbeArguments) -> Sampling:

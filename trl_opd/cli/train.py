@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import format_options, options_of_config
 from .parsing import parse
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 HELP = f"""usage: trl-opd train [--config FILE.yaml] [options]
 
@@ -88,20 +92,18 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         if trainer.accelerator.is_main_process:
             add_report(training_args.output_dir)
     if trainer.accelerator.is_main_process:
-        print(format_run(trainer))
+        print(format_run(trainer.state, training_args.output_dir))
     # gloo sometimes aborts a process that ends while another one is still working (torch 2.13).
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
-def format_run(trainer) -> str:
+def format_run(state: TrainerState, output_dir: str) -> str:
     """Return the lines that end a run: steps, divergence of the first and last log, paths of student and report."""
     from ..saving.student import REPORT
 
-    steps = trainer.state.global_step
-    output_dir = trainer.args.output_dir
-    means = [line["kl/mean"] for line in trainer.state.log_history if "kl/mean" in line]
+    means = [line["kl/mean"] for line in state.log_history if "kl/mean" in line]
     divergence = f", divergence {means[0]:.3f} -> {means[-1]:.3f} nats per token" if means else ""
-    text = f"Trained {steps} steps{divergence}. The student is in {output_dir}"
+    text = f"Trained {state.global_step} steps{divergence}. The student is in {output_dir}"
     report = Path(output_dir) / REPORT
     return f"{text}\nOpen {report} in a browser: the report" if report.is_file() else text

@@ -43,8 +43,34 @@ def load_student(
     return PeftModel.from_pretrained(create_model_from_path(base, **kwargs), name), name if own else base
 
 
+def load_student_model(
+    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None
+) -> tuple[PreTrainedModel | PeftModel, str]:
+    """Return a student that is only read, in eval mode and frozen, and the name of its tokenizer.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub: a model, or a LoRA adapter.
+        kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the model, or of the base of an adapter.
+
+    Raises:
+        `OSError`: if there is no such folder.
+    """
+    model, tokenizer_name = load_student(name, kwargs, quantization)
+    if isinstance(model, str):
+        quantised = {} if quantization is None else {"quantization_config": quantization}
+        model = create_model_from_path(model, **kwargs, **quantised)
+    make_readable(model)
+    return model.eval().requires_grad_(False), tokenizer_name
+
+
 def load_reference(
-    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None, *, rows: int, device: torch.device
+    name: str,
+    kwargs: dict[str, Any],
+    quantization: BitsAndBytesConfig | None,
+    *,
+    student: PreTrainedModel | PeftModel,
+    device: torch.device,
 ) -> PreTrainedModel | PeftModel:
     """Return the student before the distillation, frozen and in eval mode.
 
@@ -52,23 +78,20 @@ def load_reference(
         name (`str`): A folder, or a name on the Hub.
         kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the model, or of the base of an adapter.
-        rows (`int`): Rows of the output embeddings of the student that it is compared with.
+        student (`transformers.PreTrainedModel`): The student that it is compared with.
         device (`torch.device`): Where it is put, unless it was placed while it was loaded.
 
     Raises:
         `ValueError`: if its vocabulary is not the student's.
     """
-    model, _ = load_student(name, kwargs, quantization)
-    if isinstance(model, str):
-        quantised = {} if quantization is None else {"quantization_config": quantization}
-        model = create_model_from_path(model, **kwargs, **quantised)
-    make_readable(model)
-    own_rows = output_rows(model)
-    if own_rows != rows:
+    model, _ = load_student_model(name, kwargs, quantization)
+    reference_rows = output_rows(model)
+    student_rows = output_rows(student)
+    if reference_rows != student_rows:
         raise ValueError(
-            f"The reference student {name} has {own_rows} vocabulary entries, the student {rows}: it must be the "
-            "same model before the distillation."
+            f"The reference student {name} has {reference_rows} vocabulary entries, the student {student_rows}: it "
+            "must be the same model before the distillation."
         )
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
         model.to(device)
-    return model.eval().requires_grad_(False)
+    return model

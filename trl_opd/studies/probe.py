@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artefacts.atomic import complete_file, room_errors
 from ..artefacts.run_files import KNOCKOUT_FORMAT
+from ..loss.lm_head import output_rows
+from ..loss.logits import entropy
 from ..models.shape import context_length
 from ..rocks.rock_set import RockSet
 from ..rollouts.prompts import require_fit, tokenize_prompts
@@ -194,10 +196,8 @@ class Probe:
         for prompt, completion in tqdm(pairs, unit="completion", desc="entropy", leave=False):
             ids = torch.tensor([[*prompt, *completion[:-1]]], device=device)
             logits = self._model(input_ids=ids, logits_to_keep=len(completion)).logits[0, -len(completion) :]
-            logs = logits.float().log_softmax(-1)
-            of_positions = -(logs.exp() * logs).sum(-1)
-            for id, entropy in zip(completion, of_positions.tolist(), strict=True):
-                entropies.setdefault(id, []).append(entropy)
+            for id, value in zip(completion, entropy(logits).tolist(), strict=True):
+                entropies.setdefault(id, []).append(value)
         return {id: sum(values) / len(values) for id, values in entropies.items()}
 
     def close(self) -> None:
@@ -257,6 +257,11 @@ class Probe:
         with complete_file(self._journal) as part:
             part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return known
+
+
+def require_rock_set_fits(rock_set: RockSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the ids of a rock set mean the same tokens for a student and its tokenizer."""
+    rock_set.check(tokenizer, output_rows(model))
 
 
 def require_prompts_fit(

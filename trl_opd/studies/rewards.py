@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,32 +34,6 @@ def math_verify(completions: Sequence, answer: Sequence[str], **_: Any) -> list[
 
 
 BUILT_IN = {"exact_match": exact_match, "last_number": last_number, "math_verify": math_verify}
-
-
-def load_reward(name: str) -> Callable:
-    """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
-
-    Modules of the working directory can be named, too.
-
-    Raises:
-        `ValueError`: if there is no such function.
-    """
-    if name in BUILT_IN:
-        if name == "math_verify" and importlib.util.find_spec("math_verify") is None:
-            raise ValueError("The reward math_verify needs a package: `pip install math-verify`.")
-        return BUILT_IN[name]
-    module, _, function = name.rpartition(".")
-    if not module:
-        raise ValueError(f"There is no reward {name!r}: take {', '.join(BUILT_IN)}, or a dotted path to a function.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {name} cannot be imported: {error}") from error
-    if not callable(reward):
-        raise ValueError(f"The reward {name} is no function.")
-    return reward
 
 
 def text_of(completion: str | list[dict]) -> str:

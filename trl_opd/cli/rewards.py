@@ -1,0 +1,37 @@
+"""The reward that a command is given by name: a built-in one, or the user's own function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+
+def load_reward(name: str) -> Callable:
+    """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
+
+    Modules of the working directory can be named, too.
+
+    Raises:
+        `ValueError`: if there is no such function.
+    """
+    from ..studies.rewards import BUILT_IN
+
+    if name in BUILT_IN:
+        if name == "math_verify" and importlib.util.find_spec("math_verify") is None:
+            raise ValueError("The reward math_verify needs a package: `pip install math-verify`.")
+        return BUILT_IN[name]
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(f"There is no reward {name!r}: take {', '.join(BUILT_IN)}, or a dotted path to a function.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name} cannot be imported: {error}") from error
+    if not callable(reward):
+        raise ValueError(f"The reward {name} is no function.")
+    return reward
