@@ -363,7 +363,7 @@ def test_a_file_that_cannot_be_is_a_sentence_and_nothing_is_written(table, messa
 
 
 def test_the_row_is_counted_over_batches(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_opd.artefacts.occurrences.BATCH_ROWS", 3)
+    monkeypatch.setattr("trl_opd.artefacts.parquet.BATCH_ROWS", 3)
     for table, message in (
         (changed(**with_value("kl", 7, np.nan)), "row 7 has kl nan"),
         (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) stands twice"),

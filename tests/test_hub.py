@@ -16,7 +16,8 @@ import pytest
 
 from tests.hub_server import LFS_BYTES, TOKEN, HubServer
 from trl_opd.artefacts.hub import HubError, hub_errors, redact
-from trl_opd.rocks.rock_set import FILE_NAME, Controls, Rock, RockSet
+from trl_opd.artefacts.run_files import ROCK_SET_FILE as FILE_NAME
+from trl_opd.rocks.rock_set import Controls, Rock, RockSet
 
 WRONG = "hf_" + "NotTheRightOne" * 2
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ from peft import LoraConfig
 from trl_opd import AccuracyCallback, OPDTrainer, RockSet, RolloutSamples, TokenSignals, TokenStats
 from trl_opd.artefacts.gradient_table import read_gradients
 from trl_opd.artefacts.occurrences import PROMPT_SCHEMA, Occurrences, write_occurrences
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME, join_parts, keep_up_to, write_part
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
+from trl_opd.artefacts.sampled_rollouts import join_parts, keep_up_to, write_part
 from trl_opd.cli import main
 from trl_opd.report.blocks import Facts, Note, Plot, Rollouts, Section, Table
 from trl_opd.report.build import write_report
@@ -30,7 +31,7 @@ from trl_opd.report.sections.evidence import MOST_ARMS, arm_results, evidence
 from trl_opd.report.sections.rocks import MOST_ROCKS, find_types, rocks
 from trl_opd.report.sections.rollouts import rollouts
 from trl_opd.report.sections.run import run_facts, training, what_was_run
-from trl_opd.report.token_types import TokenTypes, kind_means, of_windows
+from trl_opd.report.token_types import TokenTypes, kind_means, types_of_last_quarter
 from trl_opd.rocks.families import family_of
 from trl_opd.rocks.rock_set import Controls
 
@@ -262,8 +263,8 @@ def test_types_are_those_of_the_last_quarter_and_before_of_the_first_window(run_
     np.testing.assert_array_equal(types.count, windows[3].seen.numpy())
     np.testing.assert_array_equal(types.mean_kl, windows[3].mean_kl.numpy())
     np.testing.assert_array_equal(types.before, windows[0].mean_kl.numpy())
-    assert (types.of, types.of_before) == ("the rollouts of steps 7 to 8", "those of steps 1 to 2")
-    only = of_windows([(8, run_folder / "checkpoint-8" / "token_stats.safetensors")])
+    assert (types.source, types.before_source) == ("the rollouts of steps 7 to 8", "those of steps 1 to 2")
+    only = types_of_last_quarter([(8, run_folder / "checkpoint-8" / "token_stats.safetensors")])
     assert only.before is None
 
 
@@ -292,7 +293,7 @@ def test_the_last_quarter_is_the_sum_of_its_windows(copy):
     assert types.count.tolist() == [4, 0, 3, 5, 0, 0, 0, 0, 0, 0]
     assert (types.mean_kl[0], types.mean_kl[2], types.mean_kl[3]) == (14.0 / 4, 2.0, 0.5)
     assert (types.before[0], types.before[1]) == (8.0, 4.0)
-    assert (types.of, types.of_before) == ("the rollouts of steps 7 to 12", "those of steps 1 to 4")
+    assert (types.source, types.before_source) == ("the rollouts of steps 7 to 12", "those of steps 1 to 4")
     points = kind_means(read_contents(copy).main_run.windows, [0, 2], [3])
     assert points == [(4, 8.0, None, 4.0), (6, 9.0, None, None), (10, 2.0, 0.5, None), (12, 3.0, None, None)]
 
@@ -734,7 +735,7 @@ CASES = {
     "knockout of others": (lambda folder: break_file(folder, "knockout.json", "{}"), "not the result of a probe"),
     "gradients of others": (
         lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "gradients.parquet"),
-        "gradients.parquet: not a table of `trl-opd gradients`: there must be one column 'count'",
+        "gradients.parquet: there must be one column 'count'",
     ),
     "samples of others": (
         lambda folder: pq.write_table(pa.table({"step": [1], "rollout": [0]}), folder / FILE_NAME),
@@ -807,16 +808,22 @@ def newer(table: pa.Table) -> pa.Table:
 
 SAMPLES = {
     "newer": (newer, "has version 99, and this trl_opd reads up to 1: upgrade it"),
-    "infinite": (lambda table: first(table, "kl", float("inf")), "a row has a kl that is not finite"),
+    "infinite": (lambda table: first(table, "kl", float("inf")), "row 0 has a kl that is not finite"),
     "infinite top": (
         lambda table: first(table, "teacher_top_p", [float("inf")] * 5),
-        "a row has a teacher_top_p that is not finite",
+        "row 0 has a teacher_top_p that is not finite",
     ),
-    "null step": (lambda table: first(table, "step", None), "a row has no step"),
-    "null list": (lambda table: first(table, "student_top_ids", None), "a row has no student_top_ids"),
-    "null in a list": (lambda table: first(table, "student_top_ids", [1, None, 2, 3, 4]), "has no student_top_ids"),
-    "huge id": (lambda table: first(table, "token_id", 2**31 - 1), "a row has a token_id outside of 0..4194303"),
-    "negative step": (lambda table: first(table, "step", -1), "a row has a step outside of 0..2147483647"),
+    "null step": (lambda table: first(table, "step", None), "row 0 has no step"),
+    "null list": (lambda table: first(table, "student_top_ids", None), "row 0 has no student_top_ids"),
+    "null in a list": (
+        lambda table: first(table, "student_top_ids", [1, None, 2, 3, 4]),
+        "row 0 has no student_top_ids",
+    ),
+    "huge id": (
+        lambda table: first(table, "token_id", 2**31 - 1),
+        "row 0 has token_id 2147483647, outside of 0..4194303",
+    ),
+    "negative step": (lambda table: first(table, "step", -1), "row 0 has step -1, outside of 0..2147483647"),
     "prompts in words": (
         lambda table: changed(table, "prompt", ["a"] * len(table), pa.string()),
         "column 'prompt' holds string, not whole numbers",
@@ -848,11 +855,11 @@ COLLECTIONS = {
     "negative position": ("occurrences", lambda table: first(table, "position", -1), "row 0 has position -1"),
     "no kl": ("occurrences", lambda table: first(table, "kl", None), "row 0 has no kl"),
     "newer": ("occurrences", newer, "has version 99"),
-    "infinite entropy": ("occurrences", lambda table: first(table, "entropy", float("inf")), "a row has a entropy"),
+    "infinite entropy": ("occurrences", lambda table: first(table, "entropy", float("inf")), "row 0 has a entropy"),
     "prompts of others": (
         "prompts",
         lambda table: table.drop_columns("token_ids"),
-        "does not hold prompts: there must be one column 'token_ids'",
+        "prompts.parquet: there must be one column 'token_ids'",
     ),
     "prompts in words": (
         "prompts",

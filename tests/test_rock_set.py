@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_opd import Controls, Rock, RockSet
 from trl_opd.artefacts.fingerprint import fingerprint
-from trl_opd.rocks.rock_set import FILE_NAME, MAX_BYTES
+from trl_opd.artefacts.run_files import ROCK_SET_FILE as FILE_NAME
+from trl_opd.rocks.rock_set import MAX_BYTES
 
 FILE = {
     "format": "trl_opd.rock_set",
@@ -100,7 +101,7 @@ def refused(path) -> str:
     assert len(message) < len(str(path)) + 300
     start = f"{path}: not a rock set: "
     assert message.startswith(start)
-    return message.removeprefix(start)
+    return message.removeprefix(start).removesuffix(".")
 
 
 # Round trip

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opd.statistics import accuracy_interval, paired_difference
+from trl_opd.statistics import accuracy_interval, interval_text, paired_difference
 
 
 def solved(right: int, problems: int) -> list[bool]:
@@ -138,3 +138,12 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
 def test_unequal_numbers_of_problems_are_refused(one, two):
     with pytest.raises(ValueError, match=f"got {one} and {two}"):
         paired_difference([True] * one, [False] * two, seed=0)
+
+
+# Text
+
+
+def test_an_interval_is_shown_in_the_form_of_its_numbers_or_said_to_be_missing():
+    assert interval_text((0.3006, 0.9544), ".3f") == "[0.301, 0.954]"
+    assert interval_text([-0.01, 0.2], "+.3f") == "[-0.010, +0.200]"
+    assert interval_text(None, ".1%") == "(no interval)"
