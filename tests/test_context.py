@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_opd.rocks.corpus import NO_TOKEN, Corpus
-from trl_opd.rocks.cutoff import jaccard, ranked, sweep_cutoffs
+from trl_opd.rocks.cutoff import jaccard, rank_ids, sweep_cutoffs
 from trl_opd.rocks.families import FAMILIES, family_of
 from trl_opd.rocks.from_occurrences import select_rocks
 from trl_opd.rocks.recurrence import BLOCK, ContextSettings, measure_types, threshold
@@ -229,9 +229,9 @@ def test_count_times_mean_divergence_gives_the_authors_order_and_scores(tmp_path
 
 
 def test_ranks_go_by_score_and_ties_by_id_and_zero_is_no_rank():
-    assert ranked(np.array([0.0, 2.0, 3.0, 2.0, -1.0])).tolist() == [2, 1, 3]
+    assert rank_ids(np.array([0.0, 2.0, 3.0, 2.0, -1.0])).tolist() == [2, 1, 3]
     many = np.where(np.arange(5000) % 3, 1.0, 2.0)
-    assert ranked(many).tolist() == [*range(0, 5000, 3), *(id for id in range(5000) if id % 3)]
+    assert rank_ids(many).tolist() == [*range(0, 5000, 3), *(id for id in range(5000) if id % 3)]
     assert jaccard(np.array([1, 2, 3]), np.array([2, 3, 4])) == 0.5
     assert jaccard(np.array([]), np.array([])) == 0.0
 

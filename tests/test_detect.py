@@ -18,7 +18,7 @@ from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.artefacts.occurrences import SCHEMA, Occurrences, write_occurrences
 from trl_opd.cli import detect, main
 from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
-from trl_opd.rocks.corpus import halves, read_selection
+from trl_opd.rocks.corpus import read_selection, split_units
 from trl_opd.rocks.from_occurrences import select_rocks
 from trl_opd.rocks.recurrence import ContextSettings
 from trl_opd.statistics import ratio_interval
@@ -114,12 +114,12 @@ def test_halves_go_by_prompts_and_by_rollouts_without_them(tmp_path):
     good["prompt"] = np.array([7, 7, 7, 7, 3, 3, 9, 9])
     write_occurrences(tmp_path / "a.parquet", good, {})
     file = Occurrences(tmp_path / "a.parquet")
-    assert [half.tolist() for half in halves(file)] == [[3, 9], [7]]
-    assert read_selection(file, halves(file)[0]).rollout.tolist() == [2, 2, 3, 3]
+    assert [half.tolist() for half in split_units(file)] == [[3, 9], [7]]
+    assert read_selection(file, split_units(file)[0]).rollout.tolist() == [2, 2, 3, 3]
     del good["prompt"]
     write_occurrences(tmp_path / "b.parquet", good, {})
     file = Occurrences(tmp_path / "b.parquet")
-    assert [half.tolist() for half in halves(file)] == [[0, 2], [1, 3]]
+    assert [half.tolist() for half in split_units(file)] == [[0, 2], [1, 3]]
 
 
 def test_rollouts_of_one_prompt_have_no_other_half(tmp_path, capsys):
@@ -333,10 +333,10 @@ def with_value(name: str, row: int, value) -> dict:
     ("table", "message"),
     [
         (changed(kl=None), "there must be one column 'kl', it has rollout, position, token_id, prompt"),
-        (changed(token_id=["a"] * 8), "column 'token_id' must be int32, it is string"),
-        (changed(rollout=np.arange(8.0)), "column 'rollout' must be int32, it is double"),
-        (changed(kl=np.arange(8)), "column 'kl' must be float32, it is int64"),
-        (changed(kl_pre=["x"] * 8), "column 'kl_pre' must be float32, it is string"),
+        (changed(token_id=["a"] * 8), "column 'token_id' holds string, not whole numbers"),
+        (changed(rollout=np.arange(8.0)), "column 'rollout' holds double, not whole numbers"),
+        (changed(kl=np.arange(8)), "column 'kl' holds int64, not floating-point numbers"),
+        (changed(kl_pre=["x"] * 8), "column 'kl_pre' holds string, not floating-point numbers"),
         (changed(**with_value("kl", 5, np.nan)), "row 5 has kl nan"),
         (changed(**with_value("kl", 5, np.inf)), "row 5 has kl inf"),
         (changed(**with_value("kl", 5, -0.01)), "row 5 has kl -0.0"),

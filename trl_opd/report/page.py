@@ -133,7 +133,7 @@ def _formatted(value: float, form: str) -> str:
 
 
 def _rollouts(block: Rollouts) -> dict:
-    """Return rollouts by step, tokens tinted, and the figures of their tokens as JSON."""
+    """Return rollouts by step, tokens tinted, and the measures of their tokens as JSON."""
     ids = {id_ for rollout in block.rollouts for id_ in rollout.token_ids.tolist()}
     shown = {id_: visible(block.texts[id_], TOKEN, newline="↵\n") for id_ in ids if id_ in block.texts}
     steps: dict[int | None, list[dict]] = {}
@@ -196,7 +196,7 @@ def _array(column: np.ndarray) -> str:
 
 
 def _number(value: int | float) -> str:
-    """Return a figure in JSON with four significant digits; JSON knows no infinity, but reads `1e999` as such."""
+    """Return a number in JSON with four significant digits; JSON knows no infinity, but reads `1e999` as such."""
     if isinstance(value, int):
         return str(value)
     if math.isfinite(value):

@@ -1,4 +1,4 @@
-"""RockSet, the artefact: the token types that did not converge, their figures, their controls and where they come from.
+"""RockSet: the token types that did not converge, with their statistics, their controls and where they come from.
 
 The file is JSON in the format `trl_opd.rock_set`, version 1. What is read comes from outside and is checked before use.
 """
@@ -66,7 +66,7 @@ class RockSet:
     Args:
         rocks (`list[Rock]`): The rocks, highest score first.
         tokenizer (`dict`): `name`, `vocab_size`, `fingerprint` of the tokenizer whose ids these are; null if unknown.
-        measure (`dict`): `divergence` and `temperature` that the figures were measured with.
+        measure (`dict`): `divergence` and `temperature` that the rocks were measured with.
         method (`dict`): `score`, `top_k` and the thresholds that chose them.
         corpus (`dict`): `rollouts`, `tokens`, `kl_sum` of the rollouts that chose them.
         controls (`Controls`, *optional*): Mass-matched controls.

@@ -159,10 +159,10 @@ def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
     families = types.families(names.text_of)
     if families:
         shares = list(zip(*families.values(), strict=True))
-        told = ", ".join(f"{name} {tokens:.1%} and {kl:.1%}" for name, (tokens, kl) in families.items())
+        text = ", ".join(f"{name} {tokens:.1%} and {kl:.1%}" for name, (tokens, kl) in families.items())
         note = "" if names.complete else "Only types whose text the rock set names; no tokenizer of these ids is here."
         plot = plot_families(list(families), *shares)
-        blocks.append(Plot(to_svg(plot, "g-"), f"Families by share of tokens and of divergence: {told}", note))
+        blocks.append(Plot(to_svg(plot, "g-"), f"Families by share of tokens and of divergence: {text}", note))
     return blocks
 
 

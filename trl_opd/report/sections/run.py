@@ -29,7 +29,7 @@ CURVES = {
     "batch/padding_share": ("Padding in the student's forwards", "share of the positions", True),
 }
 # Arguments that have a line of their own.
-TOLD = {"teacher_model_name_or_path", "seed", "teacher_quantization"}
+SHOWN_ELSEWHERE = {"teacher_model_name_or_path", "seed", "teacher_quantization"}
 
 
 def what_was_run(contents: Contents) -> Section | None:
@@ -66,7 +66,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     """Return what a run's record says of it, in words."""
     record = run.record
     student, teacher, measure, data = (record[name] for name in ("student", "teacher", "measure", "dataset"))
-    arguments = {name: value for name, value in record["arguments"].items() if name not in TOLD}
+    arguments = {name: value for name, value in record["arguments"].items() if name not in SHOWN_ELSEWHERE}
     hardware = record["hardware"]
     facts = [
         ("command", record["command"]),
