@@ -19,6 +19,7 @@ from trl_opd.statistics import (
     correlation,
     effect_of,
     holm,
+    interval_text,
     label,
     mcnemar,
     minimal_effect,
@@ -301,3 +302,12 @@ def test_a_ratio_is_resampled_by_units_that_keep_part_and_whole_together():
     parts = wholes * np.where(np.arange(200) % 2, 0.45, 0.55)  # of very unlike sizes, and all near one half
     low, high = ratio_interval(parts, wholes, seed=0)
     assert 0.48 < low < high < 0.52
+
+
+# Text
+
+
+def test_an_interval_is_shown_in_the_form_of_its_numbers_or_said_to_be_missing():
+    assert interval_text((0.3006, 0.9544), ".3f") == "[0.301, 0.954]"
+    assert interval_text([-0.01, 0.2], "+.3f") == "[-0.010, +0.200]"
+    assert interval_text(None, ".1%") == "(no interval)"

@@ -1,17 +1,25 @@
-"""Intervals of accuracies and of their differences, on SciPy."""
+"""Intervals, paired tests, corrections for many tests, and power, on SciPy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+# Resamples behind an interval of a mean: the smallest two-sided p of a bootstrap is then 2e-4.
 RESAMPLES = 10_000
-# Of shares over prompts, whose interval nobody decides by.
+# Resamples behind an interval of a share of tokens: it is printed with three digits, and nothing is decided by it.
 SHARE_RESAMPLES = 2_000
+# Draws of random signs: the smallest p is then 1e-5, below the first threshold of Holm for thousands of tests.
+FLIPS = 100_000
+# A token gets a label at this level, and when forbidding it moves the mean reward by this much (arXiv:2605.09253).
+ALPHA = 0.05
+LEAST_EFFECT = 0.01
+# Probability with which the smallest detectable effect is found.
+POWER = 0.8
 
 
 def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tuple[float, float]:
@@ -24,28 +32,6 @@ def accuracy_interval(correct: Sequence[bool], confidence: float = 0.95) -> tupl
         raise ValueError("An accuracy needs at least one problem.")
     interval = stats.binomtest(int(sum(correct)), len(correct)).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def paired_difference(
-    correct: Sequence[bool], baseline: Sequence[bool], *, seed: int, confidence: float = 0.95
-) -> tuple[float, tuple[float, float] | None]:
-    """Return the difference of two accuracies on the same problems, and its bootstrap interval over the problems.
-
-    The percentile interval of 10 000 resamples. It covers the choice of problems, not that of the training seed. `None`
-    where all differences are equal: resampling then says nothing.
-
-    Raises:
-        `ValueError`: if the two are not of the same problems.
-    """
-    if len(correct) != len(baseline) or len(correct) == 0:
-        raise ValueError(
-            f"A paired difference needs the same problems, at least one, got {len(correct)} and {len(baseline)}."
-        )
-    difference = np.asarray(correct, dtype=float) - np.asarray(baseline, dtype=float)
-    estimate = float(difference.mean())
-    if np.ptp(difference) == 0.0:
-        return estimate, None
-    return estimate, _bootstrap_mean(difference, seed, confidence)
 
 
 def mean_interval(
@@ -61,21 +47,22 @@ def mean_interval(
     if set(values) <= {0.0, 1.0}:
         interval = accuracy_interval([value == 1.0 for value in values], confidence)
         return sum(values) / len(values), interval
-    array = np.asarray(values, dtype=float)
-    return float(array.mean()), None if np.ptp(array) == 0.0 else _bootstrap_mean(array, seed, confidence)
+    return _mean_with_interval(np.asarray(values, dtype=float), seed=seed, confidence=confidence)
 
 
-def _bootstrap_mean(values: np.ndarray, seed: int, confidence: float) -> tuple[float, float]:
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=500,  # resamples in memory at once
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+def paired_difference(
+    correct: Sequence[bool], baseline: Sequence[bool], *, seed: int, confidence: float = 0.95
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the difference of two accuracies on the same problems, and its bootstrap interval over the problems.
+
+    The percentile interval of 10 000 resamples. It covers the choice of problems, not that of the training seed. `None`
+    where all differences are equal: resampling then says nothing.
+
+    Raises:
+        `ValueError`: if the two are not of the same problems.
+    """
+    differences = _paired_differences("A paired difference", correct, baseline)
+    return _mean_with_interval(differences, seed=seed, confidence=confidence)
 
 
 def ratio_interval(
@@ -97,22 +84,24 @@ def ratio_interval(
         below = whole.sum(axis)
         return np.divide(part.sum(axis), below, out=np.zeros_like(below), where=below > 0)
 
-    result = stats.bootstrap(
-        (np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)),
-        ratio,
-        paired=True,
-        n_resamples=SHARE_RESAMPLES,
-        batch=max(1, 2**16 // len(parts)),  # resamples in memory at once
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
+    samples = (np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float))
+    in_memory = max(1, 2**16 // len(parts))
+    return _bootstrap_interval(
+        samples, ratio, resamples=SHARE_RESAMPLES, in_memory=in_memory, seed=seed, confidence=confidence
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-ALPHA, LEAST_EFFECT = 0.05, 0.01
-FLIPS, RESAMPLES = 100_000, 10_000
-POWER = 0.8
+def interval_text(interval: Sequence[float] | None, form: str) -> str:
+    """Return an interval as reports and tables show it: `[0.30, 0.95]`, or `(no interval)`.
+
+    Args:
+        interval (`Sequence[float]`, *optional*): Its two ends.
+        form (`str`): Format of a number, as Python has it: ".3f", "+.3f", ".1%".
+    """
+    if interval is None:
+        return "(no interval)"
+    low, high = interval
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -141,20 +130,29 @@ def effect_of(rewards: Sequence[float], baseline: Sequence[float], *, seed: int)
     Raises:
         `ValueError`: if the two are not of the same problems.
     """
-    if len(rewards) != len(baseline) or len(rewards) == 0:
-        raise ValueError(f"An effect needs the same problems, at least one, got {len(rewards)} and {len(baseline)}.")
-    difference = np.asarray(rewards, dtype=float) - np.asarray(baseline, dtype=float)
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    values = np.unique(np.concatenate([np.asarray(rewards, float), np.asarray(baseline, float)]))
-    is_binary = np.isin(values, (0.0, 1.0)).all()
-    p = float(mcnemar(np.array(better), np.array(worse))) if is_binary else sign_flips(difference, seed=seed)
+    differences = _paired_differences("An effect", rewards, baseline)
+    better = int((differences > 0).sum())
+    worse = int((differences < 0).sum())
     if better + worse == 0:
-        return Effect(0.0, None, 0, 0, 1.0, 1.0)
-    means = bootstrap_means(difference, seed=seed)
+        return Effect(estimate=0.0, ci95=None, better=0, worse=0, p=1.0, p_bootstrap=1.0)
+
+    all_rewards = np.concatenate([np.asarray(rewards, dtype=float), np.asarray(baseline, dtype=float)])
+    if np.isin(all_rewards, (0.0, 1.0)).all():
+        p = float(mcnemar(np.array(better), np.array(worse)))
+    else:
+        p = sign_flips(differences, seed=seed)
+
+    means = bootstrap_means(differences, seed=seed)
     low, high = np.quantile(means, [0.025, 0.975])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
-    p_bootstrap = min(1.0, 2 * max(float(beyond), 1 / RESAMPLES))
-    return Effect(float(difference.mean()), (float(low), float(high)), better, worse, p, p_bootstrap)
+    return Effect(
+        estimate=float(differences.mean()),
+        ci95=(float(low), float(high)),
+        better=better,
+        worse=worse,
+        p=p,
+        p_bootstrap=min(1.0, 2 * max(float(beyond), 1 / RESAMPLES)),
+    )
 
 
 def mcnemar(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
@@ -163,31 +161,37 @@ def mcnemar(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, 2 * stats.binom.cdf(less, better + worse, 0.5))
 
 
-def sign_flips(difference: np.ndarray, *, seed: int) -> float:
+def sign_flips(differences: np.ndarray, *, seed: int) -> float:
     """Return the two-sided p of the mean under random signs: 100 000 draws, or all of them where that is fewer."""
-    moved = difference[difference != 0]
+    moved = differences[differences != 0]
     if len(moved) == 0:
         return 1.0
+    # Sums that are equal on paper differ by rounding.
     found = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
     if 2 ** len(moved) <= FLIPS:
         signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
         return float((np.abs(signs @ moved) >= found).mean())
-    rng, beyond, step = np.random.default_rng(seed), 0, max(1, 2**22 // len(moved))
-    for first in range(0, FLIPS, step):
-        count = min(step, FLIPS - first)
+
+    rng = np.random.default_rng(seed)
+    in_memory = max(1, 2**22 // len(moved))
+    beyond = 0
+    for first in range(0, FLIPS, in_memory):
+        count = min(in_memory, FLIPS - first)
         signs = rng.integers(2, size=(count, len(moved)), dtype=np.int8) * 2 - 1
         beyond += int((np.abs(signs @ moved) >= found).sum())
     return (1 + beyond) / (1 + FLIPS)
 
 
-def bootstrap_means(difference: np.ndarray, *, seed: int) -> np.ndarray:
+def bootstrap_means(differences: np.ndarray, *, seed: int) -> np.ndarray:
     """Return the means of 10 000 resamples of problems, `(10 000,)`.
 
-    Only how often each value is drawn matters, so the counts of values are drawn, which is the same.
+    Only how often each value is drawn matters, so the counts of values are drawn, which is the same and takes one draw
+    for a resample of problems. A probe needs the means of hundreds of arms; the intervals above take SciPy's bootstrap,
+    one draw for each problem.
     """
-    values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=RESAMPLES)
-    return drawn @ values / len(difference)
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=RESAMPLES)
+    return drawn @ values / len(differences)
 
 
 def benjamini_hochberg(p: Sequence[float]) -> np.ndarray:
@@ -236,10 +240,62 @@ def rocks_against_controls(rocks: Sequence[float], controls: Sequence[float]) ->
     return float(stats.mannwhitneyu(rocks, controls, alternative="two-sided").pvalue)
 
 
-def correlation(effects: Sequence[float], figures: Sequence[float | None]) -> dict[str, float | int] | None:
-    """Return Spearman's correlation of effects with a figure of the tokens where it is known; `None` below three."""
-    pairs = [(effect, figure) for effect, figure in zip(effects, figures, strict=True) if figure is not None]
+def correlation(effects: Sequence[float], values: Sequence[float | None]) -> dict[str, float | int] | None:
+    """Return Spearman's correlation of effects with values of the tokens where they are known; `None` below three."""
+    pairs = [(effect, value) for effect, value in zip(effects, values, strict=True) if value is not None]
     if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
     found = stats.spearmanr(*zip(*pairs, strict=True))
     return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}
+
+
+def _paired_differences(what: str, values: Sequence[float], baseline: Sequence[float]) -> np.ndarray:
+    """Return values less those of a baseline on the same problems, `(N,)`."""
+    if len(values) != len(baseline) or len(values) == 0:
+        raise ValueError(f"{what} needs the same problems, at least one, got {len(values)} and {len(baseline)}.")
+    return np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
+
+
+def _mean_with_interval(
+    values: np.ndarray, *, seed: int, confidence: float
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the mean of values and its bootstrap interval, `None` where all values are equal."""
+    mean = float(values.mean())
+    if np.ptp(values) == 0.0:
+        return mean, None
+    interval = _bootstrap_interval(
+        (values,), np.mean, resamples=RESAMPLES, in_memory=500, seed=seed, confidence=confidence
+    )
+    return mean, interval
+
+
+def _bootstrap_interval(
+    samples: tuple[np.ndarray, ...],
+    statistic: Callable,
+    *,
+    resamples: int,
+    in_memory: int,
+    seed: int,
+    confidence: float,
+) -> tuple[float, float]:
+    """Return the percentile interval of a statistic of samples, `(N,)` each, whose units are drawn together.
+
+    Args:
+        samples (`tuple[np.ndarray, ...]`): What the statistic takes.
+        statistic (`Callable`): Takes the samples and an axis.
+        resamples (`int`): Resamples of units.
+        in_memory (`int`): Resamples in memory at once.
+        seed (`int`): Seed of the resamples.
+        confidence (`float`): Confidence level.
+    """
+    result = stats.bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        n_resamples=resamples,
+        batch=in_memory,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from trl_opd.artefacts.hub import HubError, hub_errors, redact
-from trl_opd.rocks.rock_set import FILE_NAME, Controls, Rock, RockSet
+from trl_opd.artefacts.run_files import ROCK_SET_FILE as FILE_NAME
+from trl_opd.rocks.rock_set import Controls, Rock, RockSet
 
 from tests.helpers.hub_server import LFS_BYTES, TOKEN, WRONG, HubServer
 from tests.helpers.paths import ROOT

@@ -16,10 +16,12 @@ from transformers.trainer import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_opd import AccuracyCallback, Controls, OPDTrainer, RockSet, RolloutSamples, TokenStats
-from trl_opd.artefacts import token_stats
+from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
+from trl_opd.artefacts.run_files import TOKEN_STATS_FILE
+from trl_opd.artefacts.token_stats import COUNTS, SUMS
 from trl_opd.cli import main
 from trl_opd.rocks.rock_set import Rock
-from trl_opd.saving.checkpoints import FILE_NAME, fault
+from trl_opd.saving.checkpoints import fault
 
 from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
 
@@ -210,9 +212,9 @@ def left_behind(folder: Path) -> list[str]:
 
 def _contents(path: Path, resumed: list[int]):
     """Return what a file of a checkpoint holds in a form that compares by value, or its bytes."""
-    if path.name == token_stats.FILE_NAME:  # the order of its header is drawn anew each time
+    if path.name == TOKEN_STATS_FILE:  # the order of its header is drawn anew each time
         stats = TokenStats.load(path)
-        return stats.measure, [_plain(getattr(stats, name)) for name in (*token_stats.COUNTS, *token_stats.SUMS)]
+        return stats.measure, [_plain(getattr(stats, name)) for name in (*COUNTS, *SUMS)]
     if path.name == "trainer_state.json":
         state = json.loads(path.read_text())
         state["log_history"] = _log(state["log_history"], resumed)

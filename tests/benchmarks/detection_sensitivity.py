@@ -22,7 +22,7 @@ from tqdm import tqdm
 from trl_opd.demo.arithmetic import PLANTED_ROCKS
 from trl_opd.demo.arms import load
 from trl_opd.rocks.corpus import Corpus, window_offsets
-from trl_opd.rocks.cutoff import ranked
+from trl_opd.rocks.cutoff import rank_ids
 from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings, threshold
 
@@ -93,7 +93,7 @@ def shares_by_features(world: World, settings: ContextSettings, gammas: tuple[fl
                 scores[kind][place, id] = total[id] * kept
     rocks = world.ids["rock"]
     return {
-        kind: [float(np.isin(ranked(row)[:EACH], rocks).sum() / EACH) for row in found]
+        kind: [float(np.isin(rank_ids(row)[:EACH], rocks).sum() / EACH) for row in found]
         for kind, found in scores.items()
     }
 

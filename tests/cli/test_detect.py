@@ -311,10 +311,10 @@ def with_value(name: str, row: int, value) -> dict:
     ("table", "message"),
     [
         (changed(kl=None), "there must be one column 'kl', it has rollout, position, token_id, prompt"),
-        (changed(token_id=["a"] * 8), "column 'token_id' must be int32, it is string"),
-        (changed(rollout=np.arange(8.0)), "column 'rollout' must be int32, it is double"),
-        (changed(kl=np.arange(8)), "column 'kl' must be float32, it is int64"),
-        (changed(kl_pre=["x"] * 8), "column 'kl_pre' must be float32, it is string"),
+        (changed(token_id=["a"] * 8), "column 'token_id' holds string, not whole numbers"),
+        (changed(rollout=np.arange(8.0)), "column 'rollout' holds double, not whole numbers"),
+        (changed(kl=np.arange(8)), "column 'kl' holds int64, not floating-point numbers"),
+        (changed(kl_pre=["x"] * 8), "column 'kl_pre' holds string, not floating-point numbers"),
         (changed(**with_value("kl", 5, np.nan)), "row 5 has kl nan"),
         (changed(**with_value("kl", 5, np.inf)), "row 5 has kl inf"),
         (changed(**with_value("kl", 5, -0.01)), "row 5 has kl -0.0"),
@@ -341,7 +341,7 @@ def test_a_file_that_cannot_be_is_a_sentence_and_nothing_is_written(table, messa
 
 
 def test_the_row_is_counted_over_batches(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_opd.artefacts.occurrences.BATCH_ROWS", 3)
+    monkeypatch.setattr("trl_opd.artefacts.parquet.BATCH_ROWS", 3)
     for table, message in (
         (changed(**with_value("kl", 7, np.nan)), "row 7 has kl nan"),
         (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) stands twice"),

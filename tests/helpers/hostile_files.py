@@ -23,7 +23,8 @@ from safetensors.torch import save
 
 from trl_opd import RockSet, TokenSignals, TokenStats, detect_rocks, mass_matched_controls, token_weights
 from trl_opd.artefacts.occurrences import MAX_VOCABULARY, PROMPT_SCHEMA, Occurrences, write_occurrences
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME, SCHEMA, join_parts, write_part
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
+from trl_opd.artefacts.sampled_rollouts import SCHEMA, join_parts, write_part
 from trl_opd.artefacts.token_stats import COUNTS, FORMAT, SUMS
 from trl_opd.cli import detect
 from trl_opd.cli.models import make_parser

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_opd import OPDTrainer, RockSet, RolloutSamples
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME, keep_up_to
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
+from trl_opd.artefacts.sampled_rollouts import keep_up_to
 from trl_opd.cli import main
 from trl_opd.report.blocks import Note, Rollouts
 from trl_opd.report.build import write_report

@@ -12,7 +12,7 @@ import pytest
 
 from trl_opd.artefacts.gradient_table import read_gradients
 from trl_opd.artefacts.occurrences import Occurrences
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
 from trl_opd.cli import main
 from trl_opd.report.build import write_report
 from trl_opd.report.contents import read_contents
@@ -71,7 +71,7 @@ CASES = {
     "knockout of others": (lambda folder: break_file(folder, "knockout.json", "{}"), "not the result of a probe"),
     "gradients of others": (
         lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "gradients.parquet"),
-        "gradients.parquet: not a table of `trl-opd gradients`: there must be one column 'count'",
+        "gradients.parquet: there must be one column 'count'",
     ),
     "samples of others": (
         lambda folder: pq.write_table(pa.table({"step": [1], "rollout": [0]}), folder / FILE_NAME),
@@ -124,16 +124,22 @@ def newer(table: pa.Table) -> pa.Table:
 
 SAMPLES = {
     "newer": (newer, "has version 99, and this trl_opd reads up to 1: upgrade it"),
-    "infinite": (lambda table: first(table, "kl", float("inf")), "a row has a kl that is not finite"),
+    "infinite": (lambda table: first(table, "kl", float("inf")), "row 0 has a kl that is not finite"),
     "infinite top": (
         lambda table: first(table, "teacher_top_p", [float("inf")] * 5),
-        "a row has a teacher_top_p that is not finite",
+        "row 0 has a teacher_top_p that is not finite",
     ),
-    "null step": (lambda table: first(table, "step", None), "a row has no step"),
-    "null list": (lambda table: first(table, "student_top_ids", None), "a row has no student_top_ids"),
-    "null in a list": (lambda table: first(table, "student_top_ids", [1, None, 2, 3, 4]), "has no student_top_ids"),
-    "huge id": (lambda table: first(table, "token_id", 2**31 - 1), "a row has a token_id outside of 0..4194303"),
-    "negative step": (lambda table: first(table, "step", -1), "a row has a step outside of 0..2147483647"),
+    "null step": (lambda table: first(table, "step", None), "row 0 has no step"),
+    "null list": (lambda table: first(table, "student_top_ids", None), "row 0 has no student_top_ids"),
+    "null in a list": (
+        lambda table: first(table, "student_top_ids", [1, None, 2, 3, 4]),
+        "row 0 has no student_top_ids",
+    ),
+    "huge id": (
+        lambda table: first(table, "token_id", 2**31 - 1),
+        "row 0 has token_id 2147483647, outside of 0..4194303",
+    ),
+    "negative step": (lambda table: first(table, "step", -1), "row 0 has step -1, outside of 0..2147483647"),
     "prompts in words": (
         lambda table: changed(table, "prompt", ["a"] * len(table), pa.string()),
         "column 'prompt' holds string, not whole numbers",
@@ -165,11 +171,11 @@ COLLECTIONS = {
     "negative position": ("occurrences", lambda table: first(table, "position", -1), "row 0 has position -1"),
     "no kl": ("occurrences", lambda table: first(table, "kl", None), "row 0 has no kl"),
     "newer": ("occurrences", newer, "has version 99"),
-    "infinite entropy": ("occurrences", lambda table: first(table, "entropy", float("inf")), "a row has a entropy"),
+    "infinite entropy": ("occurrences", lambda table: first(table, "entropy", float("inf")), "row 0 has a entropy"),
     "prompts of others": (
         "prompts",
         lambda table: table.drop_columns("token_ids"),
-        "does not hold prompts: there must be one column 'token_ids'",
+        "prompts.parquet: there must be one column 'token_ids'",
     ),
     "prompts in words": (
         "prompts",

@@ -10,7 +10,7 @@ import torch
 from trl_opd import TokenStats
 from trl_opd.report.contents import read_contents
 from trl_opd.report.sections.rocks import find_types
-from trl_opd.report.token_types import TokenTypes, kind_means, of_windows
+from trl_opd.report.token_types import TokenTypes, kind_means, types_of_last_quarter
 from trl_opd.rocks.families import family_of
 
 from tests.helpers.report_folders import make_window
@@ -23,8 +23,8 @@ def test_types_are_those_of_the_last_quarter_and_before_of_the_first_window(run_
     np.testing.assert_array_equal(types.count, windows[3].seen.numpy())
     np.testing.assert_array_equal(types.mean_kl, windows[3].mean_kl.numpy())
     np.testing.assert_array_equal(types.before, windows[0].mean_kl.numpy())
-    assert (types.of, types.of_before) == ("the rollouts of steps 7 to 8", "those of steps 1 to 2")
-    only = of_windows([(8, run_folder / "checkpoint-8" / "token_stats.safetensors")])
+    assert (types.source, types.before_source) == ("the rollouts of steps 7 to 8", "those of steps 1 to 2")
+    only = types_of_last_quarter([(8, run_folder / "checkpoint-8" / "token_stats.safetensors")])
     assert only.before is None
 
 
@@ -43,7 +43,7 @@ def test_the_last_quarter_is_the_sum_of_its_windows(copy):
     assert types.count.tolist() == [4, 0, 3, 5, 0, 0, 0, 0, 0, 0]
     assert (types.mean_kl[0], types.mean_kl[2], types.mean_kl[3]) == (14.0 / 4, 2.0, 0.5)
     assert (types.before[0], types.before[1]) == (8.0, 4.0)
-    assert (types.of, types.of_before) == ("the rollouts of steps 7 to 12", "those of steps 1 to 4")
+    assert (types.source, types.before_source) == ("the rollouts of steps 7 to 12", "those of steps 1 to 4")
     points = kind_means(read_contents(copy).main_run.windows, [0, 2], [3])
     assert points == [(4, 8.0, None, 4.0), (6, 9.0, None, None), (10, 2.0, 0.5, None), (12, 3.0, None, None)]
 

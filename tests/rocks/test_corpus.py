@@ -3,7 +3,7 @@
 import numpy as np
 
 from trl_opd.artefacts.occurrences import Occurrences, write_occurrences
-from trl_opd.rocks.corpus import halves, read_selection
+from trl_opd.rocks.corpus import read_selection, split_units
 
 from tests.helpers.occurrence_columns import columns
 
@@ -13,9 +13,9 @@ def test_halves_go_by_prompts_and_by_rollouts_without_them(tmp_path):
     good["prompt"] = np.array([7, 7, 7, 7, 3, 3, 9, 9])
     write_occurrences(tmp_path / "a.parquet", good, {})
     file = Occurrences(tmp_path / "a.parquet")
-    assert [half.tolist() for half in halves(file)] == [[3, 9], [7]]
-    assert read_selection(file, halves(file)[0]).rollout.tolist() == [2, 2, 3, 3]
+    assert [half.tolist() for half in split_units(file)] == [[3, 9], [7]]
+    assert read_selection(file, split_units(file)[0]).rollout.tolist() == [2, 2, 3, 3]
     del good["prompt"]
     write_occurrences(tmp_path / "b.parquet", good, {})
     file = Occurrences(tmp_path / "b.parquet")
-    assert [half.tolist() for half in halves(file)] == [[0, 2], [1, 3]]
+    assert [half.tolist() for half in split_units(file)] == [[0, 2], [1, 3]]

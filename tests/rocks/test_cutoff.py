@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trl_opd.rocks.corpus import Corpus
-from trl_opd.rocks.cutoff import jaccard, ranked, sweep_cutoffs
+from trl_opd.rocks.cutoff import jaccard, rank_ids, sweep_cutoffs
 
 
 def steep_world(types: int, rollouts: int, length: int = 40, seed: int = 0) -> Corpus:
@@ -25,9 +25,9 @@ def total(corpora) -> np.ndarray:
 
 
 def test_ranks_go_by_score_and_ties_by_id_and_zero_is_no_rank():
-    assert ranked(np.array([0.0, 2.0, 3.0, 2.0, -1.0])).tolist() == [2, 1, 3]
+    assert rank_ids(np.array([0.0, 2.0, 3.0, 2.0, -1.0])).tolist() == [2, 1, 3]
     many = np.where(np.arange(5000) % 3, 1.0, 2.0)
-    assert ranked(many).tolist() == [*range(0, 5000, 3), *(id for id in range(5000) if id % 3)]
+    assert rank_ids(many).tolist() == [*range(0, 5000, 3), *(id for id in range(5000) if id % 3)]
     assert jaccard(np.array([1, 2, 3]), np.array([2, 3, 4])) == 0.5
     assert jaccard(np.array([]), np.array([])) == 0.0
 

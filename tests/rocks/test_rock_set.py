@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_opd import Controls, Rock, RockSet
 from trl_opd.artefacts.fingerprint import fingerprint
-from trl_opd.rocks.rock_set import FILE_NAME, MAX_BYTES
+from trl_opd.artefacts.run_files import ROCK_SET_FILE as FILE_NAME
+from trl_opd.rocks.rock_set import MAX_BYTES
 
 from tests.helpers.full_disk import full_disk
 from tests.helpers.rock_sets import FILE
@@ -55,7 +56,7 @@ def refused(path) -> str:
     assert len(message) < len(str(path)) + 300
     start = f"{path}: not a rock set: "
     assert message.startswith(start)
-    return message.removeprefix(start)
+    return message.removeprefix(start).removesuffix(".")
 
 
 # Round trip

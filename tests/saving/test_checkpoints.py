@@ -19,10 +19,11 @@ from trl.trainer.utils import RepeatSampler
 from trl_opd import OPDTrainer
 from trl_opd.artefacts import atomic as files
 from trl_opd.artefacts.hub import HubError
+from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
 from trl_opd.cli import main
 from trl_opd.rollouts.data_order import EpochRepeatSampler
 from trl_opd.saving import checkpoints
-from trl_opd.saving.checkpoints import FILE_NAME, fault, resolve
+from trl_opd.saving.checkpoints import fault, resolve
 
 from tests.benchmarks.crash_runs import write_world
 from tests.helpers.command_line import flags

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from trl import DistillationTrainer
 
 from trl_opd import OPDTrainer, RolloutSamples
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME, PARTS, SCHEMA, files_of, read_metadata
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
+from trl_opd.artefacts.sampled_rollouts import PARTS, SCHEMA, find_sample_files, read_metadata
 from trl_opd.training.callbacks import OPDCallback
 
 from tests.helpers.rock_sets import rock_file
@@ -155,7 +156,8 @@ def test_a_run_that_was_interrupted_and_resumed_has_every_step_once(tokenizer, t
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert not (tmp_path / "broken" / FILE_NAME).exists()
-    assert [path.name for path in files_of(tmp_path / "broken")] == [f"step-{step}.parquet" for step in range(1, 6)]
+    parts = find_sample_files(tmp_path / "broken")
+    assert [path.name for path in parts] == [f"step-{step}.parquet" for step in range(1, 6)]
     resumed = build(tokenizer, tmp_path / "broken", RolloutSamples(2), **settings)
     resumed.train(resume_from_checkpoint=True)
     files = [pq.read_table(tmp_path / name / FILE_NAME) for name in ("whole", "broken")]

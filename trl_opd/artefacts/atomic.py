@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # Transformers leaves files whose name begins so out of what it pushes.
@@ -32,6 +34,18 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears under its name only when it is complete.
+
+    Raises:
+        `ValueError`: if a number is not finite.
+        `OSError`: if it cannot be written.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with complete_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""gradients.parquet: a row for each token type of a gradient study, written and read back with checks."""
+"""gradients.parquet: a row for each token type of a gradient study, written, and read back with checks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .atomic import complete_file
-from .parquet import open_parquet
+from .parquet import column_type, open_parquet, read_table
 
+# Group of token types -> how a table names it.
 GROUPS = {"rock": "rocks", "rare": "rare, high KL", "random": "random rest"}
-
-
 # Column -> its head in the table of groups.
 MEDIANS = {
     "count": "n",
@@ -27,11 +26,13 @@ MEDIANS = {
     "cos_balanced_without": "cos, less own",
     "cos_matched": "cos, equal n",
 }
+# Columns of numbers that every table has.
+NUMBERS = (*MEDIANS, "mean_kl")
 
 
 @dataclass(frozen=True)
 class Study:
-    """Figures of the types, `(T,)` each, by column; `group`, `token_id` and `mean_kl` among them.
+    """What was measured of token types, `(T,)` each, by column; `group`, `token_id` and `mean_kl` among them.
 
     Args:
         columns (`dict[str, np.ndarray]`): The table.
@@ -44,7 +45,7 @@ class Study:
     has_early: bool
 
     def of(self, group: str, name: str) -> np.ndarray:
-        """Return the finite figures of a group's types."""
+        """Return the finite values of a column for the types of a group."""
         values = self.columns[name][self.columns["group"] == group]
         return values[np.isfinite(values)]
 
@@ -65,43 +66,30 @@ def write_table(found: Study, tokenizer, path: str | os.PathLike) -> None:
         pq.write_table(pa.table(arrays), part, compression="zstd")
 
 
-NUMBERS = (
-    "count",
-    "norm",
-    "norm_unbiased",
-    "norm_matched",
-    "cos_balanced",
-    "cos_balanced_without",
-    "cos_matched",
-    "mean_kl",
-)
-
-
 def read_gradients(path: Path) -> Study:
     """Return the gradient study of a file.
 
     Raises:
         `ValueError`: if it is no whole table of `trl-opd gradients`.
+        `OSError`: if there is no such file.
     """
+    schema = open_parquet(path).schema_arrow
+    has_early = "mean_kl_early" in schema.names
+    numbers = [*NUMBERS, "mean_kl_early"] if has_early else list(NUMBERS)
+    types = {name: column_type(path, schema, name) for name in [*numbers, "group"]}
+    if pa.types.is_nested(types["group"]):
+        raise ValueError(f"{path}: column 'group' holds {types['group']}, not texts.")
+
+    # As a dictionary a text that stands in many rows is in memory once.
+    table = read_table(path, open_parquet(path, read_dictionary=["group"]), [*numbers, "group"])
     try:
-        schema = open_parquet(path).schema_arrow
-        has_early = "mean_kl_early" in schema.names
-        wanted = [*NUMBERS, "group", *(["mean_kl_early"] if has_early else [])]
-        if missing := [name for name in wanted if schema.names.count(name) != 1]:
-            raise ValueError(f"{path}: not a table of `trl-opd gradients`: there must be one column {missing[0]!r}.")
-        if pa.types.is_nested(kind := schema.field("group").type):
-            raise ValueError(f"{path}: not a table of `trl-opd gradients`: column 'group' holds {kind}, not texts.")
-        # As a dictionary a text that stands in many rows is in memory once.
-        table = open_parquet(path, read_dictionary=["group"]).read(wanted, use_threads=False)
-        table.validate(full=True)
-        columns = {name: table.column(name).to_numpy() for name in wanted if name != "group"}
-        columns = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        columns = {name: np.asarray(table.column(name).to_numpy(), dtype=np.float64) for name in numbers}
         groups = table.column("group").to_pylist()
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file of gradients: {error}") from error
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a table of `trl-opd gradients`: {error}") from error
     if not groups or not all(isinstance(group, str) and group in GROUPS for group in groups):
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: its groups are not {', '.join(GROUPS)}.")
-    columns["group"] = np.array(groups, dtype=object)
     if not (columns["count"] >= 1).all():
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: a count is below 1.")
-    return Study(columns, 0, has_early)
+    columns["group"] = np.array(groups, dtype=object)
+    return Study(columns, matched=0, has_early=has_early)

@@ -1,12 +1,61 @@
-"""Checks of values that come from outside: each names the field, the value found and what was expected."""
+"""JSON that comes from outside: read with its format and version checked, then value by value.
+
+An error of a value names the field, the value found and what was expected; an error of a file names the file, too.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 Check = Callable[[Any, str], None]
+
+
+def read_json(
+    path: Path, what: str, *, format: str | None, version: int, max_bytes: int, made_by: str | None = None
+) -> dict[str, Any]:
+    """Return the object in a JSON file of a known format and version, whose numbers are all finite.
+
+    Args:
+        path (`Path`): The file.
+        what (`str`): What it should be, for errors: "a rock set".
+        format (`str`, *optional*): Its `format`; `None` for a file that names none.
+        version (`int`): Its `version`.
+        max_bytes (`int`): A larger file is refused before it fills the memory.
+        made_by (`str`, *optional*): Command that makes such a file, for errors.
+
+    Raises:
+        `ValueError`: if the file is none, with the file and the reason.
+        `OSError`: if there is no such file.
+    """
+    with name_file_in_errors(path, what):
+        if (size := path.stat().st_size) > max_bytes:
+            raise ValueError(f"{size} bytes, at most {max_bytes} are read")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
+        if format is None and not isinstance(content, dict):
+            raise ValueError("it is not an object")
+        if format is not None and not (isinstance(content, dict) and content.get("format") == format):
+            hint = "" if made_by is None else f"; `{made_by}` makes one"
+            raise ValueError(f'its "format" is not "{format}"{hint}')
+        found = content.get("version")
+        if found is True or found != version:
+            raise ValueError(f"version {short(found)}, this trl_opd reads version {version}: upgrade it")
+        return content
+
+
+@contextmanager
+def name_file_in_errors(path: Path, what: str) -> Iterator[None]:
+    """Begin the text of a `ValueError` with the file that it is of, and what that should be."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path}: not {what}: {reason}.") from error
 
 
 def section(content: dict, name: str, kinds: Mapping[str, Check], null: bool = False) -> dict[str, Any]:

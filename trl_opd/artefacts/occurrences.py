@@ -9,7 +9,6 @@ A rollout "So 3" of prompt 0 whose second token was frozen, and so not measured,
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .atomic import complete_file
-from .parquet import open_parquet
+from .parquet import (
+    column_type,
+    first_null,
+    open_parquet,
+    read_batches,
+    read_metadata,
+    read_table,
+    require_float_type,
+    require_whole_type,
+    whole_numbers,
+    with_metadata,
+)
 
-METADATA_KEY, VERSION = "trl_opd", 1
+VERSION = 1
 SCHEMA = pa.schema(
     [
         ("rollout", pa.int32()),
@@ -44,8 +54,8 @@ MAX_VOCABULARY = 2**22
 LEAST_KL = -1e-4
 # Above the context of every model.
 MOST_OF_A_PROMPT = 2**20
-# Rows and bytes that a reader has in memory at once, of each column.
-BATCH_ROWS, PAGE_BYTES = 32_768, 2**17
+# Bytes that a reader has in memory at once, of each column.
+PAGE_BYTES = 2**17
 
 
 def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], metadata: dict[str, Any]) -> None:
@@ -58,7 +68,7 @@ def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], 
     """
     fields = [field for field in SCHEMA if field.name in columns]
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in fields]
-    table = pa.Table.from_arrays(arrays, schema=_with_metadata(pa.schema(fields), metadata))
+    table = pa.Table.from_arrays(arrays, schema=with_metadata(pa.schema(fields), metadata, version=VERSION))
     with complete_file(path) as part:
         pq.write_table(table, part, compression="zstd", data_page_size=PAGE_BYTES)
 
@@ -66,17 +76,14 @@ def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], 
 def join_files(parts: Sequence[Path], path: str | os.PathLike, metadata: dict[str, Any] | None = None) -> None:
     """Write the rows of Parquet files of one schema to one file, a part at a time."""
     schema = pq.read_schema(parts[0])
-    schema = schema if metadata is None else _with_metadata(schema, metadata)
+    if metadata is not None:
+        schema = with_metadata(schema, metadata, version=VERSION)
     with (
         complete_file(path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd", data_page_size=PAGE_BYTES) as writer,
     ):
         for part in parts:
             writer.write_table(pq.read_table(part).cast(schema))
-
-
-def _with_metadata(schema: pa.Schema, metadata: dict[str, Any]) -> pa.Schema:
-    return schema.with_metadata({METADATA_KEY: json.dumps({"version": VERSION} | metadata, allow_nan=False)})
 
 
 def read_prompts(path: str | os.PathLike) -> Callable[[int], list[int] | None]:
@@ -86,20 +93,13 @@ def read_prompts(path: str | os.PathLike) -> Callable[[int], list[int] | None]:
         `ValueError`: if the file holds no prompts.
         `OSError`: if there is no such file.
     """
+    path = Path(path)
     file = open_parquet(path)
-    names = file.schema_arrow.names
-    if missing := [name for name in ("prompt", "token_ids") if names.count(name) != 1]:
-        raise ValueError(f"{path} does not hold prompts: there must be one column {missing[0]!r}.")
-    kind, lists = (file.schema_arrow.field(name).type for name in ("prompt", "token_ids"))
-    if not pa.types.is_integer(kind):
-        raise ValueError(f"{path}: column 'prompt' holds {kind}, not whole numbers.")
+    prompts, lists = (column_type(path, file.schema_arrow, name) for name in ("prompt", "token_ids"))
+    require_whole_type(path, "prompt", prompts)
     if not pa.types.is_list(lists) or not pa.types.is_integer(lists.value_type):
         raise ValueError(f"{path}: column 'token_ids' must hold lists of whole numbers, it holds {lists}.")
-    try:
-        table = file.read(["prompt", "token_ids"], use_threads=False)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is cut or damaged: {error}") from error
+    table = read_table(path, file, ["prompt", "token_ids"])
     longest = pc.max(pc.list_value_length(table["token_ids"])).as_py() or 0
     if longest > MOST_OF_A_PROMPT:
         raise ValueError(f"{path} holds a prompt of {longest} tokens, at most {MOST_OF_A_PROMPT} are read.")
@@ -128,7 +128,7 @@ class Occurrences:
         self._file = open_parquet(self.path)
         schema = self._file.schema_arrow
         self._check_columns(schema)
-        self.metadata = self._read_metadata(schema)
+        self.metadata = read_metadata(self.path, schema, version=VERSION)
         self.rows = self._file.metadata.num_rows
         if self.rows == 0:
             raise ValueError(f"{path} has no rows.")
@@ -165,64 +165,30 @@ class Occurrences:
 
     def _raw_batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         rows = 0
-        try:
-            for batch in self._file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
-                rows += batch.num_rows
-                yield batch
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path} is cut or damaged: {error}") from error
+        for batch in read_batches(self.path, self._file, names):
+            rows += batch.num_rows
+            yield batch
         if rows != self.rows:  # Arrow ends in silence where a column does
             raise ValueError(f"{self.path} is cut or damaged: {rows} of {self.rows} rows can be read.")
 
     def _check_columns(self, schema: pa.Schema) -> None:
-        for name in (*REQUIRED, *OPTIONAL):
-            count = schema.names.count(name)
-            if count == 0 and name in OPTIONAL:
-                continue
-            if count != 1:
-                found = f"it has {', '.join(schema.names) or 'none':.200}" if count == 0 else "it stands there twice"
-                raise ValueError(f"{self.path}: there must be one column {name!r}, {found}.")
-            kind, is_number = schema.field(name).type, name.startswith("kl")
-            if not (pa.types.is_floating(kind) if is_number else pa.types.is_integer(kind)):
-                wanted = "float32" if is_number else "int32"
-                raise ValueError(f"{self.path}: column {name!r} must be {wanted}, it is {kind}.")
-
-    def _read_metadata(self, schema: pa.Schema) -> dict[str, Any]:
-        text = (schema.metadata or {}).get(METADATA_KEY.encode())
-        if text is None:
-            return {}
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}: its metadata {METADATA_KEY!r} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.path}: its metadata {METADATA_KEY!r} is not an object.")
-        version = content.get("version", VERSION)
-        if not isinstance(version, int) or version > VERSION:
-            raise ValueError(
-                f"{self.path} has version {version!r:.40}, and this trl_opd reads up to {VERSION}: upgrade it."
-            )
-        return content
+        present = [name for name in OPTIONAL if name in schema.names]
+        for name in (*REQUIRED, *present):
+            found = column_type(self.path, schema, name)
+            if name.startswith("kl"):
+                require_float_type(self.path, name, found)
+            else:
+                require_whole_type(self.path, name, found)
 
     def _whole_numbers(self, batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
-        column = batch.column(batch.schema.names.index(name))
-        if column.null_count:
-            row = int(np.argmin(column.is_valid().to_numpy(zero_copy_only=False)))
-            raise ValueError(f"{self.path}: row {first + row} has no {name}.")
-        values = column.to_numpy(zero_copy_only=False)
         limit = MAX_VOCABULARY if name == "token_id" else 2**31
-        wrong = (values < 0) | (values >= limit)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise ValueError(f"{self.path}: row {first + row} has {name} {values[row]}, outside of 0..{limit - 1}.")
-        return values.astype(np.int32, copy=False)
+        return whole_numbers(self.path, name, batch.column(name), limit=limit, first_row=first)
 
     def _divergences(self, batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
-        column = batch.column(batch.schema.names.index(name))
-        if column.null_count:
-            row = int(np.argmin(column.is_valid().to_numpy(zero_copy_only=False)))
+        column = batch.column(name)
+        if (place := first_null(column)) is not None:
             raise ValueError(
-                f"{self.path}: row {first + row} has no {name}: the position was not measured (frozen in training?). "
+                f"{self.path}: row {first + place} has no {name}: the position was not measured (frozen in training?). "
                 "Collect the rollouts with `trl-opd collect`."
             )
         values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)

@@ -1,19 +1,26 @@
-"""Parquet files of others, opened with care: damage, and what unfolds far beyond its size, is told before it is read.
+"""Parquet files that come from outside: opened with care, read in batches, and checked column by column.
 
-The structures of a file are read here, too: pyarrow believes the sizes that stand in its pages and footer, and ends the
-process at metadata that are damaged.
+Damage, and what unfolds far beyond its size, is an error before anything is read. For that the structures of a file are
+read here: pyarrow believes the sizes in its pages and footer, and ends the process at metadata that are damaged.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+# Key of what a file of this package says of itself, as JSON.
+METADATA_KEY = "trl_opd"
+# Rows that a reader has in memory at once.
+BATCH_ROWS = 32_768
 # A Parquet file may unfold to this many bytes, and to so many times its size: what was measured is a few times smaller
 # in a file, and a kilobyte of equal values can be a gigabyte of memory.
 MOST_UNFOLDED, MOST_TIMES = 2**28, 64
@@ -53,6 +60,126 @@ def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
             "often, and it is not read."
         )
     return file
+
+
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any], *, version: int) -> pa.Schema:
+    """Return a schema with what its file says of itself, and with the version of its format."""
+    content = {"version": version} | dict(metadata)
+    return schema.with_metadata({METADATA_KEY: json.dumps(content, allow_nan=False)})
+
+
+def read_metadata(path: Path, schema: pa.Schema, *, version: int) -> dict[str, Any]:
+    """Return what a file says of itself; empty when another program wrote it.
+
+    Args:
+        path (`Path`): The file, for errors.
+        schema (`pyarrow.Schema`): Its schema.
+        version (`int`): The newest version of its format that is known.
+
+    Raises:
+        `ValueError`: if it is no JSON object, or of a newer version.
+    """
+    text = (schema.metadata or {}).get(METADATA_KEY.encode())
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata {METADATA_KEY!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: its metadata {METADATA_KEY!r} is not an object.")
+    found = content.get("version", version)
+    if not isinstance(found, int) or found > version:
+        raise ValueError(f"{path} has version {found!r:.40}, and this trl_opd reads up to {version}: upgrade it.")
+    return content
+
+
+def column_type(path: Path, schema: pa.Schema, name: str) -> pa.DataType:
+    """Return the type of the one column of a name.
+
+    Raises:
+        `ValueError`: if there is none, or more than one.
+    """
+    count = schema.names.count(name)
+    if count == 1:
+        return schema.field(name).type
+    found = "it stands there twice" if count else f"it has {', '.join(schema.names) or 'none':.200}"
+    raise ValueError(f"{path}: there must be one column {name!r}, {found}.")
+
+
+def require_whole_type(path: Path, name: str, found: pa.DataType) -> None:
+    """Raise `ValueError` unless the type of a column is one of whole numbers."""
+    if not pa.types.is_integer(found):
+        raise ValueError(f"{path}: column {name!r} holds {found}, not whole numbers.")
+
+
+def require_float_type(path: Path, name: str, found: pa.DataType) -> None:
+    """Raise `ValueError` unless the type of a column is one of floating-point numbers."""
+    if not pa.types.is_floating(found):
+        raise ValueError(f"{path}: column {name!r} holds {found}, not floating-point numbers.")
+
+
+def read_table(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
+    """Return columns of a file as a whole.
+
+    Raises:
+        `ValueError`: if it is cut or damaged.
+    """
+    try:
+        table = file.read(list(names), use_threads=False)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is cut or damaged: {error}") from error
+    return table
+
+
+def read_batches(
+    path: Path, file: pq.ParquetFile, names: Sequence[str], *, row_groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a file in batches of rows, of some of its row groups where these are given.
+
+    Raises:
+        `ValueError`: if it is cut or damaged.
+    """
+    try:
+        yield from file.iter_batches(BATCH_ROWS, row_groups=row_groups, columns=list(names), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is cut or damaged: {error}") from error
+
+
+def first_null(column: pa.Array | pa.ChunkedArray) -> int | None:
+    """Return the place of the first null of a column, `None` without one."""
+    if not column.null_count:
+        return None
+    is_known = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+    return int(np.argmin(is_known))
+
+
+def whole_numbers(
+    path: Path, name: str, column: pa.Array | pa.ChunkedArray, *, limit: int, first_row: int = 0, per_row: int = 1
+) -> np.ndarray:
+    """Return the values of a column of whole numbers, int32, shape `(n,)`.
+
+    Args:
+        path (`Path`): The file, for errors.
+        name (`str`): The column, for errors.
+        column (`pyarrow.Array` or `pyarrow.ChunkedArray`): Some of its values, in order.
+        limit (`int`): Above every value, at most 2**31; the least is 0.
+        first_row (`int`, *optional*, defaults to `0`): Row of the first value in the file.
+        per_row (`int`, *optional*, defaults to `1`): Values of a row, for a column of lists.
+
+    Raises:
+        `ValueError`: naming the row (counted from 0) for a null, and for a value outside of 0..limit - 1.
+    """
+    if (place := first_null(column)) is not None:
+        raise ValueError(f"{path}: row {first_row + place // per_row} has no {name}.")
+    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    wrong = (values < 0) | (values >= limit)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        row = first_row + place // per_row
+        raise ValueError(f"{path}: row {row} has {name} {values[place]}, outside of 0..{limit - 1}.")
+    return values.astype(np.int32, copy=False)
 
 
 def _reason(error: Exception) -> str:

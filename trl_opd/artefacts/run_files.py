@@ -1,23 +1,83 @@
-"""The JSON files that a report is made of; they come from outside, and are checked before use."""
+"""What lies in a folder of a run or a study: the names of its files, its checkpoints, and its JSON results, checked.
+
+Nothing here needs torch, so that every module, also of the command line, can take a name from here.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
 from . import json_checks
 
+# Files of a training run, in its output folder.
+RUN_FILE = "opd_run.json"
+ROLLOUT_SAMPLES_FILE = "rollout_samples.parquet"
+# With `save_occurrences` a file of each of its steps lies in this folder.
+OCCURRENCES_FOLDER = "occurrences"
+CARD_FILE = "README.md"
+# In the output folder for the whole run, in every checkpoint for the steps since the one before.
+TOKEN_STATS_FILE = "token_stats.safetensors"
+# In every checkpoint, its last file: the names and sizes of the others.
+MANIFEST_FILE = "opd_complete.json"
+# Files of the studies, and of what they read.
+OCCURRENCES_FILE = "occurrences.parquet"
+PROMPTS_FILE = "prompts.parquet"
+ROCK_SET_FILE = "rock_set.json"
+KNOCKOUT_FILE = "knockout.json"
+GRADIENTS_FILE = "gradients.parquet"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+# Written by transformers with every tokenizer.
+TOKENIZER_FILE = "tokenizer_config.json"
+
+RUN_FORMAT = "trl_opd.run"
+RUN_VERSION = 1
+KNOCKOUT_FORMAT = "trl_opd.knockout"
+KNOCKOUT_VERSION = 1
+SUMMARY_VERSION = 1
 # A hundred thousand lines of a log; a larger file is a mistake, and is refused before it fills the memory.
 MAX_BYTES = 100 * 2**20
-RUN_FORMAT, KNOCKOUT_FORMAT = "trl_opd.run", "trl_opd.knockout"
-RUN_FILE, SUMMARY_FILE, KNOCKOUT_FILE = "opd_run.json", "summary.json", "knockout.json"
 KINDS = ("rock", "control", "other", "rocks", "controls")
 LABELS = ("pillar", "stumbling", "neutral")
 
+# transformers names the folder of a checkpoint by its step.
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STEP_PART = re.compile(r"step-(\d+)\.parquet")
+
 Log = list[dict[str, float]]
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a folder that is named as a checkpoint, `None` for another folder."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return None if match is None else int(match[1])
+
+
+def find_checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a run's folder with their steps, in order of the steps."""
+    found = []
+    for folder in run_folder.glob("checkpoint-*"):
+        step = checkpoint_step(folder)
+        if step is not None and folder.is_dir():
+            found.append((step, folder))
+    return sorted(found)
+
+
+def step_part(folder: Path, step: int) -> Path:
+    """Return the path of the part that holds one step of a table which is written step by step."""
+    return folder / f"step-{step}.parquet"
+
+
+def find_step_parts(folder: Path) -> list[tuple[int, Path]]:
+    """Return the parts in a folder with their steps, in order of the steps."""
+    found = []
+    for path in folder.glob("step-*.parquet"):
+        match = _STEP_PART.fullmatch(path.name)
+        if match is not None:
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -26,8 +86,9 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if the file is none, with the file and the reason.
     """
-    content = _read(path, RUN_FORMAT, "the record of a run")
-    with _named(path, "the record of a run"):
+    what = "the record of a run"
+    content = json_checks.read_json(path, what, format=RUN_FORMAT, version=RUN_VERSION, max_bytes=MAX_BYTES)
+    with json_checks.name_file_in_errors(path, what):
         for name in ("student", "teacher", "dataset", "versions", "hardware", "arguments", "measure"):
             json_checks.section(content, name, {})
         for name in ("command", "started", "written"):
@@ -49,8 +110,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if the file is none, with the file and the reason.
     """
-    content = _read(path, None, "the summary of a demo")
-    with _named(path, "the summary of a demo"):
+    what = "the summary of a demo"
+    content = json_checks.read_json(path, what, format=None, version=SUMMARY_VERSION, max_bytes=MAX_BYTES)
+    with json_checks.name_file_in_errors(path, what):
         json_checks.require(content, {"task": json_checks.text, "eval_problems": json_checks.whole}, "summary")
         for name in ("start", "teacher"):
             json_checks.section(content, name, {"accuracy": json_checks.number})
@@ -75,8 +137,9 @@ def read_knockout(path: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if the file is none, with the file and the reason.
     """
-    content = _read(path, KNOCKOUT_FORMAT, "the result of a probe")
-    with _named(path, "the result of a probe"):
+    what = "the result of a probe"
+    content = json_checks.read_json(path, what, format=KNOCKOUT_FORMAT, version=KNOCKOUT_VERSION, max_bytes=MAX_BYTES)
+    with json_checks.name_file_in_errors(path, what):
         kinds = {"problems": json_checks.whole, "discordance": json_checks.number, "minimal_effect": json_checks.number}
         json_checks.require(content, kinds, "knockout")
         _interval(json_checks.section(content, "baseline", {"reward": json_checks.number}).get("ci95"), "baseline.ci95")
@@ -132,28 +195,3 @@ def _log_line(line: Any, place: int) -> dict[str, float]:
             json_checks.number(value, f"log[{place}].{name}")
             numbers[name] = value
     return numbers
-
-
-def _read(path: Path, format: str | None, what: str) -> dict[str, Any]:
-    with _named(path, what):
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=json_checks.refuse_constant, parse_float=json_checks.finite
-        )
-        if not isinstance(content, dict) or (format is not None and content.get("format") != format):
-            raise ValueError("it is not an object" if format is None else f'its "format" is not "{format}"')
-        if content.get("version") is True or content.get("version") != 1:
-            version = json_checks.short(content.get("version"))
-            raise ValueError(f"version {version}, this trl_opd reads version 1: upgrade it")
-    return content
-
-
-@contextmanager
-def _named(path: Path, what: str) -> Iterator[None]:
-    """Say of an error which file it is of, and what that should be."""
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path}: not {what}: {reason}.") from error

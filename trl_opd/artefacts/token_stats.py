@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..loss.signals import TokenSignals
 from .atomic import complete_file
+from .run_files import TOKEN_STATS_FILE
+
+if TYPE_CHECKING:
+    from ..loss.signals import TokenSignals
 
 FORMAT = "trl_opd.token_stats"
 VERSION = 1
-FILE_NAME = "token_stats.safetensors"
 COUNTS, SUMS = ("seen", "count"), ("kl_sum", "kl_sq_sum", "entropy_sum")
 # Ten times the statistics of a vocabulary of 262 144: a larger file is a mistake.
 MAX_BYTES = 100 * 2**20
+# Windows that end after this share of a run are its last quarter.
+LAST_QUARTER = 0.75
 
 
 class TokenStats:
@@ -147,7 +151,7 @@ class TokenStats:
         """
         path = Path(path)
         if path.is_dir():
-            path = path / FILE_NAME
+            path = path / TOKEN_STATS_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"There are no token statistics at {path}; a run with token_statistics=True writes them into its "
@@ -159,6 +163,53 @@ class TokenStats:
             return _read(path)
         except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not token statistics: {str(error) or type(error).__name__:.250}") from error
+
+
+def merge_last_quarter(windows: Sequence[tuple[int, Path]]) -> tuple[TokenStats, int]:
+    """Return the statistics of the last quarter of a run, and the step after which it begins.
+
+    Windows of 10 steps to step 80 give those of steps 61 to 80, and 60.
+
+    Args:
+        windows (`Sequence[tuple[int, Path]]`): Last step and file of each window, in order, at least one.
+
+    Raises:
+        `ValueError`: if a file holds no statistics, or those of another measure than the last one.
+        `OSError`: if there is no such file.
+    """
+    end, last_path = windows[-1]
+    merged = TokenStats.load(last_path).copy()
+    first = len(windows) - 1
+    for place, (step, path) in enumerate(windows[:-1]):
+        if step > LAST_QUARTER * end:
+            first = min(first, place)
+            merged.merge(load_matching(path, merged))
+    start = windows[first - 1][0] if first > 0 else 0
+    return merged, start
+
+
+def load_matching(path: Path, last: TokenStats, *, ignore: tuple[str, ...] = ()) -> TokenStats:
+    """Return the statistics of a window of a run, which measured what the last window did.
+
+    Args:
+        path (`Path`): File of the window.
+        last (`TokenStats`): Statistics of the last window.
+        ignore (`tuple[str, ...]`, *optional*): Keys of the measure that may differ.
+
+    Raises:
+        `ValueError`: if it holds no statistics, or those of another measure or vocabulary.
+        `OSError`: if there is no such file.
+    """
+    stats = TokenStats.load(path)
+    try:
+        require_same_measure(stats.measure, last.measure, ignore=ignore)
+    except ValueError as error:
+        raise ValueError(f"{path} and the last checkpoint's: {error}") from error
+    if stats.vocab_size != last.vocab_size:
+        raise ValueError(
+            f"{path} is of {stats.vocab_size} vocabulary entries, the last checkpoint's of {last.vocab_size}."
+        )
+    return stats
 
 
 def require_same_measure(first: Mapping[str, Any], second: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> None:

@@ -137,13 +137,13 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
 
 def format_summary(summary: CollectionSummary, folder: Path) -> str:
     """Return the lines that end a collection."""
-    from ..studies.collect import OCCURRENCES
+    from ..artefacts.run_files import OCCURRENCES_FILE
 
     before = "" if summary.mean_kl_pre is None else f", {summary.mean_kl_pre:.4f} before the distillation"
     return (
         f"Collected {summary.rollouts} rollouts of {summary.prompts} prompts, {summary.tokens} tokens; mean divergence "
         f"{summary.mean_kl:.4f} nats per token{before} (no interval).\n"
-        f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES}` finds the rocks."
+        f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES_FILE}` finds the rocks."
     )
 
 

@@ -52,8 +52,8 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # TRL sends telemetry on construction otherwise
     from trl import TrlParser
 
+    from ..artefacts.run_files import REPORT_FILE
     from ..demo.run import ARMS, run_demo
-    from ..saving.student import REPORT
 
     parser = TrlParser((DemoArguments,), prog="trl-opd demo")
     (args,) = parse(parser, argv)
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> None:
     lines = format_summary(summary)
     lines += notes
     lines.append(f"Students, rock_set.json, summary.json and plots are in {output_dir}")
-    lines.append(f"Open {output_dir / REPORT} in a browser: the report")
+    lines.append(f"Open {output_dir / REPORT_FILE} in a browser: the report")
     print("\n".join(lines))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artefacts.run_files import ROCK_SET_FILE
 from .options import format_options, options_of
 from .parsing import parse
 
@@ -27,7 +28,7 @@ class DetectArguments:
     """Arguments of `trl-opd detect` beside the file of occurrences."""
 
     output: str = field(
-        default="rock_set.json",
+        default=ROCK_SET_FILE,
         metadata={
             "metavar": "FILE",
             "help": "The rock set. With --top_k auto a plot of the sweep is written beside it.",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artefacts.run_files import GRADIENTS_FILE, PROMPTS_FILE
 from .options import format_options, options_of
 from .parsing import parse
 
@@ -39,7 +40,7 @@ class GradientArguments:
         metadata={"metavar": "N", "help": "Largest number of rare types of high divergence."},
     )
     output: str = field(
-        default="gradients.parquet",
+        default=GRADIENTS_FILE,
         metadata={"metavar": "FILE", "help": "The result: a row for each type. A plot is written beside it."},
     )
 
@@ -82,7 +83,6 @@ def run(argv: list[str]) -> None:
     from ..artefacts.occurrences import Occurrences
     from ..report.plots.canvas import save_png
     from ..report.plots.evidence import plot_gradients
-    from ..studies.collect import PROMPTS
     from ..studies.gradient_study import study_gradients
     from ..studies.gradients import read_rollouts
     from .models import make_trainer
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> None:
     require_writable(output)
     late = Occurrences(path)
     early = None if own.early is None else Occurrences(own.early)
-    rollouts = read_rollouts(late, path.with_name(PROMPTS))
+    rollouts = read_rollouts(late, path.with_name(PROMPTS_FILE))
     trainer = make_trainer(_no_prompts(), args, model_args)[0]
     found = study_gradients(
         trainer.model_pair,

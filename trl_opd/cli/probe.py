@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artefacts.run_files import KNOCKOUT_FILE
 from .options import format_options, options_of
 from .parsing import parse
 
@@ -118,7 +119,7 @@ class ProbeArguments:
         },
     )
     output: str = field(
-        default="knockout.json",
+        default=KNOCKOUT_FILE,
         metadata={
             "metavar": "FILE",
             "help": "The result. A plot, and a copy of the rock set with roles, are written beside it.",

@@ -42,9 +42,9 @@ def run(argv: list[str]) -> None:
     if args.output is not None and (not isinstance(args.output, str) or not args.output.strip()):
         raise ValueError(f"--output takes a path, got {args.output!r}.")
 
+    from ..artefacts.run_files import REPORT_FILE
     from ..report.build import write_report
-    from ..saving.student import REPORT
 
-    output = Path(given.folder) / REPORT if args.output is None else Path(args.output)
+    output = Path(given.folder) / REPORT_FILE if args.output is None else Path(args.output)
     parts = write_report(given.folder, output)
     print(f"{', '.join(parts)}: the report is in {output} ({output.stat().st_size / 2**20:.1f} MB)")

@@ -100,10 +100,10 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
 
 def format_run(state: TrainerState, output_dir: str) -> str:
     """Return the lines that end a run: steps, divergence of the first and last log, paths of student and report."""
-    from ..saving.student import REPORT
+    from ..artefacts.run_files import REPORT_FILE
 
     means = [line["kl/mean"] for line in state.log_history if "kl/mean" in line]
     divergence = f", divergence {means[0]:.3f} -> {means[-1]:.3f} nats per token" if means else ""
     text = f"Trained {state.global_step} steps{divergence}. The student is in {output_dir}"
-    report = Path(output_dir) / REPORT
+    report = Path(output_dir) / REPORT_FILE
     return f"{text}\nOpen {report} in a browser: the report" if report.is_file() else text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -22,11 +21,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from ..artefacts.atomic import complete_file
-from ..artefacts.token_stats import TokenStats
+from ..artefacts.atomic import write_json
+from ..artefacts.run_files import ROCK_SET_FILE, find_checkpoints
 from ..opd_config import OPDConfig
 from ..opd_trainer import OPDTrainer
-from ..rocks.rock_set import FILE_NAME
 from ..studies.accuracy import AccuracyCallback
 from ..training.rollout_samples import RolloutSamples
 from .arithmetic import Problem, draw_problems, is_right, solved
@@ -81,19 +79,6 @@ def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bo
     return [is_right(problem, text) for problem, text in zip(problems, texts, strict=True)]
 
 
-def windows(folder: Path) -> list[tuple[int, TokenStats]]:
-    """Return the statistics that an arm's checkpoints hold, with the last step of each, in order."""
-    return [(step, TokenStats.load(path)) for step, path in checkpoints(folder)]
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return the checkpoints of an arm with the last step of each, in order."""
-    found = [
-        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir()
-    ]
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
 def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> ArmResult:
     """Distil one arm, or return the result of a finished one with the same settings.
 
@@ -111,11 +96,8 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
     }
     settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks, "weights": weights}
     finished = read_result(folder)
-    if (
-        finished is not None
-        and finished.settings == settings
-        and [step for step, _ in checkpoints(folder)][-1:] == [steps]
-    ):
+    last_steps = [step for step, _ in find_checkpoints(folder)][-1:]
+    if finished is not None and finished.settings == settings and last_steps == [steps]:
         return finished
     _clear(folder)
     started = time.perf_counter()
@@ -138,9 +120,9 @@ def _clear(folder: Path) -> None:
         raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    for name in (RESULT, FILE_NAME):  # the rock set of an arm of another seed is not this one's
+    for name in (RESULT, ROCK_SET_FILE):  # the rock set of an arm of another seed is not this one's
         (folder / name).unlink(missing_ok=True)
-    for _, checkpoint in checkpoints(folder):
+    for _, checkpoint in find_checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
@@ -155,12 +137,6 @@ def read_result(folder: Path) -> ArmResult | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return result if len(correct) == EVAL_PROBLEMS and curve else None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file that appears under its name only when it is complete."""
-    with complete_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> OPDTrainer:

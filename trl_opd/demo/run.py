@@ -8,7 +8,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..artefacts.token_stats import TokenStats
+from ..artefacts.atomic import write_json
+from ..artefacts.run_files import REPORT_FILE, ROCK_SET_FILE, SUMMARY_FILE, SUMMARY_VERSION, find_checkpoints
+from ..artefacts.token_stats import TokenStats, merge_last_quarter
+from ..opd_config import TOKEN_WEIGHTINGS
 from ..report.build import write_report
 from ..report.plots.canvas import save_png
 from ..report.plots.runs import plot_accuracy, plot_divergence
@@ -16,23 +19,20 @@ from ..report.token_types import kind_means
 from ..rocks.controls import mass_matched_controls, with_texts
 from ..rocks.from_statistics import detect_rocks
 from ..rocks.rock_set import RockSet
-from ..saving.student import REPORT, write_card
+from ..saving.student import write_card
 from ..statistics import accuracy_interval, paired_difference
 from .arithmetic import PLANTED_ROCKS
 from .arms import (
     CURVE_PROBLEMS,
     EVAL_PROBLEMS,
     ArmResult,
-    checkpoints,
     eval_problems,
     load,
     run_arm,
     solve,
-    windows,
-    write_json,
 )
 
-ARMS = ("uniform", "rock", "control", "random")
+ARMS = TOKEN_WEIGHTINGS
 TASK = "word problems of three-digit addition, answered in worked steps"
 
 
@@ -53,7 +53,10 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
     output_dir.mkdir(parents=True, exist_ok=True)
     shipped = {name: solve(*load(name), eval_problems()) for name in ("student", "teacher")}
     wanted = [arm for arm in ARMS if arm in {"uniform", *arms}]
-    results, notes, found, path = {}, [], None, output_dir / "rock_set.json"
+    path = output_dir / ROCK_SET_FILE
+    results: dict[str, ArmResult] = {}
+    notes: list[str] = []
+    found = None
     for place, arm in enumerate(wanted):
         if reason := None if arm == "uniform" else _cannot_run(arm, found):
             notes.append(reason)
@@ -62,10 +65,10 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
         label = f"{arm} ({place + 1} of {len(wanted)})"
         results[arm] = run_arm(arm, output_dir / arm, seed=seed, steps=steps, rock_set=rock_set, label=label)
         if arm == "uniform":
-            found = find_rocks(windows(output_dir / "uniform"), seed)
+            found = find_rocks(find_checkpoints(output_dir / "uniform"), seed)
             found.save(path)
     summary = {
-        "version": 1,
+        "version": SUMMARY_VERSION,
         # Of this call; of arms that were kept from an earlier one, their own time counts.
         "seconds": max(time.perf_counter() - started, sum(result.seconds for result in results.values())),
         "task": TASK,
@@ -77,28 +80,29 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
         },
         "rocks": _rock_summary(found),
     }
-    write_json(output_dir / "summary.json", summary)
+    write_json(output_dir / SUMMARY_FILE, summary)
     _plot(output_dir, results, found)
     for arm in results:  # again, now that the arms can be compared
         write_card(output_dir / arm, name=f"trl_opd-demo-{arm}")
-    write_report(output_dir, output_dir / REPORT)
+    write_report(output_dir, output_dir / REPORT_FILE)
     return summary, notes
 
 
 _SHIPPED = {"start": "student", "teacher": "teacher"}
 
 
-def find_rocks(stats: list[tuple[int, TokenStats]], seed: int) -> RockSet:
+def find_rocks(windows: list[tuple[int, Path]], seed: int) -> RockSet:
     """Return the rocks of the uniform arm with mass-matched controls.
 
     Chosen on the last quarter of the run, `before` is its first window. `top_k` is the number of planted types, so that
     precision equals recall when the list is full.
+
+    Args:
+        windows (`list[tuple[int, Path]]`): Last step and checkpoint of each window of statistics, in order.
+        seed (`int`): Seed of the controls.
     """
-    last = stats[-1][1].copy()
-    for step, window in stats[:-1]:
-        if step > 0.75 * stats[-1][0]:
-            last.merge(window)
-    before = stats[0][1] if len(stats) > 1 else None
+    last, _ = merge_last_quarter(windows)
+    before = TokenStats.load(windows[0][1]) if len(windows) > 1 else None
     rock_set = detect_rocks(last, before, top_k=len(PLANTED_ROCKS))
     if rock_set.rocks:
         rock_set = dataclasses.replace(rock_set, controls=mass_matched_controls(last, rock_set, seed))
@@ -147,7 +151,7 @@ def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> No
     save_png(plot_accuracy(accuracy, CURVE_PROBLEMS), output_dir / "accuracy.png")
     # Controls are of the rest: a line of their own for each arm would be too many.
     ids = found.ids.tolist()
-    curves = {arm: kind_means(checkpoints(output_dir / arm), ids, []) for arm in results}
+    curves = {arm: kind_means(find_checkpoints(output_dir / arm), ids, []) for arm in results}
     save_png(plot_divergence(curves, "KL(student ‖ teacher)"), output_dir / "divergence.png")
 
 

@@ -1,1 +1,1 @@
-"""What people look at: plots of a run."""
+"""What people look at: the page of a folder, and the card of a student."""

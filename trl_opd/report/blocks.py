@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-TOP = 5  # likeliest tokens that are kept of each distribution
-
 
 @dataclass(frozen=True)
 class Note:
@@ -88,7 +86,7 @@ class Rollouts:
     """Completions that can be looked at.
 
     Args:
-        rollouts (`Sequence[ShownRollout]`): Them, by step.
+        rollouts (`Sequence[ShownRollout]`): The rollouts, ordered by step.
         texts (`Mapping[int, str]`): Text of each token id as the tokenizer decodes it, raw; ids may be missing.
         rocks (`frozenset[int]`): Ids of the rocks.
     """

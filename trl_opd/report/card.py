@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .._trl import distillation_paper
 from ..artefacts.run_files import SUMMARY_FILE, read_summary
 from ..rocks.families import family_of
+from ..statistics import interval_text
 from .contents import Contents, Run, read_contents
 from .sections.evidence import arm_results
 from .sections.run import DIVERGENCES, model_name, run_facts
@@ -156,8 +157,9 @@ def _end(line: dict[str, float], which: str) -> float | None:
 
 
 def _with_interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
-    interval = "(no interval)" if low is None or high is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
-    return f"{value:{sign}.3f} {interval}"
+    form = f"{sign}.3f"
+    interval = None if low is None or high is None else (low, high)
+    return f"{value:{form}} {interval_text(interval, form)}"
 
 
 def _rocks(contents: Contents) -> dict[str, Any] | None:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..artefacts import sampled_rollouts, token_stats
 from ..artefacts.fingerprint import load_tokenizer
 from ..artefacts.occurrences import Occurrences
-from ..artefacts.run_files import KNOCKOUT_FILE, RUN_FILE, SUMMARY_FILE, Log, read_knockout, read_run, read_summary
-from ..rocks import rock_set
+from ..artefacts.run_files import (
+    GRADIENTS_FILE,
+    KNOCKOUT_FILE,
+    OCCURRENCES_FILE,
+    PROMPTS_FILE,
+    ROCK_SET_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    TOKEN_STATS_FILE,
+    TOKENIZER_FILE,
+    Log,
+    find_checkpoints,
+    read_knockout,
+    read_run,
+    read_summary,
+)
+from ..artefacts.sampled_rollouts import find_sample_files
 from ..rocks.rock_set import RockSet
 from .plots.runs import ARMS
-
-OCCURRENCES, PROMPTS, GRADIENTS = "occurrences.parquet", "prompts.parquet", "gradients.parquet"
 
 
 @dataclass(frozen=True)
@@ -40,25 +51,22 @@ class Run:
     @cached_property
     def windows(self) -> list[tuple[int, Path]]:
         """Last step and file of the statistics in each checkpoint, in order."""
-        found = (
-            (re.fullmatch(r"checkpoint-(\d+)", path.name), path / token_stats.FILE_NAME)
-            for path in self.folder.glob("checkpoint-*")
-        )
-        return sorted((int(match[1]), path) for match, path in found if match and path.is_file())
+        files = [(step, folder / TOKEN_STATS_FILE) for step, folder in find_checkpoints(self.folder)]
+        return [(step, path) for step, path in files if path.is_file()]
 
     @property
     def samples(self) -> list[Path]:
         """Files of its sampled rollouts."""
-        return sampled_rollouts.files_of(self.folder)
+        return find_sample_files(self.folder)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """Return a figure of the log over steps; a step that was done again counts once, the last time."""
+        """Return a metric of the log over steps; a step that was done again counts once, the last time."""
         return sorted({int(line["step"]): line[name] for line in self.log if name in line}.items())
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds; what it does not is `None` or empty.
+    """Contents of a folder that a report is made of; missing parts are `None` or empty.
 
     Args:
         folder (`Path`): The folder.
@@ -79,7 +87,7 @@ class Contents:
     @property
     def gradients(self) -> Path | None:
         """The table of the gradient study."""
-        path = self.folder / GRADIENTS
+        path = self.folder / GRADIENTS_FILE
         return path if path.is_file() else None
 
     @property
@@ -92,7 +100,7 @@ class Contents:
     @property
     def prompts(self) -> Path:
         """Where the prompts of collected rollouts would lie."""
-        return self.folder / PROMPTS
+        return self.folder / PROMPTS_FILE
 
     @property
     def main_run(self) -> Run | None:
@@ -119,7 +127,7 @@ class Names:
         sections = [section for section in sections if isinstance(section, dict) and section.get("fingerprint")]
         folders = [contents.folder, *(run.folder for run in contents.runs.values())]
         folders += [path.parent for run in contents.runs.values() for _, path in run.windows[-1:]]
-        places = [str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()]
+        places = [str(folder) for folder in folders if (folder / TOKENIZER_FILE).is_file()]
         texts = {rock.id: rock.text for rock in contents.rocks.rocks} if contents.rocks else {}
         if contents.rocks and contents.rocks.controls and contents.rocks.controls.texts:
             texts |= dict(zip(contents.rocks.controls.ids, contents.rocks.controls.texts, strict=True))
@@ -156,8 +164,10 @@ def read_contents(folder: Path) -> Contents:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    occurrences, knockout, summary = (folder / name for name in (OCCURRENCES, KNOCKOUT_FILE, SUMMARY_FILE))
-    rocks = folder / rock_set.FILE_NAME
+    occurrences = folder / OCCURRENCES_FILE
+    knockout = folder / KNOCKOUT_FILE
+    summary = folder / SUMMARY_FILE
+    rocks = folder / ROCK_SET_FILE
     found = Contents(
         folder,
         runs=_runs(folder),
@@ -170,7 +180,7 @@ def read_contents(folder: Path) -> Contents:
     if not any(parts):
         raise ValueError(
             f"{folder} holds nothing to report: name the output folder of `trl-opd train`, `demo` or `collect`, or one "
-            f"with {rock_set.FILE_NAME}, {KNOCKOUT_FILE} or {GRADIENTS}."
+            f"with {ROCK_SET_FILE}, {KNOCKOUT_FILE} or {GRADIENTS_FILE}."
         )
     return found
 

@@ -17,7 +17,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .blocks import TOP, Block, Facts, Note, Page, Plot, Rollouts, ShownRollout, Table
+from ..artefacts.sampled_rollouts import MEASURES, TOP
+from .blocks import Block, Facts, Note, Page, Plot, Rollouts, ShownRollout, Table
 from .text import named, visible
 
 EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # nats: where the tint of a token deepens
@@ -26,7 +27,6 @@ LINE, TOKEN, CELL, PROMPT, TEXT = 300, 100, 300, 4000, 4000
 SHORT_PROMPT, SHORT_LINES = 240, 4  # characters and line breaks of a prompt that stands in the open
 LONG_TABLE = 20  # rows; a longer one scrolls in a box of its own
 UNKNOWN = "–"
-FIGURES = ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p")
 # What could end a script element, or a line of JavaScript, is written as JSON's own escape.
 IN_A_SCRIPT = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
@@ -133,7 +133,7 @@ def _formatted(value: float, form: str) -> str:
 
 
 def _rollouts(block: Rollouts) -> dict:
-    """Return rollouts by step, tokens tinted, and the figures of their tokens as JSON."""
+    """Return rollouts by step, tokens tinted, and the measures of their tokens as JSON."""
     ids = {id_ for rollout in block.rollouts for id_ in rollout.token_ids.tolist()}
     shown = {id_: visible(block.texts[id_], TOKEN, newline="↵\n") for id_ in ids if id_ in block.texts}
     steps: dict[int | None, list[dict]] = {}
@@ -185,7 +185,7 @@ def _data(block: Rollouts) -> Markup:
 
 def _columns(rollout: ShownRollout) -> str:
     """Return the known columns of a rollout as a JSON object; those of the likeliest tokens are flat, five a token."""
-    columns = {"id": rollout.token_ids} | {name: getattr(rollout, name) for name in FIGURES}
+    columns = {"id": rollout.token_ids} | {name: getattr(rollout, name) for name in MEASURES}
     for who in ("student", "teacher"):
         columns[f"{who}_top_id"], columns[f"{who}_top_p"] = getattr(rollout, f"{who}_top") or (None, None)
     return "{" + ",".join(f'"{name}":{_array(column)}' for name, column in columns.items() if column is not None) + "}"
@@ -196,7 +196,7 @@ def _array(column: np.ndarray) -> str:
 
 
 def _number(value: int | float) -> str:
-    """Return a figure in JSON with four significant digits; JSON knows no infinity, but reads `1e999` as such."""
+    """Return a number in JSON with four significant digits; JSON knows no infinity, but reads `1e999` as such."""
     if isinstance(value, int):
         return str(value)
     if math.isfinite(value):

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..artefacts.occurrences import Occurrences
-from ..artefacts.token_stats import TokenStats, require_same_measure
+from ..artefacts.token_stats import TokenStats, load_matching, merge_last_quarter
 from ..rocks.cutoff import Sweep
 from ..rocks.families import family_of
 
-LAST_QUARTER = 0.75
 # Types that are named for families, those of the largest divergence first; the rest has less than a thousandth of it.
 NAMED_TYPES = 20_000
 CUTOFFS = 300
@@ -27,16 +26,16 @@ class TokenTypes:
         count (`np.ndarray`): How often it was emitted.
         mean_kl (`np.ndarray`): Its mean divergence, nats per token; NaN where it was not measured.
         before (`np.ndarray`, *optional*): The same before the distillation, or early in it.
-        of (`str`): Which rollouts these are.
-        of_before (`str`): And those of `before`.
+        source (`str`): Which rollouts these are, in words.
+        before_source (`str`): Which rollouts `before` is of, in words.
         measure (`str`): Name of the divergence.
     """
 
     count: np.ndarray
     mean_kl: np.ndarray
     before: np.ndarray | None
-    of: str
-    of_before: str
+    source: str
+    before_source: str
     measure: str
 
     @property
@@ -72,55 +71,41 @@ class TokenTypes:
         return {name: (share[0], share[1]) for name, share in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 
-def of_windows(windows: list[tuple[int, Path]]) -> TokenTypes:
+def types_of_last_quarter(windows: list[tuple[int, Path]]) -> TokenTypes:
     """Return the types of the last quarter of a run, and before: of its first window.
 
     Args:
         windows (`list[tuple[int, Path]]`): Last step and file of each window, in order, at least one.
     """
-    end = windows[-1][0]
-    last, first = TokenStats.load(windows[-1][1]).copy(), None
-    start = windows[-2][0] if len(windows) > 1 else 0
-    for place, (step, path) in reversed(list(enumerate(windows[:-1]))):
-        if step > LAST_QUARTER * end:
-            last.merge(_fitting(path, last))
-            start = windows[place - 1][0] if place else 0
-    if start > 0:
-        first = _fitting(windows[0][1], last, ignore=("student",))
+    stats, start = merge_last_quarter(windows)
+    first_step, first_path = windows[0]
+    before = None
+    if start > 0:  # else the first window is in the last quarter
+        before = load_matching(first_path, stats, ignore=("student",)).mean_kl.numpy()
     return TokenTypes(
-        last.seen.numpy().astype(np.float64),
-        last.mean_kl.numpy(),
-        None if first is None else first.mean_kl.numpy(),
-        f"the rollouts of steps {start + 1} to {end}",
-        f"those of steps 1 to {windows[0][0]}",
-        str(last.measure.get("divergence", "divergence")),
+        count=stats.seen.numpy().astype(np.float64),
+        mean_kl=stats.mean_kl.numpy(),
+        before=before,
+        source=f"the rollouts of steps {start + 1} to {windows[-1][0]}",
+        before_source=f"those of steps 1 to {first_step}",
+        measure=str(stats.measure.get("divergence", "divergence")),
     )
 
 
-def _fitting(path: Path, last: TokenStats, *, ignore: tuple[str, ...] = ()) -> TokenStats:
-    """Return the statistics of a window, which measured what those of the last one did."""
-    stats = TokenStats.load(path)
-    try:
-        require_same_measure(stats.measure, last.measure, ignore=ignore)
-    except ValueError as error:
-        raise ValueError(f"{path} and the last checkpoint's: {error}") from error
-    if stats.vocab_size != last.vocab_size:
-        raise ValueError(
-            f"{path} is of {stats.vocab_size} vocabulary entries, the last checkpoint's of {last.vocab_size}."
-        )
-    return stats
-
-
-def of_statistics(path: Path) -> TokenTypes:
+def types_of_statistics(path: Path) -> TokenTypes:
     """Return the types of a whole run."""
     stats = TokenStats.load(path)
-    measure = str(stats.measure.get("divergence", "divergence"))
     return TokenTypes(
-        stats.seen.numpy().astype(np.float64), stats.mean_kl.numpy(), None, "all rollouts of the run", "", measure
+        count=stats.seen.numpy().astype(np.float64),
+        mean_kl=stats.mean_kl.numpy(),
+        before=None,
+        source="all rollouts of the run",
+        before_source="",
+        measure=str(stats.measure.get("divergence", "divergence")),
     )
 
 
-def of_occurrences(file: Occurrences) -> TokenTypes:
+def types_of_occurrences(file: Occurrences) -> TokenTypes:
     """Return the types of collected rollouts, before the distillation too where the file has that.
 
     Raises:
@@ -135,10 +120,16 @@ def of_occurrences(file: Occurrences) -> TokenTypes:
             if name in batch:
                 sums[name] += np.bincount(batch["token_id"], batch[name], size)
     with np.errstate(invalid="ignore"):
-        mean, before = sums["kl"] / sums["count"], sums["kl_pre"] / sums["count"]
-    of_before = "the same rollouts under the student before the distillation"
-    pre = before if file.has_pre else None
-    return TokenTypes(sums["count"], mean, pre, "the collected rollouts", of_before, "reverse_kl")
+        mean_kl = sums["kl"] / sums["count"]
+        before = sums["kl_pre"] / sums["count"]
+    return TokenTypes(
+        count=sums["count"],
+        mean_kl=mean_kl,
+        before=before if file.has_pre else None,
+        source="the collected rollouts",
+        before_source="the same rollouts under the student before the distillation",
+        measure="reverse_kl",
+    )
 
 
 def kind_means(

@@ -71,7 +71,7 @@ def window_offsets(width: int) -> list[int]:
     return [*range(-1, -width - 1, -1), *range(1, width + 1)]
 
 
-def halves(occurrences: Occurrences) -> tuple[np.ndarray, np.ndarray]:
+def split_units(occurrences: Occurrences) -> tuple[np.ndarray, np.ndarray]:
     """Return the prompts (rollouts, where there is no prompt) that select rocks and those that judge them.
 
     In ascending order, counted from 0: the even ones select.

@@ -35,7 +35,7 @@ class Sweep:
     top_k: int | None
 
 
-def ranked(score: np.ndarray) -> np.ndarray:
+def rank_ids(score: np.ndarray) -> np.ndarray:
     """Return the ids of positive score, the highest first, ties by id."""
     ids = np.flatnonzero(score > 0)
     return ids[np.argsort(-score[ids], kind="stable")]
@@ -76,7 +76,7 @@ def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Swee
         if 2 * size <= rollouts:
             draws = [_overlaps(corpora, score, size, cutoffs, rng) for _ in range(DRAWS)]
             stability[size] = np.mean(draws, axis=0).tolist()
-    order = ranked(score(corpora))
+    order = rank_ids(score(corpora))
     total = np.bincount(corpora[0].token_id, corpora[0].kl)
     covered = np.cumsum(total[order]) / max(total.sum(), np.finfo(float).tiny)
     coverage = [float(covered[min(cutoff, len(order)) - 1]) if len(order) else 0.0 for cutoff in cutoffs]
@@ -92,5 +92,5 @@ def _overlaps(
     drawn = [rng.permutation(corpus.rollouts)[: 2 * size] for corpus in corpora]
     pairs = zip(corpora, drawn, strict=True)
     halves = [(corpus.take(places[:size]), corpus.take(places[size:])) for corpus, places in pairs]
-    one, other = (ranked(score([pair[side] for pair in halves])) for side in (0, 1))
+    one, other = (rank_ids(score([pair[side] for pair in halves])) for side in (0, 1))
     return [jaccard(one[:cutoff], other[:cutoff]) for cutoff in cutoffs]

@@ -15,10 +15,10 @@ from ..artefacts.fingerprint import fingerprint
 from ..artefacts.occurrences import Occurrences
 from ..artefacts.token_stats import TokenStats
 from .controls import mass_matched_controls, with_texts
-from .corpus import Corpus, halves, heldout_shares, read_selection
-from .cutoff import LEAST_JACCARD, Sweep, ranked, sweep_cutoffs
+from .corpus import Corpus, heldout_shares, read_selection, split_units
+from .cutoff import LEAST_JACCARD, Sweep, rank_ids, sweep_cutoffs
 from .families import family_of
-from .recurrence import ContextSettings, TypeFigures, measure_types
+from .recurrence import ContextSettings, TypeStatistics, measure_types
 from .rock_set import Rock, RockSet
 
 SCORES, DEFAULT_TOP_K = ("context", "aggregate"), 100
@@ -71,24 +71,25 @@ def detect_from_occurrences(
     settings = settings or ContextSettings()
     files = [Occurrences(name) for name in (path, *([] if joint is None else [joint]))]
     known = _tokenizer(files, tokenizer)
-    selecting, judging = halves(files[0])
-    corpora = [read_selection(files[0], selecting), *(read_selection(file, halves(file)[0]) for file in files[1:])]
+    selecting, judging = split_units(files[0])
+    corpora = [read_selection(files[0], selecting), *(read_selection(file, split_units(file)[0]) for file in files[1:])]
     scorer = _Scorer(score, settings, 1 + max(int(corpus.token_id.max()) for corpus in corpora), known["vocab_size"])
     _require_fit(files[0], tokenizer, scorer.vocab_size)
-    figures = scorer.measure(corpora)
-    values = scorer.score(figures)
-    order, notes = ranked(values), _notes_of(files, corpora)
+    statistics = scorer.measure(corpora)
+    values = scorer.score(statistics)
+    order, notes = rank_ids(values), _notes_of(files, corpora)
     sweep = sweep_cutoffs(corpora, scorer, seed=settings.seed) if top_k == "auto" else None
-    limit = _limit(top_k, int((figures[0].count > 0).sum()), sweep, notes)
-    stages = _stages(figures, order, limit, context=score == "context")
+    limit = _limit(top_k, int((statistics[0].count > 0).sum()), sweep, notes)
+    stages = _stages(statistics, order, limit, context=score == "context")
     if len(order) == 0:
-        raise ValueError(_nothing_left(stages, figures[0], settings, score))
-    notes += [*_notes_on_samples(figures, settings, tokenizer), *_notes_on_length(len(order), limit)]
-    rocks = [_rock(int(id), values, figures[0], score) for id in order[:limit]]
-    method = _method(score, limit, sweep, settings, figures, joint)
-    rock_set = RockSet(rocks, known, _measure(files[0]), method, _corpus(corpora[0], figures[0]))
+        raise ValueError(_nothing_left(stages, statistics[0], settings, score))
+    notes += [*_notes_on_samples(statistics, settings, tokenizer), *_notes_on_length(len(order), limit)]
+    rocks = [_rock(int(id), values, statistics[0], score) for id in order[:limit]]
+    method = _method(score, limit, sweep, settings, statistics, joint)
+    rock_set = RockSet(rocks, known, _measure(files[0]), method, _corpus(corpora[0], statistics[0]))
     shares = heldout_shares(files[0], judging, order[:limit], settings.seed)
-    rock_set = replace(rock_set, heldout=shares, controls=_controls(rock_set, figures[0], settings.seed, notes))
+    controls = _controls(rock_set, statistics[0], settings.seed, notes)
+    rock_set = replace(rock_set, heldout=shares, controls=controls)
     return Detection(rock_set if tokenizer is None else _named(rock_set, tokenizer), stages, notes, sweep)
 
 
@@ -108,12 +109,12 @@ class _Scorer:
     vocab_size: int
     named: int | None
 
-    def measure(self, corpora: Sequence[Corpus]) -> list[TypeFigures]:
+    def measure(self, corpora: Sequence[Corpus]) -> list[TypeStatistics]:
         context = self.kind == "context"
         return [measure_types(corpus, self.settings, self.vocab_size, context=context) for corpus in corpora]
 
-    def score(self, figures: Sequence[TypeFigures]) -> np.ndarray:
-        values = [found.context_score if self.kind == "context" else found.kl_sum for found in figures]
+    def score(self, statistics: Sequence[TypeStatistics]) -> np.ndarray:
+        values = [found.context_score if self.kind == "context" else found.kl_sum for found in statistics]
         least = np.minimum.reduce(values)
         # Rows beyond the tokenizer pad the embedding: nothing could be frozen there.
         least[self.vocab_size if self.named is None else self.named :] = 0
@@ -123,11 +124,11 @@ class _Scorer:
         return self.score(self.measure(corpora))
 
 
-def _corpus(corpus: Corpus, figures: TypeFigures) -> dict[str, Any]:
+def _corpus(corpus: Corpus, statistics: TypeStatistics) -> dict[str, Any]:
     return {
         "rollouts": corpus.rollouts,
         "tokens": len(corpus.token_id),
-        "kl_sum": float(figures.kl_sum.sum()),
+        "kl_sum": float(statistics.kl_sum.sum()),
     }
 
 
@@ -163,11 +164,13 @@ def _limit(top_k: int | str | None, types: int, sweep: Sweep | None, notes: list
     return top_k
 
 
-def _stages(figures: Sequence[TypeFigures], order: np.ndarray, limit: int, *, context: bool) -> list[tuple[str, int]]:
-    stages = [("types in the half of the prompts that selects", int((figures[0].count > 0).sum()))]
+def _stages(
+    statistics: Sequence[TypeStatistics], order: np.ndarray, limit: int, *, context: bool
+) -> list[tuple[str, int]]:
+    stages = [("types in the half of the prompts that selects", int((statistics[0].count > 0).sum()))]
     if context:
         for what, least in (("one", 1), ("two", 2)):
-            count = int(np.logical_and.reduce([found.persistent >= least for found in figures]).sum())
+            count = int(np.logical_and.reduce([found.persistent >= least for found in statistics]).sum())
             stages.append((f"with at least {what} persistent occurrence{'s' * (least > 1)}", count))
         stages.append(("with a persistent occurrence in recurring surroundings", len(order)))
     else:
@@ -175,35 +178,37 @@ def _stages(figures: Sequence[TypeFigures], order: np.ndarray, limit: int, *, co
     return [*stages, ("rocks: the highest scores", min(limit, len(order)))]
 
 
-def _nothing_left(stages: list[tuple[str, int]], figures: TypeFigures, settings: ContextSettings, score: str) -> str:
+def _nothing_left(
+    stages: list[tuple[str, int]], statistics: TypeStatistics, settings: ContextSettings, score: str
+) -> str:
     left = ", ".join(f"{count} {what}" for what, count in stages[:-1])
     if score == "aggregate":
         return f"No token type is left: {left}."
-    taus = f"tau_post {figures.tau_post:.4g} nats"
-    if figures.tau_pre is not None:
-        taus = f"tau_pre {figures.tau_pre:.4g} and {taus}"
+    taus = f"tau_post {statistics.tau_post:.4g} nats"
+    if statistics.tau_pre is not None:
+        taus = f"tau_pre {statistics.tau_pre:.4g} and {taus}"
     return (
         f"No token type is left: {left} ({taus}, window {settings.window}, gamma {settings.gamma}, eta "
         f"{settings.eta}): lower the thresholds, or use --score aggregate."
     )
 
 
-def _rock(id: int, values: np.ndarray, figures: TypeFigures, score: str) -> Rock:
-    count, context = int(figures.count[id]), score == "context"
+def _rock(id: int, values: np.ndarray, statistics: TypeStatistics, score: str) -> Rock:
+    count, context = int(statistics.count[id]), score == "context"
     return Rock(
         id=id,
         text=None,
         count=count,
-        mean_kl=float(figures.kl_sum[id]) / count,
+        mean_kl=float(statistics.kl_sum[id]) / count,
         score=float(values[id]),
-        mean_kl_pre=None if figures.kl_pre_sum is None else float(figures.kl_pre_sum[id]) / count,
-        ccr=float(figures.ccr[id]) if context else None,
-        context_score=float(figures.context_score[id]) if context else None,
+        mean_kl_pre=None if statistics.kl_pre_sum is None else float(statistics.kl_pre_sum[id]) / count,
+        ccr=float(statistics.ccr[id]) if context else None,
+        context_score=float(statistics.context_score[id]) if context else None,
     )
 
 
 def _method(
-    score, limit, sweep: Sweep | None, settings: ContextSettings, figures: Sequence[TypeFigures], joint
+    score, limit, sweep: Sweep | None, settings: ContextSettings, statistics: Sequence[TypeStatistics], joint
 ) -> dict[str, Any]:
     names = ("tau_pre", "tau_post", "window", "gamma", "eta")
     method = {"score": score, "top_k": limit, **dict.fromkeys(names), "half": "even prompts"}
@@ -215,10 +220,10 @@ def _method(
         method["joint"] = Path(joint).name
     if score == "context":
         method |= {name: getattr(settings, name) for name in names[2:]}
-        method |= {"tau_pre": figures[0].tau_pre, "tau_post": figures[0].tau_post}
+        method |= {"tau_pre": statistics[0].tau_pre, "tau_post": statistics[0].tau_post}
         method |= {"features": "offset and token, weight 1 / offset", "max_occurrences": settings.max_occurrences}
         method |= {"thresholds": {"tau_pre": str(settings.tau_pre), "tau_post": str(settings.tau_post)}}
-        method |= {"sampled": figures[0].sampled.tolist(), "seed": settings.seed}
+        method |= {"sampled": statistics[0].sampled.tolist(), "seed": settings.seed}
     return method
 
 
@@ -229,9 +234,9 @@ def _measure(file: Occurrences) -> dict[str, Any]:
     return {"divergence": "reverse_kl", "temperature": temperature, **known}
 
 
-def _controls(rock_set: RockSet, figures: TypeFigures, seed: int, notes: list[str]):
-    stats = TokenStats(len(figures.count), {"tokenizer": rock_set.tokenizer})
-    stats.seen.copy_(torch.from_numpy(figures.count))
+def _controls(rock_set: RockSet, statistics: TypeStatistics, seed: int, notes: list[str]):
+    stats = TokenStats(len(statistics.count), {"tokenizer": rock_set.tokenizer})
+    stats.seen.copy_(torch.from_numpy(statistics.count))
     controls = mass_matched_controls(stats, rock_set, seed)
     if not controls.matched:
         notes.append(
@@ -283,8 +288,8 @@ def _notes_on_length(found: int, limit: int) -> list[str]:
     return [short] if found < limit else []
 
 
-def _notes_on_samples(figures: Sequence[TypeFigures], settings: ContextSettings, tokenizer) -> list[str]:
-    sampled = figures[0].sampled
+def _notes_on_samples(statistics: Sequence[TypeStatistics], settings: ContextSettings, tokenizer) -> list[str]:
+    sampled = statistics[0].sampled
     if len(sampled) == 0:
         return []
     shown = [str(id) if tokenizer is None else repr(tokenizer.decode([id])) for id in sampled[:10].tolist()]

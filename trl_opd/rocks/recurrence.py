@@ -47,8 +47,8 @@ class ContextSettings:
 
 
 @dataclass(frozen=True)
-class TypeFigures:
-    """Figures of every token type, shape `(V,)` each, and the thresholds in nats that they were taken with.
+class TypeStatistics:
+    """Statistics of every token type, shape `(V,)` each, and the thresholds in nats behind them.
 
     Args:
         count (`np.ndarray`): Occurrences, int64.
@@ -81,20 +81,32 @@ class TypeFigures:
         return self.kl_sum * self.ccr
 
 
-def measure_types(corpus: Corpus, settings: ContextSettings, vocab_size: int, *, context: bool = True) -> TypeFigures:
-    """Return the figures of all types in a corpus.
+def measure_types(
+    corpus: Corpus, settings: ContextSettings, vocab_size: int, *, context: bool = True
+) -> TypeStatistics:
+    """Return the statistics of all types in a corpus.
 
     Args:
         corpus (`Corpus`): The occurrences.
         settings (`ContextSettings`): Parameters of the filter.
         vocab_size (`int`): V; above every id.
-        context (`bool`, *optional*, defaults to `True`): Whether to compare surroundings, or leave their figures 0.
+        context (`bool`, *optional*, defaults to `True`): Whether surroundings are compared; else what they give is 0.
     """
     count = _sums(corpus.token_id, vocab_size).astype(np.int64)
-    sums = [None if kl is None else _sums(corpus.token_id, vocab_size, kl) for kl in (corpus.kl, corpus.kl_pre)]
+    kl_sum = _sums(corpus.token_id, vocab_size, corpus.kl)
+    kl_pre_sum = None if corpus.kl_pre is None else _sums(corpus.token_id, vocab_size, corpus.kl_pre)
     if not context:
-        nothing = np.zeros(vocab_size, dtype=np.int64)
-        return TypeFigures(count, *sums, nothing, nothing.astype(float), np.empty(0, dtype=np.int64), None, None)
+        return TypeStatistics(
+            count=count,
+            kl_sum=kl_sum,
+            kl_pre_sum=kl_pre_sum,
+            persistent=np.zeros(vocab_size, dtype=np.int64),
+            rock_occurrences=np.zeros(vocab_size),
+            sampled=np.empty(0, dtype=np.int64),
+            tau_pre=None,
+            tau_post=None,
+        )
+
     tau_post = threshold(settings.tau_post, corpus.kl)
     tau_pre = None if corpus.kl_pre is None else threshold(settings.tau_pre, corpus.kl_pre)
     is_high = corpus.kl >= tau_post
@@ -102,8 +114,16 @@ def measure_types(corpus: Corpus, settings: ContextSettings, vocab_size: int, *,
         is_high &= corpus.kl_pre >= tau_pre
     rows = np.flatnonzero(is_high)
     persistent = np.bincount(corpus.token_id[rows], minlength=vocab_size)
-    return TypeFigures(
-        count, *sums, persistent, *rock_occurrences(corpus, rows, persistent, settings), tau_pre, tau_post
+    counted, sampled = rock_occurrences(corpus, rows, persistent, settings)
+    return TypeStatistics(
+        count=count,
+        kl_sum=kl_sum,
+        kl_pre_sum=kl_pre_sum,
+        persistent=persistent,
+        rock_occurrences=counted,
+        sampled=sampled,
+        tau_pre=tau_pre,
+        tau_post=tau_post,
     )
 
 

@@ -1,4 +1,4 @@
-"""RockSet, the artefact: the token types that did not converge, their figures, their controls and where they come from.
+"""RockSet: the token types that did not converge, with their statistics, their controls and where they come from.
 
 The file is JSON in the format `trl_opd.rock_set`, version 1. What is read comes from outside and is checked before use.
 """
@@ -18,6 +18,7 @@ from ..artefacts import json_checks
 from ..artefacts.atomic import complete_file
 from ..artefacts.fingerprint import fingerprint
 from ..artefacts.hub import hub_errors
+from ..artefacts.run_files import LABELS, ROCK_SET_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = "trl_opd.rock_set"
 VERSION = 1
-FILE_NAME = "rock_set.json"
-ROLES = (None, "pillar", "stumbling", "neutral")
 # Far above any rock set (300 types are 100 kB): a larger file is a mistake, and is refused before it fills the memory.
 MAX_BYTES = 64 * 2**20
 
@@ -67,7 +66,7 @@ class RockSet:
     Args:
         rocks (`list[Rock]`): The rocks, highest score first.
         tokenizer (`dict`): `name`, `vocab_size`, `fingerprint` of the tokenizer whose ids these are; null if unknown.
-        measure (`dict`): `divergence` and `temperature` that the figures were measured with.
+        measure (`dict`): `divergence` and `temperature` that the rocks were measured with.
         method (`dict`): `score`, `top_k` and the thresholds that chose them.
         corpus (`dict`): `rollouts`, `tokens`, `kl_sum` of the rollouts that chose them.
         controls (`Controls`, *optional*): Mass-matched controls.
@@ -103,18 +102,12 @@ class RockSet:
             `OSError`: if there is no such file or repository, or the Hub cannot be reached.
         """
         path = _find(path_or_repo)
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path}: not a rock set: {path.stat().st_size} bytes, at most {MAX_BYTES} are read.")
-        try:
-            content = json.loads(
-                path.read_text(encoding="utf-8"),
-                parse_constant=json_checks.refuse_constant,
-                parse_float=json_checks.finite,
-            )
+        what = "a rock set"
+        content = json_checks.read_json(
+            path, what, format=FORMAT, version=VERSION, max_bytes=MAX_BYTES, made_by="trl-opd detect"
+        )
+        with json_checks.name_file_in_errors(path, what):
             return _parse(content)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise ValueError(f"{path}: not a rock set: {reason}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rock set as JSON; the file appears under its name only when it is complete."""
@@ -144,7 +137,7 @@ class RockSet:
             api = HfApi(token=token, library_name="trl_opd")
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # a bare name gets the user's
             return api.upload_file(
-                path_or_fileobj=content, path_in_repo=FILE_NAME, repo_id=repo, commit_message=commit_message
+                path_or_fileobj=content, path_in_repo=ROCK_SET_FILE, repo_id=repo, commit_message=commit_message
             )
 
     def _json(self) -> str:
@@ -206,26 +199,20 @@ def _only_tokens_added(texts: dict[int, str | None], size: int | None, tokenizer
 def _find(path_or_repo: str | os.PathLike) -> Path:
     path = Path(path_or_repo)
     if path.is_dir():
-        path = path / FILE_NAME
+        path = path / ROCK_SET_FILE
     if path.is_file():
         return path
     owner, _, name = str(path_or_repo).partition("/")
-    if path.name == FILE_NAME or owner in ("", ".", "..") or not name or "/" in name or name.endswith(".json"):
+    if path.name == ROCK_SET_FILE or owner in ("", ".", "..") or not name or "/" in name or name.endswith(".json"):
         raise FileNotFoundError(f"No rock set at {path}: no such file, and not the name of a Hub repository.")
     from huggingface_hub import hf_hub_download
 
     with hub_errors(f"load the rock set {path_or_repo}, which is no file or folder here, from the Hub"):
-        return Path(hf_hub_download(str(path_or_repo), FILE_NAME))
+        return Path(hf_hub_download(str(path_or_repo), ROCK_SET_FILE))
 
 
-def _parse(content: Any) -> RockSet:
+def _parse(content: dict[str, Any]) -> RockSet:
     """Return the rock set that parsed JSON describes, or raise `ValueError` with the reason alone."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'its "format" is not "{FORMAT}"; `trl-opd detect` makes one')
-    if content.get("version") is True or content.get("version") != VERSION:
-        raise ValueError(
-            f"version {json_checks.short(content.get('version'))}, this trl_opd reads version {VERSION}: upgrade it"
-        )
     tokenizer = json_checks.section(
         content,
         "tokenizer",
@@ -275,9 +262,9 @@ def _rock(entry: Any, place: int) -> Rock:
         entry, optional | {"role": json_checks.text, "role_uncorrected": json_checks.text}, where, null=True
     )
     for name in ("role", "role_uncorrected"):
-        if entry.get(name) not in ROLES:
+        if entry.get(name) not in (None, *LABELS):
             raise ValueError(
-                f"{where}.{name} is {json_checks.short(entry[name])}, known are {', '.join(ROLES[1:])} and null"
+                f"{where}.{name} is {json_checks.short(entry[name])}, known are {', '.join(LABELS)} and null"
             )
     return Rock(**({"text": None} | {f.name: entry[f.name] for f in fields(Rock) if f.name in entry}))
 

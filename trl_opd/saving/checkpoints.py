@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -21,9 +20,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..artefacts.atomic import complete_file
+from ..artefacts.run_files import MANIFEST_FILE, checkpoint_step, find_checkpoints
 
-FILE_NAME = "opd_complete.json"
-CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 FORMAT, VERSION = "trl_opd.checkpoint", 1
 STATES = (".pt", ".pth")  # archives that torch writes
 # How torch words a write that failed, in an error of no particular class.
@@ -32,7 +30,7 @@ TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Return whether a folder is named as a checkpoint: `push_to_hub` and the user save the model elsewhere."""
-    return CHECKPOINT.fullmatch(Path(folder).name) is not None
+    return checkpoint_step(Path(folder)) is not None
 
 
 @contextmanager
@@ -61,7 +59,7 @@ def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
         write_complete(folder)
 
     if trainer.args.should_save:
-        (folder / FILE_NAME).unlink(missing_ok=True)  # a step that is done again
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a step that is done again
         state.save_to_json = save_and_complete
     try:
         with write_errors(folder, run_dir):
@@ -77,12 +75,12 @@ def write_complete(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name == FILE_NAME or path.name.startswith(f".{FILE_NAME}."):
+        if path.name == MANIFEST_FILE or path.name.startswith(f".{MANIFEST_FILE}."):
             continue
         with open(path, "rb" if os.name == "posix" else "r+b") as file:
             os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
-    with complete_file(folder / FILE_NAME) as part:
+    with complete_file(folder / MANIFEST_FILE) as part:
         part.write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1) + "\n")
 
 
@@ -92,15 +90,15 @@ def fault(folder: str | os.PathLike) -> str | None:
     A kill leaves files that are cut or missing. One that has grown was changed by somebody since.
     """
     folder = Path(folder)
-    if not (folder / FILE_NAME).is_file():
-        return f"it has no {FILE_NAME}, so its saving was not finished"
+    if not (folder / MANIFEST_FILE).is_file():
+        return f"it has no {MANIFEST_FILE}, so its saving was not finished"
     try:
-        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files = dict(content["files"])
         if content["format"] != FORMAT or not files or not all(type(size) is int for size in files.values()):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
-        return f"its {FILE_NAME} is damaged"
+        return f"its {MANIFEST_FILE} is damaged"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -147,14 +145,14 @@ def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike)
         return _told(folder)
     if found and folder.resolve() == found[0].resolve() and newest_complete(run_dir):
         return _told(_newest_of(found, run_dir))
-    if (folder / FILE_NAME).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
+    if (folder / MANIFEST_FILE).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
         raise ValueError(
             f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew; if you changed it "
-            f"yourself, remove its {FILE_NAME} and name it again."
+            f"yourself, remove its {MANIFEST_FILE} and name it again."
         )
     warnings.warn(
-        f"The checkpoint {folder} has no {FILE_NAME}, as if another trainer had written it: whether it is whole cannot "
-        "be told.",
+        f"The checkpoint {folder} has no {MANIFEST_FILE}, as if another trainer had written it: whether it is whole "
+        "cannot be told.",
         stacklevel=3,
     )
     return _told(folder)
@@ -209,7 +207,7 @@ def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
         raise ValueError(
             f"No checkpoint in {run_dir} is whole ({found[0].name}: {fault(found[0])}). Begin without "
             "resume_from_checkpoint; one of another trainer can be named by its folder, one that you changed yourself "
-            f"when its {FILE_NAME} is removed."
+            f"when its {MANIFEST_FILE} is removed."
         )
     if whole != found[0]:
         warnings.warn(f"{found[0]} is not whole ({fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4)
@@ -218,14 +216,7 @@ def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
 
 def _checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     """Return the checkpoints of a run, the latest step first."""
-    run_dir = Path(run_dir)
-    folders = run_dir.iterdir() if run_dir.is_dir() else ()
-    steps = {}
-    for folder in folders:
-        match = CHECKPOINT.fullmatch(folder.name)
-        if match and folder.is_dir():
-            steps[int(match[1])] = folder
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    return [folder for _, folder in reversed(find_checkpoints(Path(run_dir)))]
 
 
 def _is_state(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -23,16 +22,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import TrainerState
 
-from ..artefacts import token_stats
-from ..artefacts.atomic import complete_file
+from ..artefacts.atomic import write_json
 from ..artefacts.hub import redact
-from ..artefacts.run_files import RUN_FILE, RUN_FORMAT
+from ..artefacts.run_files import ROCK_SET_FILE, RUN_FILE, RUN_FORMAT, RUN_VERSION, TOKEN_STATS_FILE
 from ..artefacts.token_stats import TokenStats
 from ..opd_config import OPDConfig
-from ..rocks import rock_set
 from ..rocks.rock_set import RockSet
 
-VERSION = 1
 PACKAGES = ("trl_opd", "trl", "transformers", "torch", "peft", "accelerate", "bitsandbytes", "datasets")
 CREDENTIALS = ("auth_token", "hub_token", "access_token", "password", "secret", "api_key")
 # Arguments that say nothing about the result, or are told elsewhere.
@@ -91,8 +87,7 @@ class RunRecord:
         """Write the record as the run stands to `output_dir/opd_run.json`; it appears only when it is complete."""
         path = self._folder / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(path) as part:
-            part.write_text(json.dumps(self.describe(state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, self.describe(state))
 
     def write_or_warn(self, state: TrainerState) -> None:
         """Write the record as [`RunRecord.write`] does; no run ends because that fails."""
@@ -115,14 +110,14 @@ class RunRecord:
         with self._errors_as_warnings():
             self.write(state)
             if stats is not None and bool(stats.seen.any()):
-                stats.save(self._folder / token_stats.FILE_NAME)
+                stats.save(self._folder / TOKEN_STATS_FILE)
             self._keep_rock_set()
 
     def describe(self, state: TrainerState) -> dict[str, Any]:
         """Return the record as it is written."""
         content = {
             "format": RUN_FORMAT,
-            "version": VERSION,
+            "version": RUN_VERSION,
             "command": _command(),
             "started": self._started,
             "written": _now(),
@@ -149,7 +144,7 @@ class RunRecord:
 
     def _keep_rock_set(self) -> None:
         """Put the rock set of the run beside its student, unless another one lies there."""
-        path = self._folder / rock_set.FILE_NAME
+        path = self._folder / ROCK_SET_FILE
         if self._rock_set is None:
             return
         if path.is_file() and RockSet.load(path) != self._rock_set:

@@ -12,10 +12,11 @@ from peft import PeftModel
 
 from ..artefacts.atomic import complete_file, complete_files
 from ..artefacts.hub import hub_errors, redact
+from ..artefacts.run_files import CARD_FILE, REPORT_FILE
 from .checkpoints import write_errors
 from .merging import remove_adapter, replace_by_merged
 
-CARD, REPORT = "README.md", "report.html"
+# For cli/, until its commands take the name from artefacts/run_files.py.
 
 
 def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merge: PeftModel | None = None) -> None:
@@ -33,8 +34,8 @@ def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merg
     folder = Path(folder)
     with write_errors(folder, folder):
         with complete_files(folder) as part:
-            if (folder / CARD).is_file():  # PEFT adds to it
-                shutil.copy(folder / CARD, part)
+            if (folder / CARD_FILE).is_file():  # PEFT adds to it
+                shutil.copy(folder / CARD_FILE, part)
             save(str(part))
             if merge is not None:
                 replace_by_merged(merge, part)
@@ -63,7 +64,7 @@ def write_card(
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     try:
         card = render_card(Path(folder), name=name, repo_id=repo_id, tags=tags)
-        with complete_file(Path(folder) / CARD) as part:
+        with complete_file(Path(folder) / CARD_FILE) as part:
             part.write_text(card.content, encoding="utf-8")
     except (ValueError, OSError) as error:
         # Cards are written with checkpoints, and no run ends for one.
@@ -75,7 +76,7 @@ def add_report(folder: str | os.PathLike) -> None:
     from ..report.build import write_report
 
     try:
-        write_report(Path(folder), Path(folder) / REPORT)
+        write_report(Path(folder), Path(folder) / REPORT_FILE)
     except (ValueError, OSError) as error:
         warnings.warn(f"The report of {folder} cannot be written: {error}", stacklevel=3)
 

@@ -23,12 +23,15 @@ from tqdm import tqdm
 
 from ..artefacts.atomic import complete_file
 from ..artefacts.occurrences import PROMPT_SCHEMA, Occurrences, join_files, write_occurrences
+from ..artefacts.run_files import OCCURRENCES_FILE, PROMPTS_FILE
 from ..loss.divergence import loss_and_signals
 from ..rollouts.sampling import own_random_stream
 from ..training.model_pair import ModelPair
 
 ADAPTER_OFF = "adapter_off"
-OCCURRENCES, PROMPTS, PARTS, SETTINGS = "occurrences.parquet", "prompts.parquet", "parts", "settings.json"
+# Of an unfinished collection, in its folder.
+PARTS = "parts"
+SETTINGS = "settings.json"
 
 
 class Collector:
@@ -187,8 +190,8 @@ class Collector:
             "num_generations": self._generations,
             "settings": self._settings,
         }
-        join_files([self._part(start, "prompts") for start in starts], self._folder / PROMPTS)
-        join_files([self._part(start) for start in starts], self._folder / OCCURRENCES, metadata)
+        join_files([self._part(start, "prompts") for start in starts], self._folder / PROMPTS_FILE)
+        join_files([self._part(start) for start in starts], self._folder / OCCURRENCES_FILE, metadata)
         shutil.rmtree(self._folder / PARTS)
 
 
@@ -198,7 +201,7 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     Raises:
         `ValueError`: if it holds another one, or part of another one.
     """
-    path = folder / OCCURRENCES
+    path = folder / OCCURRENCES_FILE
     if path.is_file():
         require_same_settings(folder, Occurrences(path).metadata.get("settings"), settings)
         return True
@@ -239,7 +242,7 @@ class CollectionSummary(NamedTuple):
 
 def summarise_collection(folder: Path) -> CollectionSummary:
     """Return size and mean divergence of the collection in a folder."""
-    file = Occurrences(folder / OCCURRENCES)
+    file = Occurrences(folder / OCCURRENCES_FILE)
     kl_sum = 0.0
     kl_pre_sum = 0.0
     last_prompt = 0

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artefacts.atomic import complete_file, room_errors
-from ..artefacts.run_files import KNOCKOUT_FORMAT
+from ..artefacts.run_files import KNOCKOUT_FORMAT, KNOCKOUT_VERSION
 from ..loss.lm_head import output_rows
 from ..loss.logits import entropy
 from ..models.shape import context_length
@@ -26,7 +26,6 @@ from .effects import evaluate_arms, make_arms
 from .knockout import BASELINE, Job, Sampling, baseline_jobs, decode, knockout_jobs
 from .rewards import reward_completions
 
-VERSION = 1
 UNSTABLE_PROBLEMS = 64
 # Arguments that change no completion, so an interrupted probe may be resumed with others.
 FREE_ARGUMENTS = ("output", "batch_size", "reward", "effect")
@@ -74,7 +73,7 @@ def run_probe(
         "log_count": {id: math.log(count) for id, count in counts.items()},
         "mean_kl": {rock.id: rock.mean_kl for rock in rocks},
     }
-    result = {"format": KNOCKOUT_FORMAT, "version": VERSION, "settings": settings}
+    result = {"format": KNOCKOUT_FORMAT, "version": KNOCKOUT_VERSION, "settings": settings}
     result |= evaluate_arms(arms, rewards, measures, seed=seed)
     result["exact_reuse"] = probe.sampling.reuses
     result["decoded_tokens"] = probe.decoded

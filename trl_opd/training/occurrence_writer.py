@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from accelerate import Accelerator
 from transformers import TrainerState
 
 from ..artefacts.occurrences import write_occurrences
+from ..artefacts.run_files import OCCURRENCES_FOLDER, find_step_parts, step_part
 from ..loss.signals import TokenSignals
 from ..opd_config import OPDConfig
-
-FOLDER = "occurrences"
 
 
 class OccurrenceWriter:
@@ -29,7 +27,7 @@ class OccurrenceWriter:
 
     def __init__(self, args: OPDConfig, metadata: dict[str, Any], accelerator: Accelerator):
         self._every, self._accelerator = args.save_occurrences, accelerator
-        self._folder, self._generations = Path(args.output_dir) / FOLDER, args.num_generations
+        self._folder, self._generations = Path(args.output_dir) / OCCURRENCES_FOLDER, args.num_generations
         self._metadata = metadata
         self._kept: list[list[np.ndarray]] = []
         self._step_of_kept, self._last = None, None
@@ -73,7 +71,7 @@ class OccurrenceWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._metadata, "step": step, "num_rollouts": len(np.unique(rollout))}
         write_occurrences(
-            self._folder / f"step-{step}.parquet", {name: column[order] for name, column in columns.items()}, metadata
+            step_part(self._folder, step), {name: column[order] for name, column in columns.items()}, metadata
         )
 
     def _gathered(self, kept: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
@@ -89,7 +87,6 @@ class OccurrenceWriter:
     def _drop_after(self, step: int) -> None:
         """Remove the files of steps that a resumed run does again, or that an earlier run left."""
         if self._accelerator.is_main_process:
-            for path in self._folder.glob("step-*.parquet"):
-                match = re.fullmatch(r"step-(\d+)", path.stem)
-                if match and int(match[1]) > step:
+            for part_step, path in find_step_parts(self._folder):
+                if part_step > step:
                     path.unlink()

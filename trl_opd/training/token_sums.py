@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..artefacts.token_stats import COUNTS, FILE_NAME, SUMS, TokenStats
+from ..artefacts.run_files import TOKEN_STATS_FILE
+from ..artefacts.token_stats import COUNTS, SUMS, TokenStats
 from ..loss.signals import TokenSignals
 
 
@@ -89,7 +90,7 @@ class TokenSums:
         total = _reduced(window, reduce)
         if is_main:
             os.makedirs(folder, exist_ok=True)  # FSDP saves a sharded model elsewhere
-            total.save(os.path.join(folder, FILE_NAME))
+            total.save(os.path.join(folder, TOKEN_STATS_FILE))
 
 
 def _reduced(stats: TokenStats, reduce: Callable[[torch.Tensor], torch.Tensor]) -> TokenStats:

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from trl_opd.artefacts.occurrences import write_occurrences
-from trl_opd.artefacts.sampled_rollouts import FILE_NAME, join_parts
+from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
+from trl_opd.artefacts.sampled_rollouts import join_parts
 from trl_opd.report.blocks import Note, Rollouts
 from trl_opd.report.contents import read_contents
 from trl_opd.report.sections import rollouts as shown_rollouts

@@ -22,7 +22,7 @@ ARM_NAMES = {
 }
 DASHES = {"rocks": "-", "controls": ":", "the rest": "--"}
 MOST_POINTS = 400  # of a line: more cannot be seen, and are many bytes
-NAME = 60  # signs of the name of a figure
+NAME = 60  # signs of the name of a metric
 MOST_MARKERS = 15  # on a line; a longer one is marked here and there
 
 Estimate = tuple[float, float | None, float | None]  # with the ends of its interval, where it has one

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...artefacts.gradient_table import GROUPS, MEDIANS, Study, read_gradients
+from ...statistics import interval_text
 from ..blocks import Block, Facts, Note, Plot, Section, Table
 from ..contents import Contents
 from ..plots.canvas import to_svg
@@ -66,20 +67,16 @@ def _arms(contents: Contents) -> list[Block]:
 def _knockout(result: dict[str, Any] | None) -> list[Block]:
     if result is None:
         return []
-    against, base = result["rocks_against_controls"], result["baseline"]
-    interval = base.get("ci95")
+    against = result["rocks_against_controls"]
+    baseline = result["baseline"]
+    reward = f"{baseline['reward']:.3f} {interval_text(baseline.get('ci95'), '.3f')}"
     p = against.get("p")
     facts = [
         (
             "do rocks differ from mass-matched controls?",
             "not tested: one of the two is missing" if p is None else f"p = {p:.3g} (Mann-Whitney over candidates)",
         ),
-        (
-            "baseline",
-            f"mean reward {base['reward']:.3f} "
-            + ("(no interval)" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]")
-            + f" on {result['problems']} problems",
-        ),
+        ("baseline", f"mean reward {reward} on {result['problems']} problems"),
         ("discordance", f"{result['discordance']:.3f} of the problems change their reward, on average over candidates"),
         ("least effect found with power 0.8", f"{result['minimal_effect']:.3f} (Bonferroni over all candidates)"),
     ]

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from ...artefacts import token_stats
 from ...artefacts.occurrences import MAX_VOCABULARY
+from ...artefacts.run_files import TOKEN_STATS_FILE
 from ...rocks.cutoff import Sweep
 from ...rocks.families import family_of
 from ...rocks.rock_set import RockSet
+from ...statistics import interval_text
 from ..blocks import Block, Facts, Note, Plot, Section, Table
 from ..contents import Contents
 from ..plots.canvas import to_svg
 from ..plots.rocks import plot_before_after, plot_families, plot_funnel, plot_sweep
-from ..token_types import TokenTypes, of_occurrences, of_statistics, of_windows
+from ..token_types import TokenTypes, types_of_last_quarter, types_of_occurrences, types_of_statistics
 
 MOST_TYPES = 200  # of the table where no rocks were chosen
 MOST_ROCKS = 1000  # of the table of rocks: each is 400 bytes of the page
@@ -41,13 +42,13 @@ def rocks(contents: Contents) -> Section | None:
 def find_types(contents: Contents) -> TokenTypes | None:
     """Return what a folder says of token types: from collected rollouts, else from the statistics of its run."""
     if contents.occurrences is not None:
-        return of_occurrences(contents.occurrences)
+        return types_of_occurrences(contents.occurrences)
     if (run := contents.main_run) is None:
         return None
     if run.windows:
-        return of_windows(run.windows)
-    path = run.folder / token_stats.FILE_NAME
-    return of_statistics(path) if path.is_file() else None
+        return types_of_last_quarter(run.windows)
+    path = run.folder / TOKEN_STATS_FILE
+    return types_of_statistics(path) if path.is_file() else None
 
 
 def _facts(found: RockSet) -> list[tuple[str, str]]:
@@ -78,7 +79,7 @@ def _facts(found: RockSet) -> list[tuple[str, str]]:
 def _share(held: dict[str, Any], name: str) -> str:
     interval = held.get(f"{name}_ci95")
     known = isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, float) for end in interval)
-    return f"{held[name]:.1%} " + (f"[{interval[0]:.1%}, {interval[1]:.1%}]" if known else "(no interval)")
+    return f"{held[name]:.1%} {interval_text(interval if known else None, '.1%')}"
 
 
 def _rock_table(contents: Contents) -> Table:
@@ -128,9 +129,8 @@ def _type_table(types: TokenTypes, contents: Contents) -> Table:
         )
         for rank, id in enumerate(order, 1)
     ]
-    caption = (
-        f"The {len(rows)} types that carry the most divergence, in {types.of}; mean KL in nats per token, no intervals"
-    )
+    caption = f"The {len(rows)} types that carry the most divergence, in {types.source}; "
+    caption += "mean KL in nats per token, no intervals"
     columns = {"rank": "d", "token": "", "id": "d", "count": "d", "mean KL": ".4f", "before": ".4f"}
     return Table(caption, columns | {"share of the divergence": ".2%"}, rows, tool=True)
 
@@ -144,10 +144,10 @@ def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
     label = (
         f"Mean KL over count of {occur} token types, rocks marked, with the band of 10 to 90 % of types of like count"
     )
-    blocks: list[Block] = [Plot(to_svg(funnel, "f-"), label, f"From {types.of}.")]
+    blocks: list[Block] = [Plot(to_svg(funnel, "f-"), label, f"From {types.source}.")]
     if types.before is not None:
         change = plot_before_after(types.before, types.mean_kl, is_rock)
-        note = f"After: {types.of}. Before: {types.of_before}."
+        note = f"After: {types.source}. Before: {types.before_source}."
         blocks.append(
             Plot(to_svg(change, "c-"), "Mean KL of each type after over before; on the line nothing changed", note)
         )
@@ -159,10 +159,10 @@ def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
     families = types.families(names.text_of)
     if families:
         shares = list(zip(*families.values(), strict=True))
-        told = ", ".join(f"{name} {tokens:.1%} and {kl:.1%}" for name, (tokens, kl) in families.items())
+        text = ", ".join(f"{name} {tokens:.1%} and {kl:.1%}" for name, (tokens, kl) in families.items())
         note = "" if names.complete else "Only types whose text the rock set names; no tokenizer of these ids is here."
         plot = plot_families(list(families), *shares)
-        blocks.append(Plot(to_svg(plot, "g-"), f"Families by share of tokens and of divergence: {told}", note))
+        blocks.append(Plot(to_svg(plot, "g-"), f"Families by share of tokens and of divergence: {text}", note))
     return blocks
 
 

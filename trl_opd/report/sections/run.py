@@ -16,7 +16,7 @@ from ..plots.runs import plot_accuracy, plot_curves, plot_divergence, plot_phase
 from ..token_types import kind_means
 
 DIVERGENCES = {"reverse_kl": "KL(student ‖ teacher)", "forward_kl": "KL(teacher ‖ student)", "jsd": "JSD"}
-# Figure of the log -> title of its plot, its axis, and whether it is a share.
+# Metric of the log -> title of its plot, its axis, and whether it is a share.
 CURVES = {
     "entropy": ("Entropy of the student's distribution", "mean entropy (nats per token)", False),
     "completions/mean_length": ("Length of completions", "mean length (tokens)", False),
@@ -29,7 +29,7 @@ CURVES = {
     "batch/padding_share": ("Padding in the student's forwards", "share of the positions", True),
 }
 # Arguments that have a line of their own.
-TOLD = {"teacher_model_name_or_path", "seed", "teacher_quantization"}
+SHOWN_ELSEWHERE = {"teacher_model_name_or_path", "seed", "teacher_quantization"}
 
 
 def what_was_run(contents: Contents) -> Section | None:
@@ -53,7 +53,8 @@ def what_was_run(contents: Contents) -> Section | None:
 def training(contents: Contents) -> Section | None:
     """Return what changed over the steps of the runs, a line for each run."""
     blocks: list[Block] = []
-    for figure, label in (_divergence(contents), _accuracy(contents), *_figures_of_the_log(contents)):
+    plots = [_divergence_plot(contents), _accuracy_plot(contents), *_metric_plots(contents)]
+    for figure, label in plots:
         if figure is not None:
             blocks.append(Plot(to_svg(figure, f"t{len(blocks)}-"), label))
     note = "Figures of the log, of a window of steps each: token means over the rollouts, and shares. No intervals but "
@@ -65,7 +66,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     """Return what a run's record says of it, in words."""
     record = run.record
     student, teacher, measure, data = (record[name] for name in ("student", "teacher", "measure", "dataset"))
-    arguments = {name: value for name, value in record["arguments"].items() if name not in TOLD}
+    arguments = {name: value for name, value in record["arguments"].items() if name not in SHOWN_ELSEWHERE}
     hardware = record["hardware"]
     facts = [
         ("command", record["command"]),
@@ -173,7 +174,7 @@ def _phases(contents: Contents) -> list[Block]:
     return [Plot(to_svg(plot_phases(seconds), "p-"), f"Mean seconds of an optimizer step by phase. {label}")]
 
 
-def _divergence(contents: Contents) -> tuple[Any, str]:
+def _divergence_plot(contents: Contents) -> tuple[Any, str]:
     kinds = {"rock": [], "control": [], "other": []}
     curves, measure = {}, "divergence"
     for name, run in contents.runs.items():
@@ -198,7 +199,7 @@ def _divergence(contents: Contents) -> tuple[Any, str]:
     return plot_curves(means, title, f"mean {measure} per token (nats)"), f"{title} over steps, nats per token"
 
 
-def _accuracy(contents: Contents) -> tuple[Any, str]:
+def _accuracy_plot(contents: Contents) -> tuple[Any, str]:
     curves, problems = {}, set()
     for name, run in contents.runs.items():
         points = {int(line["step"]): line for line in run.log if "eval_accuracy" in line}
@@ -213,7 +214,7 @@ def _accuracy(contents: Contents) -> tuple[Any, str]:
     return plot_accuracy(curves, None if count is None else int(count)), f"Accuracy over steps; at the end: {ends}"
 
 
-def _figures_of_the_log(contents: Contents) -> list[tuple[Any, str]]:
+def _metric_plots(contents: Contents) -> list[tuple[Any, str]]:
     found = []
     for name, (title, y, share) in CURVES.items():
         curves = {arm: run.curve(name) for arm, run in contents.runs.items()}
