@@ -43,8 +43,8 @@ MUTATIONS = [
     Mutation(
         "shift by one: the teacher is read where the token stands, not where it is predicted",
         "training/teacher_states.py",
-        "positions = mask[row].nonzero()[:, 0] + prompts[row] - 1",
-        "positions = (mask[row].nonzero()[:, 0] + prompts[row]).clamp(max=longest - 2)",
+        "positions = mask[row].nonzero()[:, 0] + prompt_lengths[row] - 1",
+        "positions = (mask[row].nonzero()[:, 0] + prompt_lengths[row]).clamp(max=longest - 2)",
         "tests/test_laws.py tests/training/test_teacher_states.py",
     ),
     Mutation(
@@ -99,8 +99,8 @@ MUTATIONS = [
     ),
     Mutation(
         "stale rollout: a resumed run sees the prompts of the first epoch",
-        "rollouts/data_order.py",
-        "epoch=lambda: int(trainer.state.epoch or 0),",
+        "opd_trainer.py",
+        "epoch=lambda: int(self.state.epoch or 0),",
         "epoch=lambda: 0,",
         "tests/test_faults.py tests/saving/test_checkpoints.py",
     ),
@@ -122,8 +122,8 @@ MUTATIONS = [
         "evaluation is weighted",
         "opd_trainer.py",
         "        if training:  # evaluation is never weighted, and counts every position\n"
-        "            self._arm.prepare(batch, self.state.global_step)",
-        "        self._arm.prepare(batch, self.state.global_step)\n        if training:",
+        "            self._position_weights.prepare(batch, self.state.global_step)",
+        "        self._position_weights.prepare(batch, self.state.global_step)\n        if training:",
         "tests/test_weighting_run.py tests/test_runs.py",
     ),
     Mutation(

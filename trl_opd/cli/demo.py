@@ -77,6 +77,8 @@ def run(argv: list[str]) -> None:
 
 def format_summary(summary: dict) -> list[str]:
     """Return the table of a summary, a line each."""
+    from ..statistics import interval_text
+
     lines = [
         "",
         f"{summary['task']}: {summary['eval_problems']} held-out problems, greedy",
@@ -85,11 +87,11 @@ def format_summary(summary: dict) -> list[str]:
         f"{'arm':<9}{'accuracy  [95 % interval]':<28}{'difference to uniform':<28}{'frozen':>8}{'seconds':>9}",
     ]
     for arm, result in summary["arms"].items():
-        accuracy = f"{result['accuracy']:.3f}  {_format_interval(result['accuracy_ci95'])}"
+        accuracy = f"{result['accuracy']:.3f}  {interval_text(result['accuracy_ci95'], '.3f')}"
         difference = ""
         if arm in summary["differences"]:
             found = summary["differences"][arm]
-            difference = f"{found['estimate']:+.3f}  {_format_interval(found['ci95'], '+')}"
+            difference = f"{found['estimate']:+.3f}  {interval_text(found['ci95'], '+.3f')}"
         share = f"{result['frozen_token_share']:.1%}"
         seconds = f"{result['seconds']:.0f}"
         lines.append(f"{arm:<9}{accuracy:<28}{difference:<28}{share:>8}{seconds:>9}")
@@ -110,7 +112,3 @@ def format_summary(summary: dict) -> list[str]:
         f"they are {rocks['token_share']:.1%} of the tokens and {rocks['kl_share']:.1%} of the divergence, in the "
         "rollouts that chose them; no interval.",
     ]
-
-
-def _format_interval(bounds: list[float] | None, sign: str = "") -> str:
-    return "(no interval)" if bounds is None else f"[{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"

@@ -117,7 +117,7 @@ def run(argv: list[str]) -> None:
     from ..artefacts.occurrences import Occurrences
     from ..rocks.from_occurrences import detect_from_occurrences
     from ..rocks.recurrence import ContextSettings
-    from ..studies.tokenizer import find_tokenizer
+    from .tokenizer import find_tokenizer
 
     output = Path(args.output)
     require_writable(output)
@@ -249,7 +249,9 @@ def _format_shares(heldout: dict | None) -> str:
 
 
 def _format_share(share: float, interval: list[float] | None) -> str:
-    return f"{share:.1%} " + ("(no interval)" if interval is None else f"[{interval[0]:.1%}, {interval[1]:.1%}]")
+    from ..statistics import interval_text
+
+    return f"{share:.1%} {interval_text(interval, '.1%')}"
 
 
 def _format_controls(controls: Controls) -> str:

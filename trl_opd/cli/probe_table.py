@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..statistics import interval_text
 from ..studies.effects import count_tests, problems_needed
 
 MEASURES = {"log_count": "log count", "mean_kl": "mean KL", "entropy": "entropy"}
@@ -56,14 +57,12 @@ def _format_comparison(comparison: dict) -> str:
 
 def _format_baseline(result: dict) -> str:
     baseline = result["baseline"]
-    bounds = baseline["ci95"]
-    interval = "no interval" if bounds is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
-    return f"Baseline {baseline['reward']:.3f} ({interval}) on {result['problems']} problems."
+    interval = interval_text(baseline["ci95"], ".3f")
+    return f"Baseline {baseline['reward']:.3f} {interval} on {result['problems']} problems."
 
 
 def _format_arm(arm: dict) -> str:
-    bounds = arm["ci95"]
-    interval = "" if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+    interval = "" if arm["ci95"] is None else interval_text(arm["ci95"], "+.3f")
     p_bh = _format_number(arm["p_bh"])
     p_holm = _format_number(arm["p_holm"])
     label = arm["label"] or ""
