@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trl_opd.saving.checkpoints import fault
+from trl_opd.saving.checkpoints import find_fault
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import PROMPTS, make_model, make_tokenizer
@@ -173,7 +173,7 @@ def test_two_processes_go_on_from_the_newest_whole_checkpoint_to_the_bit(world, 
     assert run.stderr.count("the run goes on from checkpoint-2") == 1
     for name in ("model.safetensors", "checkpoint-4/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    assert fault(killed / "checkpoint-4") is None
+    assert find_fault(killed / "checkpoint-4") is None
 
 
 @pytest.mark.parametrize(

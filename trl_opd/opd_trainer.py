@@ -304,7 +304,7 @@ class OPDTrainer(DistillationTrainer):
         return self._token_sums.total(self._sum_over_processes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
+        resume_from_checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self._metric_sums["train"].clear()  # of a run that broke off
         for callback in self._opd_callbacks():
             callback.attach(self, self.model_pair)

@@ -21,7 +21,7 @@ from trl_opd.artefacts.run_files import TOKEN_STATS_FILE
 from trl_opd.artefacts.token_stats import COUNTS, SUMS
 from trl_opd.cli import main
 from trl_opd.rocks.rock_set import Rock
-from trl_opd.saving.checkpoints import fault
+from trl_opd.saving.checkpoints import find_fault
 
 from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
 
@@ -158,9 +158,9 @@ def train(kind: str) -> Callable[[Path, Phases], None]:
 
         teacher_states.compute_states = score_watched
         found = get_last_checkpoint(folder) if folder.is_dir() else None
-        whole = found and any(fault(path) is None for path in folder.glob("checkpoint-*"))
+        whole = found and any(find_fault(path) is None for path in folder.glob("checkpoint-*"))
         if whole:
-            steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if fault(path) is None]
+            steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if find_fault(path) is None]
             with (folder.parent / f"{folder.name}.resumed").open("a") as file:
                 file.write(f"{max(steps)}\n")
         trainer.train(resume_from_checkpoint=found if whole else None)
@@ -182,7 +182,7 @@ def compare_trainings(whole: Path, killed: Path, resumed: list[int]) -> list[str
     if names[0] != names[1]:
         found.append(f"checkpoints {names[0]} and {names[1]}")
     for name in set(names[0]) & set(names[1]):
-        found += [f"{name} {reason}" for reason in (fault(killed / name),) if reason]
+        found += [f"{name} {reason}" for reason in (find_fault(killed / name),) if reason]
         for path in sorted((whole / name).iterdir()):
             if path.name not in (FILE_NAME, "README.md", "training_args.bin"):
                 same = _contents(path, resumed) == _contents(killed / name / path.name, resumed)

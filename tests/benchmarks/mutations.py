@@ -138,8 +138,8 @@ MUTATIONS = [
         "saving/checkpoints.py",
         "        save_state(path)\n"
         "        wait()  # for what the other processes write: their random states, their shards\n"
-        "        write_complete(folder)",
-        "        write_complete(folder)\n        save_state(path)\n        wait()",
+        "        write_manifest(folder)",
+        "        write_manifest(folder)\n        save_state(path)\n        wait()",
         "tests/saving/test_checkpoints.py",
     ),
     Mutation(

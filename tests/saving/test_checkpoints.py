@@ -23,7 +23,7 @@ from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
 from trl_opd.cli import main
 from trl_opd.rollouts.data_order import EpochRepeatSampler
 from trl_opd.saving import checkpoints
-from trl_opd.saving.checkpoints import fault, resolve
+from trl_opd.saving.checkpoints import find_fault
 
 from tests.benchmarks.crash_runs import write_world
 from tests.helpers.command_line import flags
@@ -73,7 +73,7 @@ def test_a_checkpoint_lists_every_file_with_its_size(run):
         there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != FILE_NAME}
         assert listed == there
         assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "token_stats.safetensors"} <= there.keys()
-        assert fault(folder) is None
+        assert find_fault(folder) is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
@@ -81,9 +81,9 @@ def test_a_file_that_is_cut_or_gone_is_told(copy, name):
     folder = copy / "checkpoint-4"
     size = (folder / name).stat().st_size
     cut(folder, name)
-    assert fault(folder) == f"its {name} has 100 of {size} bytes"
+    assert find_fault(folder) == f"its {name} has 100 of {size} bytes"
     (folder / name).unlink()
-    assert fault(folder) == f"its {name} is gone"
+    assert find_fault(folder) == f"its {name} is gone"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_file_that_is_cut_or_gone_is_told(copy, name):
 )
 def test_a_list_that_is_none_is_damage(copy, content):
     (copy / "checkpoint-4" / FILE_NAME).write_text(content)
-    assert fault(copy / "checkpoint-4") == f"its {FILE_NAME} is damaged"
+    assert find_fault(copy / "checkpoint-4") == f"its {FILE_NAME} is damaged"
 
 
 def test_the_list_is_there_before_a_checkpoint_is_pushed_and_before_an_older_one_goes(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_the_list_is_there_before_a_checkpoint_is_pushed_and_before_an_older_one
 
     class Pushing(OPDTrainer):
         def _push_from_checkpoint(self, checkpoint_folder):
-            seen.append(("pushed", fault(checkpoint_folder)))
+            seen.append(("pushed", find_fault(checkpoint_folder)))
 
     from transformers import trainer as module
 
@@ -118,7 +118,7 @@ def test_the_list_is_there_before_a_checkpoint_is_pushed_and_before_an_older_one
 
     def rotate_seen(output_dir, **kwargs):
         newest = get_last_checkpoint(output_dir)
-        seen.append(("rotated", fault(newest)))
+        seen.append(("rotated", find_fault(newest)))
         rotate(output_dir, **kwargs)
 
     monkeypatch.setattr(module, "rotate_checkpoints", rotate_seen)
@@ -135,23 +135,23 @@ def test_a_step_that_is_saved_again_is_not_whole_in_between(copy):
     seen, save = [], trainer._save_optimizer_and_scheduler
 
     def save_seen(folder):
-        seen.append(fault(folder))
+        seen.append(find_fault(folder))
         save(folder)
 
     trainer._save_optimizer_and_scheduler = save_seen
     trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
     assert seen == [f"it has no {FILE_NAME}, so its saving was not finished"]
-    assert fault(copy / "checkpoint-4") is None
+    assert find_fault(copy / "checkpoint-4") is None
 
 
 # From which one a run goes on
 
 
 def test_true_means_the_newest_whole_one(copy):
-    assert resolve(True, copy) == str(copy / "checkpoint-4")
+    assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-4")
     unfinish(copy / "checkpoint-4")
     with pytest.warns(UserWarning, match=r"checkpoint-4 is not whole .*: the run goes on from checkpoint-2\."):
-        assert resolve(True, copy) == str(copy / "checkpoint-2")
+        assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-2")
 
 
 def test_what_transformers_takes_for_the_newest_leads_to_the_newest_whole_one(copy):
@@ -159,19 +159,19 @@ def test_what_transformers_takes_for_the_newest_leads_to_the_newest_whole_one(co
     newest = get_last_checkpoint(copy)
     assert newest.endswith("checkpoint-4")
     with pytest.warns(UserWarning, match="the run goes on from checkpoint-2"):
-        assert resolve(newest, copy) == str(copy / "checkpoint-2")
+        assert resolve_checkpoint(newest, copy) == str(copy / "checkpoint-2")
 
 
 def test_a_file_that_was_changed_since_and_has_grown_is_no_sign_of_a_kill(copy):
     with (copy / "checkpoint-4" / "config.json").open("a") as file:
         file.write("\n")
-    assert fault(copy / "checkpoint-4") is None
+    assert find_fault(copy / "checkpoint-4") is None
 
 
 def test_a_checkpoint_of_the_model_only_is_taken_with_a_warning(tmp_path):
     build(tmp_path, save_only_model=True, **SAVING).train()
     with pytest.warns(UserWarning, match=r"checkpoint-4 holds the model only .*: optimizer and learning rates begin"):
-        assert resolve(True, tmp_path) == str(tmp_path / "checkpoint-4")
+        assert resolve_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
@@ -194,44 +194,44 @@ def test_steps_are_numbers_and_not_names(tmp_path):
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
-        checkpoints.write_complete(tmp_path / f"checkpoint-{step}")
+        checkpoints.write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11").write_text("a file")
     (tmp_path / "checkpoint-x").mkdir()
-    assert resolve(True, tmp_path) == str(tmp_path / "checkpoint-10")
+    assert resolve_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.parametrize("resume", [None, False])
 def test_nothing_to_go_on_from_is_a_run_that_begins(copy, resume):
-    assert resolve(resume, copy) is None
+    assert resolve_checkpoint(resume, copy) is None
 
 
 def test_an_older_checkpoint_that_is_named_and_not_whole_is_refused(copy):
     cut(copy / "checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2 is not whole: its optimizer.pt has 100 of \d+ bytes"):
-        resolve(copy / "checkpoint-2", copy)
-    assert resolve(copy / "checkpoint-4", copy) == str(copy / "checkpoint-4")
+        resolve_checkpoint(copy / "checkpoint-2", copy)
+    assert resolve_checkpoint(copy / "checkpoint-4", copy) == str(copy / "checkpoint-4")
 
 
 def test_no_whole_checkpoint_is_a_sentence(copy, tmp_path):
     for step in (2, 4):
         unfinish(copy / f"checkpoint-{step}")
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole .*Begin without resume_from_checkpoint"):
-        resolve(True, copy)
+        resolve_checkpoint(True, copy)
     with pytest.raises(ValueError, match="checkpoint-4 is not whole"):
-        resolve(get_last_checkpoint(copy), copy)
+        resolve_checkpoint(get_last_checkpoint(copy), copy)
     with pytest.raises(ValueError, match="There is no checkpoint in"):
-        resolve(True, tmp_path / "nowhere")
+        resolve_checkpoint(True, tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        resolve(copy / "checkpoint-6", copy)
+        resolve_checkpoint(copy / "checkpoint-6", copy)
 
 
 def test_a_checkpoint_of_another_trainer_is_taken_when_it_is_named(copy):
     for step in (2, 4):
         (copy / f"checkpoint-{step}" / FILE_NAME).unlink()
     with pytest.raises(ValueError, match="one of another trainer can be named by its folder"):
-        resolve(True, copy)
+        resolve_checkpoint(True, copy)
     with pytest.warns(UserWarning, match="as if another trainer had written it"):
-        assert resolve(copy / "checkpoint-2", copy) == str(copy / "checkpoint-2")
+        assert resolve_checkpoint(copy / "checkpoint-2", copy) == str(copy / "checkpoint-2")
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_was(run, copy):
@@ -241,7 +241,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_w
         trainer.train(resume_from_checkpoint=True)
     files_of = [(folder / "checkpoint-4" / "model.safetensors").read_bytes() for folder in (run, copy)]
     assert files_of[0] == files_of[1]
-    assert fault(copy / "checkpoint-4") is None
+    assert find_fault(copy / "checkpoint-4") is None
 
 
 # Killed, terminated, interrupted
@@ -288,7 +288,7 @@ def test_a_signal_ends_a_training_with_a_sentence_and_the_way_on(world, tmp_path
     assert "Traceback" not in error
     assert not (out / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == before
-    last = int(Path(resolve(True, out)).name.split("-")[1])
+    last = int(Path(resolve_checkpoint(True, out)).name.split("-")[1])
     settings["max_steps"] = last + 1
     assert main(["train", *flags(world, out, resume_from_checkpoint=True, **settings)]) == 0
     assert (out / "model.safetensors").exists()
@@ -343,9 +343,9 @@ def test_a_checkpoint_without_room_is_a_sentence_and_the_one_before_is_whole(wor
     assert sentence.endswith("checkpoint-2 is whole: once there is room, resume_from_checkpoint goes on.")
     assert "Traceback" not in error
     assert (out / "model.safetensors").read_bytes() == before
-    assert Path(resolve(True, out)).name == "checkpoint-2" if (out / "checkpoint-4").exists() else True
+    assert Path(resolve_checkpoint(True, out)).name == "checkpoint-2" if (out / "checkpoint-4").exists() else True
     assert main(["train", *flags(world, out, max_steps=4, **settings)]) == 0
-    assert fault(out / "checkpoint-4") is None
+    assert find_fault(out / "checkpoint-4") is None
     assert not temporary(out)
 
 
@@ -512,7 +512,7 @@ def test_a_state_is_read_without_running_what_is_in_it_or_refused_in_a_sentence(
         file.write_bytes(archive[damage])
     else:
         torch.save(Evil(marker), file)
-    checkpoints.write_complete(out / "checkpoint-1")
+    checkpoints.write_manifest(out / "checkpoint-1")
     capsys.readouterr()
     settings |= {"max_steps": 2, "resume_from_checkpoint": True}
     assert main(["train", *flags(world, out, **settings)]) == 1

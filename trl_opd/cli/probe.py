@@ -151,12 +151,12 @@ def run(argv: list[str]) -> None:
             parser.error(f"the following arguments are required: --{name}")
     check_arguments(args)
 
-    from ..artefacts.atomic import require_writable
+    from ..artefacts.atomic import require_writable, write_json
     from ..report.plots.canvas import save_png
     from ..report.plots.evidence import plot_forest
     from ..rocks.rock_set import RockSet
     from ..studies.effects import add_roles
-    from ..studies.probe import Probe, journal_settings, require_prompts_fit, run_probe, write_result
+    from ..studies.probe import Probe, journal_settings, require_prompts_fit, run_probe
     from .probe_table import format_result
     from .rewards import load_reward
 
@@ -186,7 +186,7 @@ def run(argv: list[str]) -> None:
         is_exact=args.dtype == "float32" and not args.load_in_4bit,
         settings=asdict(args),
     )
-    write_result(result, output)
+    write_json(output, result)
     save_png(plot_forest(result), output.with_suffix(".png"))
     written = f"The result is in {output}"
     if rock_set is not None:

@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..artefacts.atomic import complete_file
+from ..artefacts.atomic import write_json
 from ..artefacts.run_files import MANIFEST_FILE, checkpoint_step, find_checkpoints
 
 FORMAT, VERSION = "trl_opd.checkpoint", 1
@@ -56,7 +56,7 @@ def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
     def save_and_complete(path: str) -> None:
         save_state(path)
         wait()  # for what the other processes write: their random states, their shards
-        write_complete(folder)
+        write_manifest(folder)
 
     if trainer.args.should_save:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a step that is done again
@@ -70,7 +70,7 @@ def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
         vars(state).pop("save_to_json", None)
 
 
-def write_complete(folder: str | os.PathLike) -> None:
+def write_manifest(folder: str | os.PathLike) -> None:
     """Write the names and sizes of a checkpoint's files into it, once they are on the disk."""
     folder = Path(folder)
     files = {}
@@ -80,11 +80,10 @@ def write_complete(folder: str | os.PathLike) -> None:
         with open(path, "rb" if os.name == "posix" else "r+b") as file:
             os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
-    with complete_file(folder / MANIFEST_FILE) as part:
-        part.write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1) + "\n")
+    write_json(folder / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, "files": files})
 
 
-def fault(folder: str | os.PathLike) -> str | None:
+def find_fault(folder: str | os.PathLike) -> str | None:
     """Return what a checkpoint lacks, or `None` when it is whole.
 
     A kill leaves files that are cut or missing. One that has grown was changed by somebody since.
@@ -112,10 +111,10 @@ def fault(folder: str | os.PathLike) -> str | None:
 
 def newest_complete(run_dir: str | os.PathLike) -> Path | None:
     """Return the whole checkpoint of the latest step in a run's folder, or `None`."""
-    return next((folder for folder in _checkpoints(run_dir) if fault(folder) is None), None)
+    return next((folder for folder in _checkpoints(run_dir) if find_fault(folder) is None), None)
 
 
-def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
+def resolve_checkpoint(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
     """Return the folder of the checkpoint to go on from, `None` for a run that begins.
 
     `True` means the newest whole one. So does the newest folder of the run, which is what transformers'
@@ -137,14 +136,14 @@ def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike)
             raise ValueError(
                 f"There is no checkpoint in {run_dir} to go on from: begin without resume_from_checkpoint."
             )
-        return _told(_newest_of(found, run_dir))
+        return _as_resume_path(_newest_of(found, run_dir))
     folder = Path(resume)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint {folder}: no such folder.")
-    if (reason := fault(folder)) is None:
-        return _told(folder)
+    if (reason := find_fault(folder)) is None:
+        return _as_resume_path(folder)
     if found and folder.resolve() == found[0].resolve() and newest_complete(run_dir):
-        return _told(_newest_of(found, run_dir))
+        return _as_resume_path(_newest_of(found, run_dir))
     if (folder / MANIFEST_FILE).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
         raise ValueError(
             f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew; if you changed it "
@@ -155,10 +154,10 @@ def resolve(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike)
         "cannot be told.",
         stacklevel=3,
     )
-    return _told(folder)
+    return _as_resume_path(folder)
 
 
-def _told(folder: Path) -> str:
+def _as_resume_path(folder: Path) -> str:
     """Return a checkpoint to go on from; warn where it holds the model only."""
     # DeepSpeed and FSDP keep optimizers in folders.
     if not (folder / SCHEDULER_NAME).is_file() and not any(path.is_dir() for path in folder.iterdir()):
@@ -205,12 +204,14 @@ def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
     whole = newest_complete(run_dir)
     if whole is None:
         raise ValueError(
-            f"No checkpoint in {run_dir} is whole ({found[0].name}: {fault(found[0])}). Begin without "
+            f"No checkpoint in {run_dir} is whole ({found[0].name}: {find_fault(found[0])}). Begin without "
             "resume_from_checkpoint; one of another trainer can be named by its folder, one that you changed yourself "
             f"when its {MANIFEST_FILE} is removed."
         )
     if whole != found[0]:
-        warnings.warn(f"{found[0]} is not whole ({fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4)
+        warnings.warn(
+            f"{found[0]} is not whole ({find_fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4
+        )
     return whole
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm import tqdm
 
-from ..artefacts.atomic import complete_file
+from ..artefacts.atomic import complete_file, write_json
 from ..artefacts.occurrences import PROMPT_SCHEMA, Occurrences, join_files, write_occurrences
 from ..artefacts.run_files import OCCURRENCES_FILE, PROMPTS_FILE
 from ..loss.divergence import loss_and_signals
@@ -106,8 +106,7 @@ class Collector:
         path = parts / SETTINGS
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         require_same_settings(self._folder, known, self._settings)
-        with complete_file(path) as part:
-            part.write_text(json.dumps(self._settings, indent=1), encoding="utf-8")
+        write_json(path, self._settings)
 
     def _collect_batch(self, start: int) -> int:
         """Sample and score the rollouts of some prompts, write their part, and return how many tokens they have."""

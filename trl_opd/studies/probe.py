@@ -84,12 +84,6 @@ def run_probe(
     return result
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write knockout.json; it appears under its name only when it is complete."""
-    with complete_file(path) as part:
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def journal_settings(arguments: Mapping[str, Any], rock_set: RockSet | None) -> dict[str, Any]:
     """Return what decides the completions of a probe, which the head of its journal records.
 
