@@ -23,7 +23,7 @@ from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
 from trl_opd.cli import main
 from trl_opd.rollouts.data_order import EpochRepeatSampler
 from trl_opd.saving import checkpoints
-from trl_opd.saving.checkpoints import find_fault
+from trl_opd.saving.checkpoints import find_fault, resolve_checkpoint
 
 from tests.benchmarks.crash_runs import write_world
 from tests.helpers.command_line import flags
