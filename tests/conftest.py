@@ -49,15 +49,15 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture
 def projections(monkeypatch) -> list[int]:
     """Rows of every projection of hidden states through an LM head, as they happen."""
-    from trl_opd.loss import fused as fused_divergence
+    from trl_opd.loss import fused
 
-    rows, original = [], fused_divergence._project
+    rows, original = [], fused._project
 
     def project(hidden, *head, out):
         if len(hidden):
             rows.append(len(hidden))
         return original(hidden, *head, out=out)
 
-    monkeypatch.setattr(fused_divergence, "_project", project)
-    monkeypatch.setattr(fused_divergence, "MAX_ROWS", 10_000)  # one chunk
+    monkeypatch.setattr(fused, "_project", project)
+    monkeypatch.setattr(fused, "MAX_ROWS", 10_000)  # one chunk
     return rows

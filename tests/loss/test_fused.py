@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_opd import LMHead, weighted_divergence
-from trl_opd.loss import fused as fused_divergence
+from trl_opd.loss import fused
 from trl_opd.loss.divergence import _by_trl
 from trl_opd.loss.fused import MAX_ROWS, FusedDivergence, _rows_of_a_chunk
 
@@ -130,13 +130,13 @@ def test_a_chunk_fits_and_none_has_a_few_rows_only(count, fit):
 )
 def test_the_rows_alive_at_once_stay_within_the_chunk_bytes(monkeypatch, beta, softcap, buffers):
     hidden, heads, weights = make_case(n=200, rows=(64, 64), softcap=softcap)
-    sizes, original = [], fused_divergence._values_of_rows
+    sizes, original = [], fused._values_of_rows
 
     def compare(student, *others, beta):
         sizes.append(buffers * student.numel() * 4)
         return original(student, *others, beta=beta)
 
-    monkeypatch.setattr(fused_divergence, "_values_of_rows", compare)
+    monkeypatch.setattr(fused, "_values_of_rows", compare)
     budget = 4 * 64 * buffers * 10 + 17
     weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0, chunk_bytes=budget)
     assert len(sizes) == 20
@@ -150,7 +150,7 @@ def test_a_head_is_converted_in_tiles_to_the_dtype_of_the_states(monkeypatch, dt
     of_states, of_heads = dtypes
     found = []
     for tile in (32768, 100):
-        monkeypatch.setattr(fused_divergence, "TILE", tile)
+        monkeypatch.setattr(fused, "TILE", tile)
         hidden, heads, weights = make_case()
         hidden = [states.detach().to(of_states).requires_grad_() for states in hidden]
         heads = [LMHead(head.weight.detach().to(of_heads).requires_grad_(), head.bias.detach()) for head in heads]
@@ -181,10 +181,10 @@ def test_memory_that_is_kept_for_the_next_call_changes_nothing():
 
 def test_kept_memory_goes_when_far_less_is_allowed():
     cpu = torch.device("cpu")
-    large = fused_divergence._row_buffers((3, 100, 1000), cpu, 2**30)
-    assert fused_divergence._row_buffers((3, 2, 1000), cpu, 2**30).data_ptr() == large.data_ptr()
+    large = fused._row_buffers((3, 100, 1000), cpu, 2**30)
+    assert fused._row_buffers((3, 2, 1000), cpu, 2**30).data_ptr() == large.data_ptr()
     del large
-    small = fused_divergence._row_buffers((3, 2, 1000), cpu, 24_000)
+    small = fused._row_buffers((3, 2, 1000), cpu, 24_000)
     assert small.untyped_storage().nbytes() == 24_000
 
 
@@ -192,9 +192,9 @@ def test_kept_memory_goes_when_far_less_is_allowed():
 
 
 def test_each_head_is_projected_once_per_row_and_not_again_in_the_backward(monkeypatch):
-    rows, original = [], fused_divergence._project
+    rows, original = [], fused._project
     monkeypatch.setattr(
-        fused_divergence,
+        fused,
         "_project",
         lambda hidden, *rest, out: (rows.append(len(hidden)), original(hidden, *rest, out=out)),
     )
@@ -206,13 +206,13 @@ def test_each_head_is_projected_once_per_row_and_not_again_in_the_backward(monke
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (2,), (0, 1, 2)])
 def test_a_gradient_that_nobody_needs_is_not_formed(monkeypatch, trained):
-    formed, original = [], fused_divergence._Gradients.__init__
+    formed, original = [], fused._Gradients.__init__
 
     def init(self, inputs, needs):
         original(self, inputs, needs)
         formed.append([tensor is not None for tensor in (self._hidden, self._weight, self._bias)])
 
-    monkeypatch.setattr(fused_divergence._Gradients, "__init__", init)
+    monkeypatch.setattr(fused._Gradients, "__init__", init)
     hidden, heads, weights = make_case()
     tensors = hidden[0], heads[0].weight, heads[0].bias
     for place, tensor in enumerate(tensors):
@@ -226,7 +226,7 @@ def test_a_gradient_that_nobody_needs_is_not_formed(monkeypatch, trained):
 
 
 def test_without_gradients_none_is_formed(monkeypatch):
-    monkeypatch.setattr(fused_divergence._Gradients, "add", None)  # a call would fail
+    monkeypatch.setattr(fused._Gradients, "add", None)  # a call would fail
     hidden, heads, weights = make_case()
     with torch.no_grad():
         loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)

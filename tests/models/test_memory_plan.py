@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.kernels import chunked_divergence
 
-from trl_opd.models import memory_plan as memory
+from trl_opd.models import memory_plan
 from trl_opd.models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
 from trl_opd.models.shape import quantization_constants, read_shape, shape_of, weight_bytes
-from trl_opd.training import teacher_states as teacher_phase
+from trl_opd.training import teacher_states
 
 from tests.helpers.qwen3 import save_config
 from tests.helpers.tiny import make_model
@@ -131,9 +131,9 @@ def test_no_change_is_named_that_the_others_make_needless(tmp_path):
 
 
 def test_the_sizes_that_the_planner_assumes_are_those_of_the_code():
-    assert memory.GROUP_TOKENS == teacher_phase.GROUP_TOKENS
-    assert memory.TILE_ROWS == chunked_divergence.TOKEN_CHUNK_SIZE
-    assert memory.TILE_ENTRIES == chunked_divergence.VOCAB_CHUNK_SIZE
+    assert memory_plan.GROUP_TOKENS == teacher_states.GROUP_TOKENS
+    assert memory_plan.TILE_ROWS == chunked_divergence.TOKEN_CHUNK_SIZE
+    assert memory_plan.TILE_ENTRIES == chunked_divergence.VOCAB_CHUNK_SIZE
 
 
 @pytest.mark.parametrize(

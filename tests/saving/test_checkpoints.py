@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from trl_opd import OPDTrainer
-from trl_opd.artefacts import atomic as files
+from trl_opd.artefacts import atomic
 from trl_opd.artefacts.hub import HubError
 from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
 from trl_opd.cli import main
@@ -457,7 +457,7 @@ def test_other_errors_while_saving_pass_as_they_are(tmp_path, error):
 def test_files_move_to_their_folder_at_the_end_and_none_after_an_error(tmp_path):
     (tmp_path / "old").write_text("old")
     (tmp_path / "_saving-left").mkdir()
-    with files.complete_files(tmp_path) as part:
+    with atomic.complete_files(tmp_path) as part:
         (part / "old").write_text("new")
         (part / "deep").mkdir()
         (part / "deep" / "file").write_text("file")
@@ -467,7 +467,7 @@ def test_files_move_to_their_folder_at_the_end_and_none_after_an_error(tmp_path)
     assert (tmp_path / "deep" / "file").read_text() == "file"
 
     def break_off():
-        with files.complete_files(tmp_path) as part:
+        with atomic.complete_files(tmp_path) as part:
             (part / "old").write_text("newer")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -483,7 +483,7 @@ def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_
     for pid in (dead.pid, os.getppid(), "x"):
         (tmp_path / f".a.json.{pid}.part").write_text("half")
     (tmp_path / f".b.json.{dead.pid}.part").write_text("half")
-    with files.complete_file(tmp_path / "a.json") as part:
+    with atomic.complete_file(tmp_path / "a.json") as part:
         part.write_text("whole")
     kept = {f".a.json.{os.getppid()}.part", ".a.json.x.part", f".b.json.{dead.pid}.part", "a.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 from trl_opd import OPDTrainer
 from trl_opd.models.parking import Parking
 from trl_opd.rollouts.batches import left_aligned, length_groups
-from trl_opd.training import teacher_states as teacher_phase
+from trl_opd.training import teacher_states
 
 from tests.helpers import reference, trainers
 from tests.helpers.padded_rollouts import LENGTHS, make_inputs, split
@@ -78,7 +78,7 @@ def test_left_aligned_rollouts_are_prompt_and_completion_without_a_gap(lengths):
 @pytest.mark.parametrize("tokens", [1, 20, 16_384])
 @pytest.mark.parametrize("tools", [False, True])
 def test_the_states_are_those_of_each_rollout_alone(tmp_path, monkeypatch, family, tokens, tools):
-    monkeypatch.setattr(teacher_phase, "GROUP_TOKENS", tokens)
+    monkeypatch.setattr(teacher_states, "GROUP_TOKENS", tokens)
     teacher = make_model(family, seed=1).eval()
     trainer = build(tmp_path, teacher=teacher)
     inputs = make_inputs(tools=tools)
@@ -111,7 +111,7 @@ def test_a_group_is_no_longer_than_its_longest_rollout(tmp_path, forwards, monke
             batches.append(super()._generate_and_score_completions(inputs))
             return batches[-1]
 
-    monkeypatch.setattr(teacher_phase, "GROUP_TOKENS", 100)
+    monkeypatch.setattr(teacher_states, "GROUP_TOKENS", 100)
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_completion_length": 24}
     build(tmp_path, student, cls=Watch, max_steps=1, **changes).train()
     totals = (batches[0]["prompt_mask"].sum(1) + batches[0]["completion_mask"].sum(1)).tolist()
