@@ -75,13 +75,16 @@ def read_gradients(path: Path) -> Study:
     """
     schema = open_parquet(path).schema_arrow
     has_early = "mean_kl_early" in schema.names
-    numbers = [*NUMBERS, "mean_kl_early"] if has_early else list(NUMBERS)
-    types = {name: column_type(path, schema, name) for name in [*numbers, "group"]}
+    numbers = list(NUMBERS)
+    if has_early:
+        numbers.append("mean_kl_early")
+    wanted = [*numbers, "group"]
+    types = {name: column_type(path, schema, name) for name in wanted}
     if pa.types.is_nested(types["group"]):
         raise ValueError(f"{path}: column 'group' holds {types['group']}, not texts.")
 
     # As a dictionary a text that stands in many rows is in memory once.
-    table = read_table(path, open_parquet(path, read_dictionary=["group"]), [*numbers, "group"])
+    table = read_table(path, open_parquet(path, read_dictionary=["group"]), wanted)
     try:
         columns = {name: np.asarray(table.column(name).to_numpy(), dtype=np.float64) for name in numbers}
         groups = table.column("group").to_pylist()

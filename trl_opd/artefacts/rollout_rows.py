@@ -26,7 +26,7 @@ from .parquet import (
     require_whole_type,
     whole_numbers,
 )
-from .sampled_rollouts import KEYS, TOP, TOP_IDS, TOP_PROBABILITIES, VERSION
+from .sampled_rollouts import LISTS, TOP, TOP_IDS, VERSION, WHOLE_NUMBERS
 
 
 class Span(NamedTuple):
@@ -95,16 +95,17 @@ def read_rollout(path: Path, span: Span, names: Sequence[str], *, most_tokens: i
         `ValueError`: for a file that is cut, or with values that cannot be.
     """
     file = open_parquet(path)
-    keys = [name for name in ("prompt", "token_id") if name in file.schema_arrow.names]
-    _require_columns(path, file.schema_arrow, [*keys, *names])
+    has_prompt = "prompt" in file.schema_arrow.names
+    wanted = (["prompt", "token_id"] if has_prompt else ["token_id"]) + list(names)
+    _require_columns(path, file.schema_arrow, wanted)
     end = min(span.end, span.first + most_tokens)
-    table = _read_rows(path, file, [*keys, *names], span.first, end)
+    table = _read_rows(path, file, wanted, span.first, end)
     found = {}
-    for name in [*keys, *names]:
+    for name in wanted:
         column = table.column(name)
-        if name in (*TOP_IDS, *TOP_PROBABILITIES):
+        if name in LISTS:
             found[name] = _read_lists(path, name, column, first_row=span.first)
-        elif name in keys:
+        elif name in WHOLE_NUMBERS:
             found[name] = _whole_numbers(path, name, column, first_row=span.first)
         else:
             found[name] = _numbers(path, name, column, first_row=span.first)
@@ -114,18 +115,14 @@ def read_rollout(path: Path, span: Span, names: Sequence[str], *, most_tokens: i
 def _require_columns(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
     for name in names:
         found = column_type(path, schema, name)
-        if name in (*TOP_IDS, *TOP_PROBABILITIES):
+        if name in LISTS:
             if not pa.types.is_fixed_size_list(found) or found.list_size != TOP:
                 raise ValueError(f"{path}: column {name!r} must be lists of {TOP}, it is {found}.")
             found = found.value_type
-        if _holds_whole_numbers(name):
+        if name in WHOLE_NUMBERS:
             require_whole_type(path, name, found)
         else:
             require_float_type(path, name, found)
-
-
-def _holds_whole_numbers(name: str) -> bool:
-    return name in (*KEYS, *TOP_IDS)
 
 
 def _read_rows(path: Path, file: pq.ParquetFile, names: Sequence[str], first: int, end: int) -> pa.Table:
@@ -152,14 +149,14 @@ def _read_lists(path: Path, name: str, column: pa.ChunkedArray, *, first_row: in
     if (place := first_null(column)) is not None:
         raise ValueError(f"{path}: row {first_row + place} has no {name}.")
     values = column.combine_chunks().flatten()
-    read = _whole_numbers if _holds_whole_numbers(name) else _numbers
+    read = _whole_numbers if name in WHOLE_NUMBERS else _numbers
     return read(path, name, values, first_row=first_row, per_row=TOP).reshape(-1, TOP)
 
 
 def _whole_numbers(
     path: Path, name: str, column: pa.Array | pa.ChunkedArray, *, first_row: int, per_row: int = 1
 ) -> np.ndarray:
-    limit = MAX_VOCABULARY if name in ("token_id", *TOP_IDS) else 2**31
+    limit = MAX_VOCABULARY if name == "token_id" or name in TOP_IDS else 2**31
     return whole_numbers(path, name, column, limit=limit, first_row=first_row, per_row=per_row)
 
 

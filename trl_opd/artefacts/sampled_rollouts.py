@@ -29,6 +29,8 @@ KEYS = ("step", "rollout", "prompt", "position", "token_id")
 MEASURES = ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p")
 TOP_IDS = ("student_top_ids", "teacher_top_ids")
 TOP_PROBABILITIES = ("student_top_p", "teacher_top_p")
+LISTS = TOP_IDS + TOP_PROBABILITIES
+WHOLE_NUMBERS = KEYS + TOP_IDS
 SCHEMA = pa.schema(
     [(name, pa.int32()) for name in KEYS]
     + [(name, pa.float32()) for name in MEASURES]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ...artefacts.occurrences import MAX_VOCABULARY, read_prompts
 from ...artefacts.rollout_rows import Span, find_rollouts, read_rollout
-from ...artefacts.sampled_rollouts import MEASURES, TOP_IDS, TOP_PROBABILITIES, read_metadata
+from ...artefacts.sampled_rollouts import LISTS, MEASURES, read_metadata
 from ..blocks import Block, Note, Rollouts, Section, ShownRollout
 from ..contents import Contents
 
@@ -68,7 +68,7 @@ def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MO
     places = [(path, span) for path in files for span in find_rollouts(path, by_step=True)]
     picked = _pick_from_steps(places, most_tokens)
     prompts = {path: read_metadata(path).get("prompts") for path in {path for path, _ in picked}}
-    names = [*MEASURES, *TOP_IDS, *TOP_PROBABILITIES]
+    names = MEASURES + LISTS
     shown = []
     for path, span in picked:
         columns = read_rollout(path, span, names, most_tokens=MOST_OF_ONE)
