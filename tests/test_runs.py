@@ -181,6 +181,15 @@ def test_a_prediction_is_the_same_twice_and_draws_nothing_from_training(tokenize
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_prediction_has_the_metrics_of_an_evaluation_under_its_own_prefix(tokenizer, tmp_path):
+    trainer = record(tokenizer, tmp_path, max_steps=1)
+    evaluated = trainer.evaluate(make_dataset(3))
+    predicted = trainer.predict(make_dataset(3)).metrics
+    for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
+        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
+    assert not [name for name in predicted if name.startswith("eval_")]
+
+
 def test_cut_rollouts_are_not_projected(tokenizer, tmp_path, projections):
     changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
     with pytest.warns(UserWarning, match="every rollout was cut"):

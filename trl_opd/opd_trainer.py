@@ -187,7 +187,7 @@ class OPDTrainer(DistillationTrainer):
             device=self.accelerator.device,
             measure=measure,
         )
-        # Then TRL's own loss serves, to the bit: nothing is weighted, told apart or cut to a shared range.
+        # TRL's own loss is called, equal to the bit, when nothing is weighted, grouped or cut to a shared range.
         self._as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
         self._teacher_runs_ahead = not sharded and not self._as_trl
 
@@ -229,7 +229,7 @@ class OPDTrainer(DistillationTrainer):
         return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args)
 
     def _make_step_parts(self) -> None:
-        """Make what a training step hands its signals to."""
+        """Create the objects that a training step passes its results to."""
         pair = self.model_pair
         device = self.accelerator.device
         stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
@@ -432,7 +432,8 @@ class OPDTrainer(DistillationTrainer):
         # As TRL's, without its mean entropy, which waits for the device in every micro-batch: ours comes with the log.
         if self.model.training and inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        # Bound: FSDP2 casts what goes through the wrapper to bfloat16, also the denominator, which would lose 0.2 %.
+        # Bound to its arguments, because FSDP2 casts what is passed through the wrapper to bfloat16; the denominator
+        # would lose 0.2 %.
         weighted_loss = partial(self.weighted_loss, inputs=inputs, num_items_in_batch=num_items_in_batch)
         loss = self._call_inside(model, weighted_loss)
         return (loss, None) if return_outputs else loss
