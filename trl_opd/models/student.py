@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .._trl import create_model_from_path
+from ..artefacts.run_files import TOKENIZER_FILE
 from ..loss.lm_head import output_rows
 from .quantised import make_readable
 
@@ -39,7 +40,7 @@ def load_student(
         raise ValueError(f"The adapter in {name} does not name its base model: merge it, and name the merged model.")
     if quantization is not None:
         kwargs = {**kwargs, "quantization_config": quantization}
-    own = Path(name, "tokenizer_config.json").is_file()
+    own = Path(name, TOKENIZER_FILE).is_file()
     return PeftModel.from_pretrained(create_model_from_path(base, **kwargs), name), name if own else base
 
 
