@@ -58,7 +58,7 @@ def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
     for own in (False, True):
         torch.manual_seed(0)
         trainer = build(tmp_path, *paths, **changes, **({} if own else AS_TRL))
-        assert trainer._as_trl != own
+        assert trainer._uses_trl_loss != own
         if trainer.args.gradient_checkpointing:  # as Trainer does it, inside `train`
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))

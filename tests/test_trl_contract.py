@@ -11,13 +11,14 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import pytest
+import trl
 from trl import DistillationTrainer
 from trl.kernels import chunked_divergence
 from trl.models import utils as model_utils
 from trl.trainer import distillation_trainer
 from trl.trainer import utils as trainer_utils
 
-from trl_opd import OPDTrainer, _trl
+from trl_opd import OPDConfig, OPDTrainer, _trl
 
 EXPECTED_TRL = "1.16.0"
 
@@ -258,8 +259,17 @@ def _is_method_of_trl(value) -> bool:
 
 def test_everything_that_comes_through_trl_py_is_pinned():
     brought = {name for name, value in vars(_trl).items() if getattr(value, "__module__", "").split(".")[0] == "trl"}
+    brought = {name for name in brought if not hasattr(trl, name)}  # a public name needs no pin
     assert "ChunkedDivergenceFunction" in brought
     assert brought <= {part for seam in SEAMS for part in (seam.owner.__name__, seam.name)}
+
+
+def test_options_that_trl_reads_from_json_are_those_of_both_models_and_the_generation():
+    known = set(_trl.DICT_FIELDS)
+    assert known >= {"model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs"}
+    *inherited, own = OPDConfig._VALID_DICT_FIELDS
+    assert tuple(inherited) == _trl.DICT_FIELDS
+    assert own == "transformers_continuous_batching_config"
 
 
 def test_what_trl_cites_for_its_trainer_is_what_the_card_expects():

@@ -1,4 +1,4 @@
-"""OPDTrainer: TRL's DistillationTrainer with weights per token, several rollouts per prompt and honest errors.
+"""OPDTrainer: TRL's DistillationTrainer with weights per token, several rollouts per prompt and metrics per token type.
 
 Small overrides and no mathematics, in the order of a run: construction, prompts, rollouts, loss, step, log, saving.
 Two laws of the base class bind every override: no collective may run inside `_compute_loss` (it runs inside the wrapped
@@ -66,7 +66,7 @@ from .training.token_sums import TokenSums
 
 
 class OPDTrainer(DistillationTrainer):
-    """Trainer for on-policy distillation that can weight, and shows, the tokens that it spends itself on.
+    """Trainer for on-policy distillation with weights per token and metrics per token type.
 
     Takes what [`~trl.DistillationTrainer`] takes, with an [`OPDConfig`], and trains as it does with nothing new set.
 
@@ -161,9 +161,9 @@ class OPDTrainer(DistillationTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
         if not sharded:
-            # As TRL leaves it. While Accelerate knows no model at all, an evaluation before the training prepares the
-            # student for evaluation, the training takes it for prepared, and every process trains on gradients of its
-            # own that nobody averages (transformers 5.23, `Trainer.evaluation_loop`).
+            # As TRL leaves it. Without a registered model, an evaluation before the training prepares the student for
+            # evaluation only, the training believes that it is prepared, and gradients are not averaged over processes
+            # (transformers 5.23, `Trainer.evaluation_loop`).
             self.accelerator._models.append(self.teacher_model)
 
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
@@ -180,7 +180,7 @@ class OPDTrainer(DistillationTrainer):
             student=self.accelerator.unwrap_model(self.model),
             teacher_states=self._teacher_states(vocab_size, sharded=sharded),
             last_hidden_state=self._get_last_hidden_state,
-            call_inside=self._call_inside,
+            call_in_wrapped_forward=self._call_in_wrapped_forward,
             vocab_size=vocab_size,
             beta=self.beta,
             temperature=self.temperature,
@@ -188,8 +188,8 @@ class OPDTrainer(DistillationTrainer):
             measure=measure,
         )
         # TRL's own loss is called, equal to the bit, when nothing is weighted, grouped or cut to a shared range.
-        self._as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
-        self._teacher_runs_ahead = not sharded and not self._as_trl
+        self._uses_trl_loss = student_rows == teacher_rows and self.args.trains_as_trl()
+        self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
     def _check_vocabulary(self, teacher: PreTrainedModel, student_rows: int, teacher_rows: int) -> None:
         """Raise `ValueError` unless both models number their tokens alike; warn of turns that may end apart."""
@@ -220,10 +220,10 @@ class OPDTrainer(DistillationTrainer):
             gather_head_with(self.model)
             gather_head_with(self.accelerator.unwrap_model(self.teacher_model))
         return ShardedTeacherStates(
-            self.teacher_model, self._get_last_hidden_state, self._call_inside, vocab_size=vocab_size
+            self.teacher_model, self._get_last_hidden_state, self._call_in_wrapped_forward, vocab_size=vocab_size
         )
 
-    def _call_inside(self, wrapped: torch.nn.Module, function: Callable, *args: Any) -> Any:
+    def _call_in_wrapped_forward(self, wrapped: torch.nn.Module, function: Callable, *args: Any) -> Any:
         """Call a function with the unwrapped model inside the forward of the wrapped one, where weights are whole."""
         unwrapped = self.accelerator.unwrap_model(wrapped)
         return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args)
@@ -401,8 +401,8 @@ class OPDTrainer(DistillationTrainer):
             mask_repeated(batch, self.accelerator)
         self._metric_sums["train" if training else "eval"].add_completions(completions_of(batch))
         if training:  # evaluation is never weighted, and counts every position
-            self._position_weights.prepare(batch, self.state.global_step)
-            self._occurrence_writer.number(batch)
+            self._position_weights.mask_and_weigh(batch, self.state.global_step)
+            self._occurrence_writer.number_rollouts(batch)
         if self._teacher_runs_ahead:
             with self._step_timer.time("teacher", on=training):
                 batch["teacher_hidden"] = self.model_pair.teacher_states.compute_states(batch)
@@ -415,7 +415,7 @@ class OPDTrainer(DistillationTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return locate_loss_positions(inputs)
-        # TRL has split a new generation batch when its buffer is not the one that we left there.
+        # Another list in the buffer means that TRL has just generated and split a new batch.
         if self._buffered_inputs is not self._micro_batches:
             batches = self._buffered_inputs
             if self.args.micro_batching == "tight":
@@ -427,7 +427,7 @@ class OPDTrainer(DistillationTrainer):
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._as_trl:
+        if self._uses_trl_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # As TRL's, without its mean entropy, which waits for the device in every micro-batch: ours comes with the log.
         if self.model.training and inputs.get("num_items_in_batch") is not None:
@@ -435,7 +435,7 @@ class OPDTrainer(DistillationTrainer):
         # Bound to its arguments, because FSDP2 casts what is passed through the wrapper to bfloat16; the denominator
         # would lose 0.2 %.
         weighted_loss = partial(self.weighted_loss, inputs=inputs, num_items_in_batch=num_items_in_batch)
-        loss = self._call_inside(model, weighted_loss)
+        loss = self._call_in_wrapped_forward(model, weighted_loss)
         return (loss, None) if return_outputs else loss
 
     def weighted_loss(

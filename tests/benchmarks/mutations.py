@@ -122,8 +122,8 @@ MUTATIONS = [
         "evaluation is weighted",
         "opd_trainer.py",
         "        if training:  # evaluation is never weighted, and counts every position\n"
-        "            self._position_weights.prepare(batch, self.state.global_step)",
-        "        self._position_weights.prepare(batch, self.state.global_step)\n        if training:",
+        "            self._position_weights.mask_and_weigh(batch, self.state.global_step)",
+        "        self._position_weights.mask_and_weigh(batch, self.state.global_step)\n        if training:",
         "tests/test_weighting_run.py tests/test_runs.py",
     ),
     Mutation(

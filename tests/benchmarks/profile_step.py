@@ -87,7 +87,7 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
     clock.time(trainer.accelerator, "backward", "backward")
     for owner, name in (
         (trainer._token_sums, "update"),
-        (trainer._position_weights, "prepare"),
+        (trainer._position_weights, "mask_and_weigh"),
         (trainer._finite_guard, "note"),
         (trainer._finite_guard, "end_step"),
         (trainer._metric_sums["train"], "add_signals"),

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from trl.kernels import chunked_divergence
 
 from trl_opd.models import memory_plan
-from trl_opd.models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+from trl_opd.models.memory_plan import GIB, Setup, parse_gigabytes, peak, phases, suggest_savings
 from trl_opd.models.shape import quantization_constants, read_shape, shape_of, weight_bytes
 from trl_opd.training import teacher_states
 
@@ -86,7 +86,7 @@ def test_what_fits_after_a_change_fits(tmp_path):
     student, teacher = (read_shape(save_config(tmp_path, name)) for name in ("4B", "14B"))
     setup = Setup(student=student, teacher=teacher, teacher_quantization="4bit", lora_r=16, completion_length=1024)
     available = peak(setup) - 1
-    found = cheaper(setup, available)
+    found = suggest_savings(setup, available)
     assert found
     assert all(size <= available for _, size in found)
     assert found[0][0] == "--teacher_placement parked"
@@ -97,10 +97,10 @@ def test_what_fits_after_a_change_fits(tmp_path):
 def test_changes_are_put_together_where_one_is_not_enough(tmp_path):
     student, teacher = (read_shape(save_config(tmp_path, name)) for name in ("4B", "14B"))
     setup = Setup(student=student, teacher=teacher, lora_r=16)
-    ((name, size),) = cheaper(setup, 16 * GIB)
+    ((name, size),) = suggest_savings(setup, 16 * GIB)
     assert " and " in name
     assert size <= 16 * GIB
-    ((_, least),) = cheaper(setup, 1 * GIB)
+    ((_, least),) = suggest_savings(setup, 1 * GIB)
     assert least > 1 * GIB  # and the plan says so
 
 
@@ -117,7 +117,7 @@ def test_no_change_is_named_that_the_others_make_needless(tmp_path):
     for lora in (16, None):
         setup = Setup(student=student, teacher=teacher, lora_r=lora)
         for card in (16, 20, 24, 32):
-            found = cheaper(setup, card * GIB)
+            found = suggest_savings(setup, card * GIB)
             names = [name.removesuffix(" --use_peft") for name in found[0][0].split(" and ")]
             if len(found) > 1 or len(names) == 1 or found[0][1] > card * GIB:
                 continue

@@ -16,13 +16,13 @@ def test_a_parked_teacher_is_empty_cannot_run_and_comes_back_as_it_was(tmp_path)
         before = model(input_ids=ids).logits
     head = model.get_output_embeddings().weight
     parking = Parking(model, (head,))
-    parking.leave()
+    parking.offload()
     assert all(p.numel() == 0 for p in model.parameters() if p is not head)
     assert head.numel() == 300 * 32
     for part in (model, model.base_model):
         with pytest.raises(RuntimeError, match="The teacher is parked"):
             part(input_ids=ids)
-    with parking.here(), parking.here(), torch.no_grad():
+    with parking.on_device(), parking.on_device(), torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
     assert all(p.numel() == 0 for p in model.parameters() if p is not head)
 
@@ -30,8 +30,8 @@ def test_a_parked_teacher_is_empty_cannot_run_and_comes_back_as_it_was(tmp_path)
 def test_an_error_while_it_is_here_parks_it_again(tmp_path):
     model = make_model(seed=1)
     parking = Parking(model, ())
-    parking.leave()
-    with pytest.raises(ZeroDivisionError), parking.here():
+    parking.offload()
+    with pytest.raises(ZeroDivisionError), parking.on_device():
         raise ZeroDivisionError
     assert all(p.numel() == 0 for p in model.parameters())
 

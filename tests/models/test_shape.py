@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trl_opd.models.memory_plan import Setup, cheaper
+from trl_opd.models.memory_plan import Setup, suggest_savings
 from trl_opd.models.shape import read_shape, shape_of, weight_bytes
 
 from tests.helpers.qwen3 import REAL, real_config, save_config
@@ -94,5 +94,5 @@ def test_fused_experts_stay_as_they_are():
         shape = shape_of(Qwen3MoeForCausalLM(config))
     assert shape.size / 1e9 == pytest.approx(30.53, abs=0.01)
     assert weight_bytes(shape, "4bit", 2) / 1e9 == pytest.approx(59.7, abs=0.05)
-    changes = [name for name, _ in cheaper(Setup(student=shape, teacher=shape), 0)]
+    changes = [name for name, _ in suggest_savings(Setup(student=shape, teacher=shape), 0)]
     assert not any("teacher_quantization" in name or "load_in_4bit" in name for name in changes)

@@ -172,8 +172,8 @@ def test_a_qlora_student_and_a_four_bit_teacher_train_evaluate_and_train_again(t
 
 def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
     trainer = build(tmp_path, per_device_eval_batch_size=1, **PARKED)
-    left, original = [], Parking.leave
-    monkeypatch.setattr(Parking, "leave", lambda self: (left.append(1), original(self)))
+    left, original = [], Parking.offload
+    monkeypatch.setattr(Parking, "offload", lambda self: (left.append(1), original(self)))
     trainer.evaluate()
     assert len(left) == 1
     trainer.train()

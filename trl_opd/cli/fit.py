@@ -107,7 +107,7 @@ def run(argv: list[str]) -> None:
     """Print the plan; raises `ValueError` or `OSError` for a user's error."""
     from trl import TrlParser
 
-    from ..models.memory_plan import GIB, Setup, cheaper, parse_gigabytes, peak, phases
+    from ..models.memory_plan import GIB, Setup, parse_gigabytes, peak, phases, suggest_savings
     from ..models.shape import read_shape
 
     parser = TrlParser((FitArguments,), prog="trl-opd fit")
@@ -135,7 +135,7 @@ def run(argv: list[str]) -> None:
     )
     needed = peak(setup)
     fits = needed <= available
-    changes = [] if fits else [{"change": name, "peak": size} for name, size in cheaper(setup, available)]
+    changes = [] if fits else [{"change": name, "peak": size} for name, size in suggest_savings(setup, available)]
     plan = {"phases": phases(setup), "peak": needed, "available": available, "fits": fits, "changes": changes}
     if args.json:
         print(json.dumps({"arguments": asdict(args), **plan}, indent=2))

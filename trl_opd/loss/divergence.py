@@ -62,7 +62,7 @@ def weighted_divergence(
         student_hidden, teacher_hidden = student_hidden[projected], teacher_hidden[projected]
     row_weights = _shares(weights.to(device, non_blocking=True)[projected], denominator)
     # On CUDA TRL's kernels serve until ours measures faster there.
-    divergence_of = _by_trl if student_hidden.is_cuda else _in_one_pass
+    divergence_of = _divergence_by_trl if student_hidden.is_cuda else _divergence_fused
     loss, *of_rows = divergence_of(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
     divergence, entropy = torch.full((2, len(weights)), torch.nan, dtype=torch.float32, device=device)
     divergence[projected], entropy[projected] = of_rows
@@ -110,7 +110,7 @@ def _shares(weights: torch.Tensor, denominator: torch.Tensor | float) -> torch.T
     return weights.float() / denominator.where(denominator > 0, torch.inf)
 
 
-def _in_one_pass(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
+def _divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
     device, student_head = student_hidden.device.type, heads[0]
     castable = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if castable else nullcontext():
@@ -128,7 +128,7 @@ def _in_one_pass(student_hidden, teacher_hidden, heads, row_weights, beta, tempe
         )
 
 
-def _by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
+def _divergence_by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
     student_head, teacher_head = heads
     divergence, entropy = ChunkedDivergenceFunction.apply(
         student_hidden,

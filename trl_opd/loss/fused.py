@@ -183,7 +183,7 @@ class _Gradients:
             self._bias.addmv_(of_logits.t(), row_weights)
 
     def scaled(self, incoming: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the gradients times a scalar, in the dtypes of what they belong to; with that of a head, once."""
+        """Return the gradients times a scalar, in the dtypes of what they belong to; that of a head only once."""
         found = [
             None if gradient is None else (gradient * incoming).to(dtype)
             for gradient, dtype in zip((self._hidden, None, self._bias), self._dtypes, strict=True)

@@ -29,7 +29,7 @@ def token_weights(
         window (`int`, *optional*, defaults to `0`): Positions on each side of a rock that get the same weight.
         mask (`torch.Tensor`, *optional*):
             Positions of the loss, bool, shape of `token_ids`; all by default. A position outside is no rock and opens
-            no window, though windows count it as a place.
+            no window, but it counts towards the width of one.
 
     Returns:
         `torch.Tensor`: float32, shape of `token_ids`.

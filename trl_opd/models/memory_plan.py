@@ -83,7 +83,7 @@ def peak(setup: Setup) -> int:
     return max(sum(parts.values()) for parts in phases(setup).values())
 
 
-def cheaper(setup: Setup, available: int) -> list[tuple[str, int]]:
+def suggest_savings(setup: Setup, available: int) -> list[tuple[str, int]]:
     """Return what makes a run fit, the least change first, each with its new peak in bytes.
 
     One change alone where one is enough; otherwise as many together as it takes, or all that help when none suffice.
@@ -98,7 +98,7 @@ def cheaper(setup: Setup, available: int) -> list[tuple[str, int]]:
         chosen.append(change)
         if _peak_after(setup, chosen) <= available:
             break
-    # Those go again that the others make needless, the costliest first.
+    # Drop the changes that the others make unnecessary, the costliest first.
     limit = max(available, _peak_after(setup, chosen))
     for change in reversed(list(chosen)):
         rest = [other for other in chosen if other is not change]

@@ -42,7 +42,7 @@ class Parking:
         model.get_input_embeddings().register_forward_pre_hook(self._require_here)
 
     @contextmanager
-    def here(self):
+    def on_device(self):
         """Hold the weights on their device; when this ends they leave, unless it was inside of another hold."""
         held, self._held = self._held, True
         if self._away:
@@ -54,9 +54,9 @@ class Parking:
         finally:
             self._held = held
             if not held:
-                self.leave()
+                self.offload()
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Free the device."""
         for parameter, host, device in self._weights:
             parameter.data = torch.empty(0, dtype=host.dtype, device=device)

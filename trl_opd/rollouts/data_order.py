@@ -52,7 +52,7 @@ def place_after_resume(
 ) -> tuple[int, int]:
     """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
 
-    Corrects transformers' Trainer in two places. A resumed run that has all its steps does one extra step there. And a
+    Corrects transformers' Trainer in two places. It would train one extra step when a finished run is resumed. And a
     streaming dataset is one epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's
     end: in the state of a checkpoint `epoch` counts as the run went, passes and batches of the last one.
 

@@ -117,8 +117,8 @@ def newest_complete(run_dir: str | os.PathLike) -> Path | None:
 def resolve_checkpoint(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
     """Return the folder of the checkpoint to go on from, `None` for a run that begins.
 
-    `True` means the newest whole one. So does the newest folder of the run, which is what transformers'
-    `get_last_checkpoint` returns: where its saving was not finished, a warning names the one that is taken.
+    `True` means the newest whole one. The newest folder of the run, which is what transformers' `get_last_checkpoint`
+    returns, is treated like `True`: where its saving was not finished, a warning names the one that is taken.
 
     Args:
         resume (`str` or `os.PathLike` or `bool`, *optional*): As `Trainer.train` takes it.

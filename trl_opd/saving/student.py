@@ -16,8 +16,6 @@ from ..artefacts.run_files import CARD_FILE, REPORT_FILE
 from .checkpoints import write_errors
 from .merging import remove_adapter, replace_by_merged
 
-# For cli/, until its commands take the name from artefacts/run_files.py.
-
 
 def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merge: PeftModel | None = None) -> None:
     """Save the student to a folder that changes only when every file is written.

@@ -41,15 +41,15 @@ class MetricSums:
         self._has_controls = groups is not None and bool((groups == CONTROL).any())
         self._sums = torch.zeros(self._SIZE, dtype=dtype, device=device)
 
-    def add_signals(self, signals: TokenSignals, complete: bool) -> None:
-        """Count the weights of a micro-batch and, when `complete` (all were measured), add its divergences."""
+    def add_signals(self, signals: TokenSignals, all_measured: bool) -> None:
+        """Count the weights of a micro-batch and, when `all_measured`, add its divergences."""
         self._sums[self._ZERO_WEIGHT] += (signals.weights == 0).sum()
         self._sums[self._WEIGHTED] += signals.weights.numel()
         projected = ~signals.entropy.isnan()
         self._sums[self._ENTROPY] += signals.entropy.where(projected, 0.0).sum()
         self._sums[self._PROJECTED_KL] += signals.divergence.where(projected, 0.0).sum()
         self._sums[self._PROJECTED] += projected.sum()
-        if not complete:
+        if not all_measured:
             return
         divergence = signals.divergence.to(self._sums)
         group = torch.zeros_like(signals.token_ids) if self._groups is None else self._groups[signals.token_ids]

@@ -17,7 +17,7 @@ from ..loss.lm_head import lm_head
 from ..loss.signals import HiddenStates
 from ..opd_config import OPDConfig
 from ..rollouts.batches import at_positions, forward_inputs
-from .teacher_states import CallInside, LastHiddenState, ShardedTeacherStates, TeacherStates
+from .teacher_states import CallInWrappedForward, LastHiddenState, ShardedTeacherStates, TeacherStates
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class ModelPair:
         student (`torch.nn.Module`): The student, unwrapped.
         teacher_states (`TeacherStates` or `ShardedTeacherStates`): Runs the teacher.
         last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
-        call_inside (`Callable`): Takes a wrapped model, a function and its further arguments, and calls the function
-            with the unwrapped model inside the wrapper's forward, where FSDP and DeepSpeed gather the weights.
+        call_in_wrapped_forward (`Callable`):
+            Takes a wrapped model, a function and its further arguments, and calls the function with the unwrapped model
+            inside the wrapper's forward, where FSDP and DeepSpeed gather the weights.
         vocab_size (`int`): The range of ids that student and teacher share.
         beta (`float`): Direction of the divergence that is trained: 0 forward KL, 1 reverse KL.
         temperature (`float`): Softmax temperature of both distributions.
@@ -40,7 +41,7 @@ class ModelPair:
     student: torch.nn.Module
     teacher_states: TeacherStates | ShardedTeacherStates
     last_hidden_state: LastHiddenState
-    call_inside: CallInside
+    call_in_wrapped_forward: CallInWrappedForward
     vocab_size: int
     beta: float
     temperature: float

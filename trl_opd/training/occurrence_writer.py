@@ -32,7 +32,7 @@ class OccurrenceWriter:
         self._kept: list[list[np.ndarray]] = []
         self._step_of_kept, self._last = None, None
 
-    def number(self, batch: dict[str, torch.Tensor]) -> None:
+    def number_rollouts(self, batch: dict[str, torch.Tensor]) -> None:
         """Add the places of a generation batch's rollouts among those of all processes, `(B,)`."""
         if self._every:
             count = len(batch["completion_ids"])

@@ -54,7 +54,7 @@ class PositionWeights:
             self._share = rock_set.token_share
             self._ids = torch.tensor(controls) if args.token_weighting == "control" else rock_set.ids
 
-    def prepare(self, batch: dict[str, torch.Tensor], step: int) -> None:
+    def mask_and_weigh(self, batch: dict[str, torch.Tensor], step: int) -> None:
         """Leave cut rollouts out of a generation batch when asked, then weigh it. A collective."""
         if self._args.mask_truncated_completions:
             self._mask_truncated(batch, step)

@@ -77,7 +77,7 @@ class RolloutSamples(OPDCallback):
         inputs = locate_loss_positions(take_rollouts(batch, rows))
         with torch.no_grad(), sampling_mode(self.trainer.model):
             # Through the wrapper, as in a step: FSDP and DeepSpeed gather the weights in its forward.
-            columns = self.model_pair.call_inside(self.trainer.model_wrapped, self._measure_tokens, inputs)
+            columns = self.model_pair.call_in_wrapped_forward(self.trainer.model_wrapped, self._measure_tokens, inputs)
         reshard(self.model_pair.student)
 
         token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # (model, ids, attention mask, number of last positions) -> last hidden states of those positions.
 LastHiddenState = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
 # (wrapped model, function, its further arguments) -> what the function returns for the unwrapped model.
-CallInside = Callable[..., Any]
+CallInWrappedForward = Callable[..., Any]
 
 
 class TeacherStates:
@@ -64,11 +64,11 @@ class TeacherStates:
         self._parking: Parking | None = None
         if parked:
             self._parking = Parking(teacher, (head.weight, head.bias))
-            self._parking.leave()
+            self._parking.offload()
 
     def resident(self) -> AbstractContextManager[None]:
         """Return a context in which the teacher stays on its device, as in an evaluation of many batches."""
-        return nullcontext() if self._parking is None else self._parking.here()
+        return nullcontext() if self._parking is None else self._parking.on_device()
 
     def at_loss_positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LMHead]:
         """Return the states that predict the tokens of a micro-batch's loss mask, `(N, H)`, and the teacher's head.
@@ -128,8 +128,9 @@ class ShardedTeacherStates:
     Args:
         teacher (`torch.nn.Module`): The wrapped teacher.
         last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
-        call_inside (`Callable`): Takes a wrapped model and a function, and calls the function with the unwrapped
-            model inside the wrapper's forward, where the weights are gathered.
+        call_in_wrapped_forward (`Callable`):
+            Takes a wrapped model and a function, and calls the function with the unwrapped model inside the wrapper's
+            forward, where the weights are gathered.
         vocab_size (`int`): The range of ids that student and teacher share.
     """
 
@@ -137,13 +138,13 @@ class ShardedTeacherStates:
         self,
         teacher: torch.nn.Module,
         last_hidden_state: LastHiddenState,
-        call_inside: CallInside,
+        call_in_wrapped_forward: CallInWrappedForward,
         *,
         vocab_size: int,
     ):
         self._teacher = teacher
         self._last_hidden_state = last_hidden_state
-        self._call_inside = call_inside
+        self._call_in_wrapped_forward = call_in_wrapped_forward
         self._vocab_size = vocab_size
         logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as with TRL.")
 
@@ -170,7 +171,7 @@ class ShardedTeacherStates:
             heads.append(LMHead(head.weight.detach(), bias, head.logit_scale, head.softcap))
             return hidden
 
-        hidden = self._call_inside(self._teacher, states_and_head)
+        hidden = self._call_in_wrapped_forward(self._teacher, states_and_head)
         return at_positions(hidden, inputs["positions"], hidden.device), heads[0]
 
 
