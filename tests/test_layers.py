@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "statistics": set(),
     "opd_config": {"_trl"},
     "loss": {"_trl"},
-    "artefacts": {"loss.signals"},  # TokenStats takes TokenSignals
+    "artefacts": set(),
     "rocks": {"artefacts", "statistics"},
     "report": {"rocks", "artefacts", "statistics", "_trl"},  # a card cites what TRL cites
     "rollouts": {"loss", "_trl"},

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +19,6 @@ from safetensors.torch import save
 from .atomic import complete_file
 from .run_files import TOKEN_STATS_FILE
 
-if TYPE_CHECKING:
-    from ..loss.signals import TokenSignals
-
 FORMAT = "trl_opd.token_stats"
 VERSION = 1
 COUNTS, SUMS = ("seen", "count"), ("kl_sum", "kl_sq_sum", "entropy_sum")
@@ -29,6 +26,14 @@ COUNTS, SUMS = ("seen", "count"), ("kl_sum", "kl_sq_sum", "entropy_sum")
 MAX_BYTES = 100 * 2**20
 # Windows that end after this share of a run are its last quarter.
 LAST_QUARTER = 0.75
+
+
+class MeasuredTokens(Protocol):
+    """What is known of `N` emitted tokens, a tensor `(N,)` each; [`TokenSignals`] has it."""
+
+    token_ids: torch.Tensor
+    divergence: torch.Tensor
+    entropy: torch.Tensor
 
 
 class TokenStats:
@@ -82,7 +87,7 @@ class TokenStats:
         """Mean divergence of each type, nats, float64, shape `(V,)`; NaN for a type that was never measured."""
         return self.kl_sum / self.count
 
-    def update(self, signals: TokenSignals) -> None:
+    def update(self, signals: MeasuredTokens) -> None:
         """Add `N` positions; those whose divergence is NaN count as seen and not as measured.
 
         Needs no synchronisation with the device.
