@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from trl_opd import opd_trainer
 from trl_opd.rocks.recurrence import ContextSettings
@@ -13,6 +16,7 @@ from tests.benchmarks import (
     detection,
     detection_sensitivity,
     divergence_op,
+    equality,
     gradients_memory,
     memory_gpu,
     profile_step,
@@ -117,3 +121,37 @@ def test_the_report_of_many_rollouts_is_small_and_shows_some(tmp_path, make):
     assert found["seconds"] > 0
     assert found["memory"] > 0
     assert "word7" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+CHANGES = {
+    "model.safetensors": lambda path: save_file({"w": torch.tensor([1.0, -0.0])}, path),
+    "optimizer.pt": lambda path: torch.save({"step": 2}, path),
+    "rows.parquet": lambda path: pq.write_table(pa.table({"kl": [0.5, None]}), path),
+    "rock_set.json": lambda path: path.write_text('{"rocks": [1, 3], "seconds": 9.0}'),
+    "report.html": lambda path: path.write_text("<p>mean 0.51</p><p>took 9 s</p>"),
+    "demo.out": lambda path: path.write_text("rock 0.983\n"),
+    "plot.png": lambda path: path.write_bytes(b"other"),
+    "new.json": lambda path: path.write_text("{}"),
+}
+
+
+def write_results(folder: Path, *, seconds: float) -> None:
+    folder.mkdir()
+    (folder / equality.CHECKOUT).write_text(str(folder))
+    save_file({"w": torch.tensor([1.0, 0.0])}, folder / "model.safetensors")
+    torch.save({"step": 1}, folder / "optimizer.pt")
+    pq.write_table(pa.table({"kl": [0.5, float("nan")]}), folder / "rows.parquet")
+    (folder / "rock_set.json").write_text(f'{{"rocks": [1, 2], "seconds": {seconds}, "name": "{folder}/student"}}')
+    (folder / "report.html").write_text(f"<p>mean 0.5</p><p>took {seconds} s</p>")
+    (folder / "demo.out").write_text("rock 0.982\n")
+    (folder / "plot.png").write_bytes(b"one")
+
+
+@pytest.mark.parametrize("name", [None, *CHANGES])
+def test_results_of_two_checkouts_differ_where_a_value_does_and_not_by_times_and_paths(tmp_path, name):
+    write_results(tmp_path / "before", seconds=1.5)
+    write_results(tmp_path / "after", seconds=2.5)
+    if name is not None:
+        CHANGES[name](tmp_path / "after" / name)
+    found = equality.compare(tmp_path / "before", tmp_path / "after")
+    assert {line.split(":")[0].split(" ")[0] for line in found} == (set() if name is None else {name})
