@@ -1,4 +1,4 @@
-"""Folders that are read for a report: files that are damaged, foreign or newer are told in one sentence."""
+"""Folders that are read for a report: a damaged, foreign or newer file is an error of one sentence."""
 
 import json
 import random

@@ -12,8 +12,8 @@ from .model_pair import ModelPair
 class OPDCallback(TrainerCallback):
     """Base class of callbacks that work with [`OPDTrainer`] only.
 
-    Before a training begins `OPDTrainer` calls `attach`; with every new generation batch it calls
-    `on_generation_batch`. With another trainer the training ends in a sentence.
+    `OPDTrainer` calls `attach` before each training and `on_generation_batch` with every new generation batch. With
+    another trainer the training ends with an error that says so.
     """
 
     trainer: DistillationTrainer | None = None
@@ -25,7 +25,7 @@ class OPDCallback(TrainerCallback):
         self.model_pair = model_pair
 
     def on_generation_batch(self, batch: dict[str, torch.Tensor]) -> None:
-        """Take the generation batch of an optimizer step, weighted, and scored by the teacher where it scores ahead."""
+        """Take the generation batch of an optimizer step, with its weights, and with the teacher's states where they exist."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Raise `ValueError` where no `OPDTrainer` has attached this callback."""

@@ -44,7 +44,7 @@ def default_config(model: str | PreTrainedModel) -> OPDConfig:
 
 
 def check_devices(args: OPDConfig) -> None:
-    """Warn of processes that were not started; raise `ValueError` for a teacher that cannot lie where it is told."""
+    """Warn of processes that were not started; raise `ValueError` for a teacher that cannot be placed as asked."""
     warn_of_one_process(args)
     require_placeable(args)
 
