@@ -282,7 +282,7 @@ class OPDConfig(DistillationConfig):
             require_device("teacher_device", self.teacher_device, self.device.type)
 
     def trains_as_trl(self) -> bool:
-        """Return whether TRL's own loss can be called unchanged: nothing is weighted, grouped, counted or rearranged."""
+        """Return whether TRL's own loss can be called unchanged: nothing is weighted, counted or rearranged."""
         new = self.rock_set or self.mask_truncated_completions or self.token_statistics or self.num_generations > 1
         moved = self.teacher_placement != "resident" or self.teacher_device or self.save_occurrences
         return self.micro_batching == "trl" and not new and not moved

@@ -1,4 +1,4 @@
-"""A folder -> its report: parts show what the files say, a part without data is left out, and a bad file is an error of one sentence."""
+"""A folder -> its report: every part shows what the files hold, and a bad file is an error of one sentence."""
 
 import json
 import re
