@@ -25,7 +25,7 @@ class OPDCallback(TrainerCallback):
         self.model_pair = model_pair
 
     def on_generation_batch(self, batch: dict[str, torch.Tensor]) -> None:
-        """Take the generation batch of an optimizer step, with its weights and, where they exist, the teacher's states."""
+        """Take the generation batch of an optimizer step, with its weights and the teacher's states, if it has them."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Raise `ValueError` where no `OPDTrainer` has attached this callback."""
