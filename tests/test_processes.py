@@ -162,7 +162,8 @@ def test_two_processes_go_on_from_the_newest_whole_checkpoint_to_the_bit(world, 
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     settings = {"dataset_name": tmp_path / "prompts.jsonl", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(script(world, whole, **settings), limit=120).returncode == 0
+    run = launch(script(world, whole, **settings), limit=120)
+    assert run.returncode == 0, run.stderr[-3000:]
     shutil.copytree(whole, killed)
     listed = json.loads((whole / "checkpoint-4" / "opd_complete.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= listed.keys()

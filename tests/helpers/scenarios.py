@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples
+from trl_opd.cli.train import GLOO_RELEASE_SECONDS
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_model, make_tokenizer
@@ -177,8 +179,9 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         found = SCENARIOS[name](folder / name)
         (folder / f"{name}-{PROCESSES}-{RANK}.json").write_text(json.dumps(found))
-    if PROCESSES > 1:  # a process that ends while another is at work is aborted by gloo now and then (torch 2.13)
+    if PROCESSES > 1:
         torch.distributed.barrier()
+        time.sleep(GLOO_RELEASE_SECONDS)
 
 
 if __name__ == "__main__":

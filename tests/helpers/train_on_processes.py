@@ -7,6 +7,7 @@ the launcher train on the same eight greedy rollouts.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples, TokenStats
+from trl_opd.cli.train import GLOO_RELEASE_SECONDS
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_dataset, make_model, make_tokenizer
@@ -103,5 +105,5 @@ if rank == 0:
         "moved": moved[torch.linspace(0, len(moved) - 1, 5000).long()].tolist(),
     }
     out.write_text(json.dumps(content))
-# A process that ends while another is at work is aborted by gloo now and then (torch 2.13).
 trainer.accelerator.wait_for_everyone()
+time.sleep(GLOO_RELEASE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ example:
       --dataset_name trl-lib/tldr --use_peft --dtype bfloat16 --learning_rate 2e-4 --output_dir student"""
 
 INTERRUPTED = ": its checkpoints are kept, and --resume_from_checkpoint goes on from the newest whole one"
+# After the last collective, a thread of gloo takes the GIL to release its tensors (torch 2.13). Python before 3.14
+# ends a thread that asks for the GIL during shutdown, and C++ answers that with an abort. A short sleep lets the thread
+# finish first. This can go when Python 3.14 is the oldest version that we support: there such a thread just stops.
+GLOO_RELEASE_SECONDS = 0.5
 SAMPLES = 2  # rollouts of each log that the report shows
 
 
@@ -93,9 +98,10 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
             add_report(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         print(format_run(trainer.state, training_args.output_dir))
-    # gloo sometimes aborts a process that ends while another one is still working (torch 2.13).
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+    if trainer.accelerator.num_processes > 1:
+        time.sleep(GLOO_RELEASE_SECONDS)
 
 
 def format_run(state: TrainerState, output_dir: str) -> str:
