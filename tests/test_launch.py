@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.scripts.vllm_serve import ScriptArguments
+from trl.scripts.vllm_serve import ScriptArguments, build_command
 
 from trl_opd import OPDConfig
 from trl_opd.models.shape import shape_of
@@ -59,11 +59,16 @@ def test_the_launch_files_are_the_three_ways_to_share_out_a_model():
 
 
 @pytest.mark.parametrize("path", [LAUNCH / "vllm_server.sh", PAGE], ids=lambda path: path.name)
-def test_the_vllm_server_of_trl_has_every_flag_that_is_named(path):
-    fields = {field.name for field in dataclasses.fields(ScriptArguments)}
-    found = commands(path.read_text(), "trl vllm-serve")
-    assert found
-    assert [name for words in found for name in options(words) if name not in fields] == []
+def test_vllm_server_command_is_the_one_that_trl_builds(path):
+    (command,) = commands(path.read_text(), "vllm serve")
+    built = options(build_command(ScriptArguments(model="student", port=8000, max_model_len=4096)))
+    shown = options(command)
+    chosen_by_user = {"gpu_memory_utilization"}
+    assert {name: built[name] for name in shown if name not in chosen_by_user} == {
+        name: value for name, value in shown.items() if name not in chosen_by_user
+    }
+    assert {"weight_transfer_config", "logprobs_mode", "max_logprobs", "port", "max_model_len"} <= shown.keys()
+    assert "VLLM_SERVER_DEV_MODE=1" in path.read_text()
 
 
 @pytest.mark.parametrize("path", [LAUNCH / "vllm_server.sh", PAGE], ids=lambda path: path.name)
