@@ -235,7 +235,7 @@ def test_a_look_is_said_once_for_markers_that_share_it(second):
 
 def test_a_prefix_must_be_one():
     for prefix in ("", "1a", 'a"', "a b", "é"):
-        with pytest.raises(ValueError, match="A prefix of ids starts with a letter"):
+        with pytest.raises(ValueError, match="cannot start the ids of a page"):
             to_svg(FIGURES["phases"](), prefix)
 
 
