@@ -63,7 +63,7 @@ def inline_svg(content: bytes, prefix: str, *, neutral: str) -> str:
 
 
 def _attributes(given: dict[str, str], neutral: str) -> dict[str, str]:
-    """Return the attributes of an element, with its style as attributes: the security policy of a page may ban styles."""
+    """Return the attributes of an element, its style as attributes too, because the policy of a page may ban styles."""
     found = {}
     for name, value in given.items():
         if name != "style":
