@@ -480,7 +480,7 @@ def test_the_funnel_draws_every_type_that_occurs():
     count[5], mean_kl[7] = 0, NAN
     (axes,) = plot_funnel(count, mean_kl, is_rock).axes
     shown = (count > 0) & np.isfinite(mean_kl)
-    for name, chosen in (("rocks", is_rock), ("types that are no rocks", ~is_rock)):
+    for name, chosen in (("rocks", is_rock), ("other types", ~is_rock)):
         assert drawn(axes, name) == (count[shown & chosen].tolist(), mean_kl[shown & chosen].tolist())
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
     low, high = axes.get_ylim()
@@ -532,7 +532,7 @@ def test_before_and_after_are_drawn_around_the_diagonal():
     before, after = np.array([0.1, 0.2, NAN, 3.0]), np.array([0.05, 0.3, 0.1, NAN])
     (axes,) = plot_before_after(before, after, np.array([True, False, True, False])).axes
     assert drawn(axes, "rocks") == ([0.1], [0.05])
-    assert drawn(axes, "types that are no rocks") == ([0.2], [0.3])
+    assert drawn(axes, "other types") == ([0.2], [0.3])
     x, y = drawn(axes, "no change")
     assert x == y == list(axes.get_xlim()) == list(axes.get_ylim())
     better = plot_before_after([5.0, 0.5], [0.3, 0.02], [True, False]).axes[0]
@@ -550,7 +550,7 @@ def test_many_types_are_a_picture_in_the_svg_and_few_are_not():
     count, mean_kl, is_rock = world(60_000, 100)
     for figure in (plot_funnel(count, mean_kl, is_rock), plot_before_after(mean_kl, mean_kl[::-1], is_rock)):
         rasterized = {line.get_label(): line.get_rasterized() for line in figure.axes[0].lines}
-        assert rasterized["types that are no rocks"]
+        assert rasterized["other types"]
         assert not rasterized["rocks"]
         svg = to_svg(figure, "a")
         assert len(elements(svg, "image")) == 1

@@ -26,7 +26,7 @@ def test_the_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
 
 def test_the_sweep_is_the_one_that_chose_the_cutoff_else_coverage_alone(collection, tmp_path):
     notes = " ".join(plot.note for plot in of_kind(rocks(read_contents(collection)), Plot))
-    assert "How stable the list is was not measured" in notes
+    assert "The stability of this list was not measured" in notes
     shutil.copytree(collection, tmp_path / "c")
     content = json.loads((tmp_path / "c" / "rock_set.json").read_text())
     content["method"]["sweep"] = {"cutoffs": [10, 20], "coverage": [0.25, 0.5], "stability": {"50": [0.875, 0.75]}}
@@ -64,4 +64,4 @@ def test_without_a_tokenizer_names_are_those_of_the_rock_set(collection, tmp_pat
     others = set(range(300)) - {rock["id"] for rock in content["rocks"]} - {*content["controls"]["ids"]}
     assert contents.names.text_of(control) == f"c{control}"
     assert {contents.names.text_of(id) for id in others} == {None}
-    assert of_kind(section, Plot)[-1].note.startswith("Only types whose text the rock set names")
+    assert of_kind(section, Plot)[-1].note.startswith("Only types whose text is in the rock set")

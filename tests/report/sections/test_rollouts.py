@@ -43,7 +43,7 @@ def test_of_many_rollouts_some_are_shown_the_first_and_the_last_step_among_them_
     (block,) = of_kind(section, Rollouts)
     steps = sorted({one.step for one in block.rollouts})
     assert (steps[0], steps[-1], len(steps)) == (1, 40, shown_rollouts.MOST_STEPS)
-    assert f"A sample: {len(block.rollouts)} of 360 rollouts of 12 of 40 steps" in of_kind(section, Note)[0].text
+    assert f"A sample: {len(block.rollouts)} of 360 rollouts from 12 of the 40 steps" in of_kind(section, Note)[0].text
     assert sum(len(one.token_ids) for one in block.rollouts) <= shown_rollouts.MOST_TOKENS
 
 
@@ -53,7 +53,7 @@ def test_of_a_long_rollout_the_beginning_is_shown_and_it_says_so(copy):
     section = rollouts(read_contents(copy))
     (block,) = of_kind(section, Rollouts)
     assert [len(one.token_ids) for one in block.rollouts] == [shown_rollouts.MOST_OF_ONE] * 2
-    assert "Of 2 only the first 600 tokens are shown." in of_kind(section, Note)[0].text
+    assert "2 rollouts are cut: only the first 600 tokens are shown." in of_kind(section, Note)[0].text
 
 
 def test_a_rollout_as_long_as_what_is_shown_is_not_cut(copy):
@@ -100,8 +100,8 @@ def test_arms_of_long_rollouts_share_what_a_page_shows(run_folder, tmp_path):
     assert [{one.step for one in block.rollouts} for block in blocks] == [{1, 7, 14, 20}] * 4
     assert sum(len(one.token_ids) for block in blocks for one in block.rollouts) <= shown_rollouts.MOST_TOKENS
     notes = [note.text for note in of_kind(section, Note)]
-    assert notes[0].startswith("Rollouts of the arm uniform. A sample: 4 of 40 rollouts of 4 of 20 steps")
-    assert sum("Of 4 only the first 600 tokens" in note for note in notes) == 4
+    assert notes[0].startswith("Rollouts of the arm uniform. A sample: 4 of 40 rollouts from 4 of the 20 steps")
+    assert sum("4 rollouts are cut: only the first 600 tokens" in note for note in notes) == 4
 
 
 def test_a_collection_with_its_tokenizer_has_names_and_prompts(collection, tokenizer, tmp_path):

@@ -56,7 +56,7 @@ def plot_funnel(
     shown_count = count[shown]
     shown_kl = mean_kl[shown]
     centres, (low, median, high) = count_band(shown_count, shown_kl)
-    name = "10 to 90 % of types of like count"
+    name = "10 to 90 % of types of similar count"
     axes.fill_between(centres, low, high, color=canvas.GREY, alpha=0.3, linewidth=0, label=name)
     axes.plot(centres, median, "--", color=canvas.INK, linewidth=1.2, label="their median")
 
@@ -192,7 +192,7 @@ def plot_families(names: Sequence[str], token_share: Sequence[float], kl_share: 
 def _draw_types(axes: Axes, x: np.ndarray, y: np.ndarray, is_rock: np.ndarray, shown: np.ndarray) -> None:
     """Draw the types that are shown as points, with the rocks on top of the others."""
     others = shown & ~is_rock
-    look = {"colour": canvas.BLUE, "marker": "o", "size": 2.6, "alpha": 0.55, "label": "types that are no rocks"}
+    look = {"colour": canvas.BLUE, "marker": "o", "size": 2.6, "alpha": 0.55, "label": "other types"}
     canvas.add_points(axes, x[others], y[others], **look)
 
     rocks = shown & is_rock
