@@ -92,9 +92,13 @@ def count_band(count: np.ndarray, mean_kl: np.ndarray) -> tuple[np.ndarray, np.n
     for place in np.unique(bins):
         members = bins == place
         if members.sum() >= LEAST_TYPES:
-            centres.append(np.exp(np.log(count[members]).mean()))
+            log_counts = np.log(count[members])
+            centres.append(np.exp(log_counts.mean()))
             band.append(np.quantile(mean_kl[members], QUANTILES))
-    return np.array(centres), np.array(band).reshape(-1, len(QUANTILES)).T
+
+    # Without bins, the band is still of the shape (3, 0).
+    percentiles = np.array(band).reshape(-1, len(QUANTILES))
+    return np.array(centres), percentiles.T
 
 
 @canvas.house_style

@@ -34,7 +34,7 @@ Place = tuple[Path, Span]
 
 @dataclass(frozen=True)
 class Shown:
-    """Rollouts that a page shows, and a note that says what it leaves out, empty if nothing."""
+    """Rollouts that a page shows, and a note on those that it leaves out or cuts; empty if there are none."""
 
     rollouts: list[ShownRollout]
     note: str

@@ -78,7 +78,7 @@ def training(contents: Contents) -> Section | None:
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
-    """Return what the record of a run says about it, as pairs of a name and a text, without empty texts."""
+    """Return the facts that the record of a run holds, as pairs of a name and a text; unknown ones are left out."""
     record = run.record
     data = record["dataset"]
     rows = data.get("rows")
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[Any]) -> str:
 
 
 def _time(record: dict[str, Any]) -> str:
-    """Return when a run started and how long it took; empty if the record has no valid times."""
+    """Return the time at which a run started and its duration; empty if the record has no valid times."""
     started = record["started"]
     try:
         time = datetime.fromisoformat(record["written"]) - datetime.fromisoformat(started)
