@@ -1,4 +1,4 @@
-"""Tests of the plots: what is drawn is what was given, as a PNG and as an SVG of a page, whatever the tokens' texts."""
+"""Tests of the plots: they draw the given data, as a PNG and as an SVG for a page, for any text of a token."""
 
 import functools
 import re
@@ -24,7 +24,7 @@ from trl_opd.report.plots.runs import plot_accuracy, plot_arms, plot_curves, plo
 from trl_opd.report.plots.svg import inline_svg
 from trl_opd.rocks.cutoff import Sweep
 
-# Nothing that a plot does may reach its user as a warning; those of Matplotlib's own dependencies no user sees.
+# Plots must not warn; deprecation warnings of Matplotlib's own dependencies are hidden from users anyway.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 
 NAN = float("nan")
@@ -35,7 +35,7 @@ ATTRIBUTES = {"id", "href", "d", "x", "y", "width", "height", "transform", "fill
 ATTRIBUTES |= {"fill-opacity", "fill-rule", "font-size", "text-anchor", "patternUnits"}
 ATTRIBUTES |= {f"stroke-{what}" for what in ("width", "opacity", "linecap", "linejoin", "dasharray", "dashoffset")}
 COLOURS = {colour.lower() for colour in canvas.COLOURS}
-# What a model can write: each must end as a short text that shows what it is.
+# Texts that a model can write, and the start of the label that each must become.
 HOSTILE = {
     "</text><script>alert(1)</script>": "</text><script>alert…",
     "$x$": "$x$",
@@ -52,7 +52,7 @@ HOSTILE = {
 
 
 def world(types: int = 300, rocks: int = 20):
-    """Counts, mean KL and rocks of types."""
+    """Return count, mean KL and whether it is a rock, for each type."""
     rng = np.random.default_rng(0)
     count = np.floor(20 * types / np.arange(1, types + 1)).astype(int)
     mean_kl = np.exp(rng.normal(-2, 1, types))
@@ -62,7 +62,7 @@ def world(types: int = 300, rocks: int = 20):
 
 
 def forbidden(id: int, kind: str, effect: float, text: str = "a") -> dict:
-    """An arm of a probe."""
+    """Return an arm of a probe."""
     return {"kind": kind, "ids": [id], "effect": effect, "ci95": [effect - 0.1, effect + 0.2], "texts": [text]}
 
 
@@ -79,8 +79,9 @@ PROBE = {
 
 
 def study(sizes=(40, 30, 50), *, early: bool = True) -> Study:
-    """A gradient study with so many types of each group."""
-    rng, total = np.random.default_rng(0), sum(sizes)
+    """Return a gradient study with so many types of each group."""
+    rng = np.random.default_rng(0)
+    total = sum(sizes)
     columns = {"group": np.repeat(["rock", "rare", "random"], sizes), "count": rng.integers(1, 5000, total)}
     for name in ("norm", "norm_unbiased", "norm_matched", "mean_kl", "mean_kl_early"):
         columns[name] = np.exp(rng.normal(-1, 1, total))
@@ -133,22 +134,22 @@ def texts(svg: str) -> list[str]:
 
 
 def rows(figure, names: list[str]) -> list[str]:
-    """Return those of the names that are shown, from the top."""
-    shown = [element for element in elements(to_svg(figure, "a"), "text") if element.text in names]
-    return [element.text for element in sorted(shown, key=lambda element: float(element.get("y")))]
+    """Return the names that are shown, from the top."""
+    found = sorted(elements(to_svg(figure, "a"), "text"), key=lambda element: float(element.get("y")))
+    return [element.text for element in found if element.text in names]
 
 
 def drawn(axes, label: str):
-    """Return x and y of the line of that name."""
+    """Return x and y of the line with this name."""
     (line,) = [line for line in axes.lines if line.get_label() == label]
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-# What a figure becomes
+# PNG and SVG
 
 
 @every_figure
-def test_a_figure_becomes_a_png_that_is_dark_on_white(name, tmp_path):
+def test_png_is_dark_on_white(name, tmp_path):
     figure = FIGURES[name]()
     save_png(figure, tmp_path / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
@@ -161,7 +162,7 @@ def test_a_figure_becomes_a_png_that_is_dark_on_white(name, tmp_path):
 
 
 @every_figure
-def test_an_svg_is_one_harmless_element_that_takes_the_colours_of_its_page(name):
+def test_svg_is_one_harmless_element_with_the_text_colour_of_its_page(name):
     svg = svg_of(name)
     assert svg.startswith("<svg ")
     assert svg.endswith("</svg>")
@@ -185,7 +186,7 @@ def test_an_svg_is_one_harmless_element_that_takes_the_colours_of_its_page(name)
 
 
 @every_figure
-def test_two_svgs_share_no_id_and_each_refers_to_its_own(name):
+def test_svgs_of_two_prefixes_share_no_id_and_hold_no_unused_id(name):
     seen = set()
     for prefix in ("a", "b"):
         svg = svg_of(name, prefix)
@@ -200,7 +201,7 @@ def test_two_svgs_share_no_id_and_each_refers_to_its_own(name):
 
 
 @every_figure
-def test_an_svg_is_the_same_each_time(name, tmp_path):
+def test_svg_is_the_same_each_time(name, tmp_path):
     figure = FIGURES[name]()
     first = to_svg(figure, "a")
     save_png(figure, tmp_path / "plot.png")
@@ -209,7 +210,7 @@ def test_an_svg_is_the_same_each_time(name, tmp_path):
 
 
 @every_figure
-def test_every_axis_says_what_it_shows(name):
+def test_every_axis_has_a_label(name):
     figure = FIGURES[name]()
     titles = [figure.get_suptitle(), *(axes.get_title("left") for axes in figure.axes)]
     assert any(len(title) > 15 for title in titles)
@@ -220,7 +221,7 @@ def test_every_axis_says_what_it_shows(name):
 
 
 @pytest.mark.parametrize("second", ["#0072b2", "#009e73"])
-def test_a_look_is_said_once_for_markers_that_share_it(second):
+def test_markers_with_one_look_get_it_from_their_group(second):
     marker = '<use xmlns="http://www.w3.org/2000/svg" href="#m" x="1.23456" y="2" style="fill: {}; opacity: 0.5"/>'
     group = f"<g>{marker.format('#0072b2')}{marker.format(second)}</g>"
     content = f'<svg xmlns="{SVG[1:-1]}" viewBox="0 0 72 36"><path id="m" d="M 0 0"/>{group}</svg>'
@@ -233,14 +234,14 @@ def test_a_look_is_said_once_for_markers_that_share_it(second):
     assert ("fill" in group.attrib) == (second == "#0072b2")
 
 
-def test_a_prefix_must_be_one():
-    for prefix in ("", "1a", 'a"', "a b", "é"):
-        with pytest.raises(ValueError, match="A prefix of ids starts with a letter"):
-            to_svg(FIGURES["phases"](), prefix)
+@pytest.mark.parametrize("prefix", ["", "1a", 'a"', "a b", "é"])
+def test_invalid_prefix_is_an_error(prefix):
+    with pytest.raises(ValueError, match="cannot start the ids of a page"):
+        inline_svg(b"", prefix, neutral="#000000")
 
 
 @pytest.mark.parametrize("name", ["curves", "funnel", "gradients"])
-def test_what_a_notebook_set_for_its_plots_changes_nothing_and_stays(name, tmp_path):
+def test_settings_of_a_notebook_are_ignored_and_kept(name, tmp_path):
     svg = svg_of(name)
     save_png(FIGURES[name](), tmp_path / "plot.png")
     with matplotlib.style.context(["dark_background", {"font.size": 20, "svg.fonttype": "path", "svg.hashsalt": "x"}]):
@@ -253,7 +254,7 @@ def test_what_a_notebook_set_for_its_plots_changes_nothing_and_stays(name, tmp_p
     assert is_same
 
 
-def test_the_colours_can_be_read_on_white_and_on_black():
+def test_colours_have_enough_contrast_on_white_and_on_black():
     def luminance(colour: str) -> float:
         parts = np.array(matplotlib.colors.to_rgb(colour))
         linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
@@ -264,7 +265,7 @@ def test_the_colours_can_be_read_on_white_and_on_black():
         assert (luminance(colour) + 0.05) / (luminance("#121212") + 0.05) >= 3
 
 
-def test_series_differ_without_their_colours():
+def test_series_differ_without_colours():
     looks = [canvas.look_of(place) for place in range(25)]
     assert len(set(looks)) == 25
     for one, other in combinations(looks[:5], 2):
@@ -275,28 +276,19 @@ def test_series_differ_without_their_colours():
         assert len({look[1] for look in kinds.values()}) == len(kinds)
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (0.01, "0.01"),
-        (1000, "1000"),
-        (-2, "−2"),
-        (1e5, "10⁵"),
-        (2e6, "2·10⁶"),
-        (1e-7, "10⁻⁷"),
-        (-1e5, "−10⁵"),
-    ],
-)
-def test_numbers_of_axes_are_plain_text(number, text):
-    assert canvas.plain_number(number) == text
+NUMBERS = {0: "0", 0.01: "0.01", 1000: "1000", -2: "−2", 1e5: "10⁵", 2e6: "2·10⁶", 1e-7: "10⁻⁷", -1e5: "−10⁵"}
 
 
-# Texts of others
+@pytest.mark.parametrize("number", NUMBERS)
+def test_tick_numbers_are_plain_text(number):
+    assert canvas.plain_number(number) == NUMBERS[number]
+
+
+# Texts of a model
 
 
 def hostile_figures(text: str) -> list:
-    """Return every plot that shows a text of others, with that text."""
+    """Return every plot that shows a text that is not ours, with this text."""
     count, mean_kl, is_rock = world()
     return [
         plot_funnel(count, mean_kl, is_rock, texts=dict.fromkeys(range(300), text)),
@@ -312,11 +304,12 @@ def hostile_figures(text: str) -> list:
 
 
 class Opened(HTMLParser):
-    """The tags that a browser would open, and what it would show."""
+    """Collects the tags that a browser would open, and the texts that it would show."""
 
     def __init__(self, page: str):
         super().__init__()
-        self.tags, self.shown = set(), []
+        self.tags = set()
+        self.shown = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -327,13 +320,13 @@ class Opened(HTMLParser):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[1:18])
-def test_a_hostile_text_ends_as_a_short_label(text, tmp_path):
+def test_hostile_text_becomes_a_short_harmless_label(text, tmp_path):
     for place, figure in enumerate(hostile_figures(text)):
         if place < 2:
             save_png(figure, tmp_path / "plot.png")
         svg = to_svg(figure, "a")
         shown = [label for label in texts(svg) if label.startswith(HOSTILE[text])]
-        assert shown, f"plot {place} shows it as it is, and not as a formula"
+        assert shown, f"plot {place} shows the text itself, not as a formula"
         assert max(map(len, shown)) <= 85
         found = Opened(svg)
         assert found.tags <= {tag.lower() for tag in TAGS}
@@ -341,7 +334,7 @@ def test_a_hostile_text_ends_as_a_short_label(text, tmp_path):
         assert not [sign for sign in svg if unicodedata.category(sign) in ("Cc", "Cf", "Cs")]
 
 
-def test_a_png_spells_out_what_its_font_cannot_write(tmp_path):
+def test_png_escapes_characters_that_its_font_lacks(tmp_path):
     pictures = []
     for text in ("中", "文", "中文字中文字中文字中文字中文字中文字中文字"):
         figure = plot_families([text], [0.5], [0.5])
@@ -350,12 +343,12 @@ def test_a_png_spells_out_what_its_font_cannot_write(tmp_path):
         assert [shown.get_text() for shown in figure.findobj(Text)] == before
         assert canvas.label(text) in texts(to_svg(figure, "a"))
         pictures.append((tmp_path / "plot.png").read_bytes())
-    assert len(set(pictures)) == 3, "two boxes would look alike"
+    assert len(set(pictures)) == 3, "missing characters would be the same box"
     assert canvas._writable("中‖文") == "\\u4e2d‖\\u6587"
     assert len(canvas._writable("中" * 20)) == 32
 
 
-def test_an_error_while_a_png_is_written_leaves_the_texts_and_no_file(tmp_path):
+def test_failed_write_of_a_png_keeps_the_texts_of_the_figure(tmp_path):
     figure = plot_families(["中"], [0.5], [0.5])
     with pytest.raises(FileNotFoundError):
         save_png(figure, tmp_path / "none" / "plot.png")
@@ -365,7 +358,7 @@ def test_an_error_while_a_png_is_written_leaves_the_texts_and_no_file(tmp_path):
 # Runs
 
 
-def test_accuracy_is_drawn_with_its_intervals():
+def test_accuracy_is_drawn_with_intervals():
     figure = plot_accuracy(ACCURACY, 100)
     (axes,) = figure.axes
     assert drawn(axes, "uniform (all weigh alike)") == ([0, 5, 10], [0.1, 0.6, 0.7])
@@ -405,23 +398,23 @@ def test_divergence_is_drawn_by_kind_and_arm():
     assert no_controls.get_legend_handles_labels()[1] == ["uniform (all weigh alike)", "rocks", "the rest"]
 
 
-def test_curves_are_drawn_as_they_are_and_long_ones_as_means():
+def test_short_curves_are_drawn_as_given_and_long_ones_as_means():
     (axes,) = plot_curves(ENTROPY, "Entropy of the student", "nats").axes
     np.testing.assert_equal(drawn(axes, "uniform (all weigh alike)"), ([1, 2, 3], [1.5, NAN, 1.2]))
     assert (axes.get_title("left"), axes.get_ylabel()) == ("Entropy of the student", "nats")
-    (share,) = plot_curves({"a": [(1, 0.02), (2, 0.03)]}, "Cut", "share", share=True).axes
-    assert share.get_ylim() == pytest.approx((-0.002, 0.102))
-    assert "2%" in texts(to_svg(share.figure, "a"))
-    (share,) = plot_curves({"a": [(1, 0.3), (2, 0.4)]}, "Cut", "share", share=True).axes
-    assert share.get_ylim() == pytest.approx((-0.01, 0.51))
-    (share,) = plot_curves({"a": [(1, 0.3), (2, 0.6)]}, "Cut", "share", share=True).axes
-    assert share.get_ylim() == (-0.02, 1.02)
     points = [(step, None if step == 2 else float(step)) for step in range(1, 1001)]
     (long,) = plot_curves({"a": points}, "Long", "unit").axes
     steps, values = drawn(long, "a")
     assert (steps[:3], steps[-1]) == ([3, 6, 9], 1000)
     assert values[:2] + values[-1:] == [2.0, 5.0, 1000.0], "the mean of 1 and 3, of 4, 5 and 6, and of the last alone"
     assert "mean of 3 values" in long.get_xlabel()
+
+
+@pytest.mark.parametrize(("top", "limits"), [(0.03, (-0.002, 0.102)), (0.4, (-0.01, 0.51)), (0.6, (-0.02, 1.02))])
+def test_axis_of_a_share_starts_at_zero_in_percent_and_is_not_too_short(top, limits):
+    (axes,) = plot_curves({"a": [(1, 0.02), (2, top)]}, "Cut", "share", share=True).axes
+    assert axes.get_ylim() == pytest.approx(limits)
+    assert "0%" in texts(to_svg(axes.figure, "a"))
 
 
 @pytest.mark.parametrize("points", [1_000, 20_000])
@@ -448,7 +441,7 @@ def test_phases_are_stacked():
     assert axes.get_xlabel() == "mean seconds of an optimizer step"
 
 
-def test_arms_end_with_their_intervals():
+def test_arms_are_drawn_with_intervals():
     figure = plot_arms(RESULTS, DIFFERENCES, "greedy accuracy on 500 problems")
     left, right = figure.axes
     lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in left.lines]
@@ -465,7 +458,7 @@ def test_arms_end_with_their_intervals():
     assert {"uniform", "Nothing was compared."} <= set(texts(to_svg(without, "a")))
 
 
-def test_an_arm_looks_alike_in_every_plot_and_new_ones_take_what_is_left():
+def test_known_arms_have_a_fixed_look_and_others_take_free_ones():
     one = plot_curves({"rock": [(1, 1.0)]}, "t", "y").axes[0].lines[0]
     other = plot_curves({"mine": [(1, 1.0)], "yours": [(1, 1.0)], "rock": [(1, 1.0)]}, "t", "y").axes[0].lines
     assert other[2].get_color() == one.get_color() == canvas.VERMILLION
@@ -475,12 +468,12 @@ def test_an_arm_looks_alike_in_every_plot_and_new_ones_take_what_is_left():
 # Token types
 
 
-def test_the_funnel_draws_every_type_that_occurs():
+def test_funnel_draws_every_type_that_occurs():
     count, mean_kl, is_rock = world()
     count[5], mean_kl[7] = 0, NAN
     (axes,) = plot_funnel(count, mean_kl, is_rock).axes
     shown = (count > 0) & np.isfinite(mean_kl)
-    for name, chosen in (("rocks", is_rock), ("types that are no rocks", ~is_rock)):
+    for name, chosen in (("rocks", is_rock), ("other types", ~is_rock)):
         assert drawn(axes, name) == (count[shown & chosen].tolist(), mean_kl[shown & chosen].tolist())
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
     low, high = axes.get_ylim()
@@ -489,7 +482,7 @@ def test_the_funnel_draws_every_type_that_occurs():
     assert plot_funnel([3, 4], [-0.1, -0.2], [True, False]).axes[0].get_ylim()[0] < -0.2
 
 
-def test_the_band_of_the_funnel_is_made_of_quantiles():
+def test_band_of_the_funnel_is_made_of_quantiles():
     count = np.array([1] * 9 + [10] * 11 + [11] * 10 + [1000] * 4)
     mean_kl = np.arange(len(count), dtype=float)
     (axes,) = plot_funnel(count, mean_kl, np.zeros(len(count), bool)).axes
@@ -502,7 +495,7 @@ def test_the_band_of_the_funnel_is_made_of_quantiles():
     assert edge == {(1.0, 0.8), (1.0, 7.2), (middle, 11.0), (middle, 27.0)}
 
 
-def test_the_funnel_names_the_rocks_of_the_highest_mass():
+def test_funnel_names_the_rocks_with_the_highest_mass():
     count, mean_kl, is_rock = world()
     axes = plot_funnel(count, mean_kl, is_rock, texts={id: f"t{id}" for id in range(1, 300)}).axes[0]
     names = {note.get_text(): note.xy for note in axes.texts}
@@ -514,7 +507,7 @@ def test_the_funnel_names_the_rocks_of_the_highest_mass():
 
 
 @pytest.mark.parametrize("height", [0.0, 0.1, 5.0])
-def test_the_names_of_the_funnel_do_not_meet_and_stay_beside_it(height):
+def test_names_beside_the_funnel_do_not_overlap_and_stay_inside_the_figure(height):
     count, mean_kl, is_rock = world()
     mean_kl[is_rock] = height  # all at one height, also where the axis ends
     figure = plot_funnel(count, mean_kl, is_rock, texts={})
@@ -532,7 +525,7 @@ def test_before_and_after_are_drawn_around_the_diagonal():
     before, after = np.array([0.1, 0.2, NAN, 3.0]), np.array([0.05, 0.3, 0.1, NAN])
     (axes,) = plot_before_after(before, after, np.array([True, False, True, False])).axes
     assert drawn(axes, "rocks") == ([0.1], [0.05])
-    assert drawn(axes, "types that are no rocks") == ([0.2], [0.3])
+    assert drawn(axes, "other types") == ([0.2], [0.3])
     x, y = drawn(axes, "no change")
     assert x == y == list(axes.get_xlim()) == list(axes.get_ylim())
     better = plot_before_after([5.0, 0.5], [0.3, 0.02], [True, False]).axes[0]
@@ -546,11 +539,11 @@ def test_before_and_after_are_drawn_around_the_diagonal():
     assert rock.get_marker() != other.get_marker()
 
 
-def test_many_types_are_a_picture_in_the_svg_and_few_are_not():
+def test_svg_holds_many_types_as_a_picture_and_few_as_vectors():
     count, mean_kl, is_rock = world(60_000, 100)
     for figure in (plot_funnel(count, mean_kl, is_rock), plot_before_after(mean_kl, mean_kl[::-1], is_rock)):
         rasterized = {line.get_label(): line.get_rasterized() for line in figure.axes[0].lines}
-        assert rasterized["types that are no rocks"]
+        assert rasterized["other types"]
         assert not rasterized["rocks"]
         svg = to_svg(figure, "a")
         assert len(elements(svg, "image")) == 1
@@ -564,7 +557,7 @@ def test_many_types_are_a_picture_in_the_svg_and_few_are_not():
     assert len(to_svg(plot_gradients(study((300, 200, 200))), "a").encode()) < LARGEST
 
 
-def test_the_sweep_is_drawn_with_and_without_stability():
+def test_sweep_is_drawn_with_and_without_stability():
     (axes,) = plot_sweep(SWEEP).axes
     assert drawn(axes, "coverage: share of the divergence") == ([10, 20, 30], [0.3, 0.5, 0.6])
     assert drawn(axes, "overlap (Jaccard) of 50 rollouts and 50 others") == ([10, 20, 30], [0.9, 0.8, 0.6])
@@ -589,7 +582,7 @@ def test_families_have_two_bars_each():
 # Evidence
 
 
-def test_the_forest_has_a_row_for_each_arm_with_an_interval():
+def test_forest_has_a_row_for_each_arm_with_an_interval():
     figure = plot_forest(PROBE)
     (axes,) = figure.axes
     assert drawn(axes, "all rocks at once") == ([-0.5], [0])
@@ -605,7 +598,7 @@ def test_the_forest_has_a_row_for_each_arm_with_an_interval():
     assert "(50 problems)" in axes.get_xlabel()
 
 
-def test_a_forest_of_many_shows_both_ends_and_says_so():
+def test_long_forest_shows_both_ends_and_says_so():
     arms = [forbidden(id, "other", id / 100, f"t{id}") for id in range(100)]
     (axes,) = plot_forest({"problems": 5, "arms": arms}).axes
     effects, rows = drawn(axes, "other")
@@ -634,9 +627,15 @@ def test_gradients_are_drawn_by_group():
     assert labels == ["rocks", "rare, high KL", "random rest", "1/√n: what noise alone would give"]
 
 
-# Little and nothing
+# Little or no data
 
-ONE = np.array([True])
+
+def gradients_of(value: float) -> Study:
+    """Return a gradient study in which every norm and every early divergence is this value."""
+    same = np.full(3, value)
+    return Study({**study((1, 1, 1)).columns, "norm": same, "mean_kl_early": same}, 3, True)
+
+
 NOTHING = {
     "accuracy": lambda: plot_accuracy({}, 5),
     "accuracy of no points": lambda: plot_accuracy({"uniform": []}, 5),
@@ -676,41 +675,30 @@ NOTHING = {
     "forest of one": lambda: plot_forest({"arms": [{**forbidden(1, "rock", 0.0), "ci95": [0.0, 0.0]}], "problems": 1}),
     "gradients": lambda: plot_gradients(study((0, 0, 0))),
     "gradients of one": lambda: plot_gradients(study((1, 0, 0))),
-    "gradients of NaN": lambda: plot_gradients(
-        Study({**study((1, 1, 1)).columns, "norm": np.full(3, NAN), "mean_kl_early": np.full(3, NAN)}, 3, True)
-    ),
-    "gradients of zeros": lambda: plot_gradients(
-        Study({**study((1, 1, 1)).columns, "norm": np.zeros(3), "mean_kl_early": np.zeros(3)}, 3, True)
-    ),
+    "gradients of NaN": lambda: plot_gradients(gradients_of(NAN)),
+    "gradients of zeros": lambda: plot_gradients(gradients_of(0.0)),
+}
+REASONS = {
+    "accuracy": "Nothing was measured.",
+    "divergence of nothing": "Nothing was measured.",
+    "phases": "No time was measured.",
+    "arms": "No arm has ended.",
+    "funnel of zeros": "No type occurs.",
+    "before and after of NaN": "No type was measured before and after.",
+    "families": "No token has a family.",
+    "forest without intervals": "Nothing that was forbidden changed a reward.",
+    "gradients": "No type has a gradient.",
+    "gradients of NaN": "No type occurs early and late.",
 }
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_little_and_nothing_are_drawn_without_a_warning(name, tmp_path):
+def test_little_or_no_data_is_drawn_without_a_warning(name, tmp_path):
     figure = NOTHING[name]()
     save_png(figure, tmp_path / "plot.png")
     svg = to_svg(figure, "a")
     assert len(np.unique(imread(tmp_path / "plot.png"))) > 1
-    ElementTree.fromstring(svg)
     assert texts(svg)
+    assert REASONS.get(name) in [None, *texts(svg)], "an empty plot says why"
     assert "nan" not in svg.lower()
     assert "inf" not in svg
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("accuracy", "Nothing was measured."),
-        ("divergence of nothing", "Nothing was measured."),
-        ("phases", "No time was measured."),
-        ("arms", "No arm has ended."),
-        ("funnel of zeros", "No type occurs."),
-        ("before and after of NaN", "No type was measured before and after."),
-        ("families", "No token has a family."),
-        ("forest without intervals", "Nothing that was forbidden changed a reward."),
-        ("gradients", "No type has a gradient."),
-        ("gradients of NaN", "No type occurs early and late."),
-    ],
-)
-def test_an_empty_plot_says_why(name, sentence):
-    assert sentence in texts(to_svg(NOTHING[name](), "a"))

@@ -1,4 +1,4 @@
-"""The section of the evidence: effects of knockouts, norms of gradients, and both ends of long lists."""
+"""Tests of the evidence section: effects of forbidding tokens, norms of gradients, and both ends of long lists."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.helpers.report_sections import of_kind, table
 from tests.helpers.rock_sets import rock_file
 
 
-def test_evidence_is_what_probe_and_gradients_found(copy):
+def test_evidence_shows_the_results_of_probe_and_gradients(copy):
     (copy / "knockout.json").write_text(json.dumps(knockout()))
     pq.write_table(gradients(), copy / "gradients.parquet")
     contents = read_contents(copy)
@@ -33,7 +33,7 @@ def test_evidence_is_what_probe_and_gradients_found(copy):
     assert [row["role"] for row in table(rocks(contents))][:2] == ["pillar", None]
 
 
-def test_of_many_rocks_and_knockouts_the_first_and_the_ends_are_listed_and_it_says_so(tmp_path):
+def test_long_lists_show_the_first_rocks_and_both_ends_of_the_effects_and_say_so(tmp_path):
     rock_file(tmp_path / "rock_set.json", list(range(MOST_ROCKS + 500)))
     content = knockout()
     content["arms"] = [content["arms"][0] | {"ids": [id], "effect": id * 1e-4} for id in range(MOST_ARMS + 500)]

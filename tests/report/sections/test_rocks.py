@@ -1,4 +1,4 @@
-"""The section of the rocks: its table is the rock set, its plots are the sweep and the families."""
+"""Tests of the rocks section: its table is the rock set, and its plots show the sweep and the families."""
 
 import json
 import shutil
@@ -13,55 +13,76 @@ from trl_opd.report.sections.rocks import rocks
 from tests.helpers.report_folders import ROCKS
 from tests.helpers.report_sections import of_kind, table
 
+SWEEP = {"cutoffs": [10, 20], "coverage": [0.25, 0.5], "stability": {"50": [0.875, 0.75]}}
 
-def test_the_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
-    contents, rock_set = read_contents(run_folder), RockSet.load(run_folder)
-    rows = table(rocks(contents))
+
+@pytest.fixture
+def changed(collection, tmp_path):
+    """Return a function that copies the collection, passes its rock set to a function that changes it, and reads it."""
+
+    def change(function):
+        folder = shutil.copytree(collection, tmp_path / "c")
+        content = json.loads((folder / "rock_set.json").read_text())
+        function(content)
+        (folder / "rock_set.json").write_text(json.dumps(content))
+        return read_contents(folder)
+
+    return change
+
+
+def has_overlap(contents) -> bool:
+    """Return whether a plot shows the stability of a stored sweep."""
+    return any("overlap (Jaccard) of 50 rollouts" in plot.svg for plot in of_kind(rocks(contents), Plot))
+
+
+def test_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
+    section = rocks(read_contents(run_folder))
+    rows = table(section)
+    expected = enumerate(RockSet.load(run_folder).rocks, 1)
     assert [(row["rank"], row["id"], row["count"], row["mean KL"]) for row in rows] == [
-        (rank, rock.id, rock.count, rock.mean_kl) for rank, rock in enumerate(rock_set.rocks, 1)
+        (rank, rock.id, rock.count, rock.mean_kl) for rank, rock in expected
     ]
     assert [row["token"] for row in rows] == [tokenizer.decode([id]) for id in ROCKS]
-    assert of_kind(rocks(contents), Table)[0].tool
+    assert of_kind(section, Table)[0].tool
 
 
-def test_the_sweep_is_the_one_that_chose_the_cutoff_else_coverage_alone(collection, tmp_path):
-    notes = " ".join(plot.note for plot in of_kind(rocks(read_contents(collection)), Plot))
-    assert "How stable the list is was not measured" in notes
-    shutil.copytree(collection, tmp_path / "c")
-    content = json.loads((tmp_path / "c" / "rock_set.json").read_text())
-    content["method"]["sweep"] = {"cutoffs": [10, 20], "coverage": [0.25, 0.5], "stability": {"50": [0.875, 0.75]}}
-    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
-    plots = of_kind(rocks(read_contents(tmp_path / "c")), Plot)
-    assert any("overlap (Jaccard) of 50 rollouts" in plot.svg for plot in plots)
-    content["method"]["sweep"]["coverage"] = [0.25]
-    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
-    assert not any("overlap (Jaccard)" in plot.svg for plot in of_kind(rocks(read_contents(tmp_path / "c")), Plot))
+def test_without_a_stored_sweep_coverage_is_shown_alone(collection):
+    contents = read_contents(collection)
+    notes = " ".join(plot.note for plot in of_kind(rocks(contents), Plot))
+    assert "The stability of this list was not measured" in notes
+    assert not has_overlap(contents)
+
+
+def test_stored_sweep_is_shown_with_its_stability(changed):
+    assert has_overlap(changed(lambda content: content["method"].update(sweep=SWEEP)))
 
 
 @pytest.mark.parametrize(
-    "sweep", [{"cutoffs": [10**400]}, {"coverage": [10**400]}, {"stability": {"50": ["nan"]}}, {"cutoffs": [0]}]
+    "wrong",
+    [
+        {"cutoffs": [10**400, 20]},
+        {"coverage": [10**400, 0.5]},
+        {"stability": {"50": ["nan", 0.75]}},
+        {"cutoffs": [0, 20]},
+        {"coverage": [0.25]},
+    ],
 )
-def test_a_sweep_that_cannot_be_is_none(collection, tmp_path, sweep):
-    shutil.copytree(collection, tmp_path / "c")
-    content = json.loads((tmp_path / "c" / "rock_set.json").read_text())
-    content["method"]["sweep"] = {"cutoffs": [10], "coverage": [0.25], "stability": {"50": [0.875]}} | sweep
-    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
-    plots = of_kind(rocks(read_contents(tmp_path / "c")), Plot)
-    assert not any("overlap (Jaccard)" in plot.svg for plot in plots)
+def test_invalid_stored_sweep_is_ignored(changed, wrong):
+    assert not has_overlap(changed(lambda content: content["method"].update(sweep=SWEEP | wrong)))
 
 
-def test_without_a_tokenizer_names_are_those_of_the_rock_set(collection, tmp_path):
-    shutil.copytree(collection, tmp_path / "c")
-    content = json.loads((tmp_path / "c" / "rock_set.json").read_text())
-    for rock in content["rocks"]:
-        rock["text"] = f"t{rock['id']}"
-    content["controls"]["texts"] = [f"c{id}" for id in content["controls"]["ids"]]
-    (tmp_path / "c" / "rock_set.json").write_text(json.dumps(content))
-    contents = read_contents(tmp_path / "c")
+def test_without_a_tokenizer_names_are_those_of_the_rock_set(changed):
+    known = {}
+
+    def name(content):
+        for rock in content["rocks"]:
+            rock["text"] = f"t{rock['id']}"
+        content["controls"]["texts"] = [f"c{id}" for id in content["controls"]["ids"]]
+        known.update((rock["id"], rock["text"]) for rock in content["rocks"])
+        known.update(zip(content["controls"]["ids"], content["controls"]["texts"], strict=True))
+
+    contents = changed(name)
     section = rocks(contents)
     assert [row["token"] for row in table(section)] == [f"t{row['id']}" for row in table(section)]
-    control = content["controls"]["ids"][0]
-    others = set(range(300)) - {rock["id"] for rock in content["rocks"]} - {*content["controls"]["ids"]}
-    assert contents.names.text_of(control) == f"c{control}"
-    assert {contents.names.text_of(id) for id in others} == {None}
-    assert of_kind(section, Plot)[-1].note.startswith("Only types whose text the rock set names")
+    assert {id: contents.names.text_of(id) for id in range(300)} == dict.fromkeys(range(300)) | known
+    assert of_kind(section, Plot)[-1].note.startswith("Only types whose text is in the rock set")

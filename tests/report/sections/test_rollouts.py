@@ -1,4 +1,4 @@
-"""The rollouts of a report are the rows of their file; of many or long ones a part is shown, and it says so."""
+"""Tests of the rollouts section: it shows the rows of the file, and says which part of many or long rollouts."""
 
 import shutil
 import tracemalloc
@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 
+from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.artefacts.occurrences import write_occurrences
 from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
 from trl_opd.artefacts.sampled_rollouts import join_parts
@@ -22,9 +23,8 @@ from tests.helpers.report_sections import of_kind
 def test_rollouts_are_the_rows_of_the_file(run_folder, tokenizer):
     (block,) = of_kind(rollouts(read_contents(run_folder)), Rollouts)
     rows = pq.read_table(run_folder / FILE_NAME).to_pylist()
-    assert [(one.step, one.rollout) for one in block.rollouts] == sorted(
-        {(row["step"], row["rollout"]) for row in rows}
-    )
+    shown = [(one.step, one.rollout) for one in block.rollouts]
+    assert shown == sorted({(row["step"], row["rollout"]) for row in rows})
     assert block.rocks == frozenset(ROCKS)
     for one in block.rollouts:
         mine = [row for row in rows if (row["step"], row["rollout"]) == (one.step, one.rollout)]
@@ -36,33 +36,33 @@ def test_rollouts_are_the_rows_of_the_file(run_folder, tokenizer):
         assert all(block.texts[id] == tokenizer.decode([id]) for id in one.token_ids.tolist())
 
 
-def test_of_many_rollouts_some_are_shown_the_first_and_the_last_step_among_them_and_it_says_so(copy):
+def test_many_rollouts_are_sampled_with_the_first_and_the_last_step_and_a_note_says_so(copy):
     (copy / FILE_NAME).unlink()
     make_samples(copy, steps=40, rollouts_of_step=9, tokens=30)
     section = rollouts(read_contents(copy))
     (block,) = of_kind(section, Rollouts)
     steps = sorted({one.step for one in block.rollouts})
     assert (steps[0], steps[-1], len(steps)) == (1, 40, shown_rollouts.MOST_STEPS)
-    assert f"A sample: {len(block.rollouts)} of 360 rollouts of 12 of 40 steps" in of_kind(section, Note)[0].text
+    assert f"A sample: {len(block.rollouts)} of 360 rollouts from 12 of the 40 steps" in of_kind(section, Note)[0].text
     assert sum(len(one.token_ids) for one in block.rollouts) <= shown_rollouts.MOST_TOKENS
 
 
-def test_of_a_long_rollout_the_beginning_is_shown_and_it_says_so(copy):
+def test_long_rollout_is_cut_and_a_note_says_so(copy):
     (copy / FILE_NAME).unlink()
     make_samples(copy, steps=1, rollouts_of_step=2, tokens=1000)
     section = rollouts(read_contents(copy))
     (block,) = of_kind(section, Rollouts)
     assert [len(one.token_ids) for one in block.rollouts] == [shown_rollouts.MOST_OF_ONE] * 2
-    assert "Of 2 only the first 600 tokens are shown." in of_kind(section, Note)[0].text
+    assert "2 rollouts are cut: only the first 600 tokens are shown." in of_kind(section, Note)[0].text
 
 
-def test_a_rollout_as_long_as_what_is_shown_is_not_cut(copy):
+def test_rollout_of_exactly_the_limit_is_not_cut(copy):
     (copy / FILE_NAME).unlink()
     make_samples(copy, steps=1, rollouts_of_step=2, tokens=shown_rollouts.MOST_OF_ONE)
     assert not any("only the first" in note.text for note in of_kind(rollouts(read_contents(copy)), Note))
 
 
-def test_rows_are_found_in_any_row_groups(run_folder, copy):
+def test_rollouts_do_not_depend_on_the_row_groups_of_the_file(run_folder, copy):
     expected = of_kind(rollouts(read_contents(run_folder)), Rollouts)[0].rollouts
     pq.write_table(pq.read_table(copy / FILE_NAME), copy / FILE_NAME, row_group_size=5)
     found = of_kind(rollouts(read_contents(copy)), Rollouts)[0].rollouts
@@ -72,7 +72,7 @@ def test_rows_are_found_in_any_row_groups(run_folder, copy):
         np.testing.assert_array_equal(one.student_top[0], other.student_top[0])
 
 
-def test_of_a_rollout_that_lies_far_behind_only_what_is_near_is_read(tmp_path):
+def test_reading_a_late_rollout_takes_little_memory(tmp_path):
     size = 4 * 2**20
     columns = {"rollout": np.repeat([0, 1], size), "position": np.tile(np.arange(size), 2)}
     columns |= {"token_id": np.repeat([5, 6], size), "kl": np.repeat(np.float32([0.5, 1.5]), size)}
@@ -88,7 +88,7 @@ def test_of_a_rollout_that_lies_far_behind_only_what_is_near_is_read(tmp_path):
     ]
 
 
-def test_arms_of_long_rollouts_share_what_a_page_shows(run_folder, tmp_path):
+def test_arms_share_the_token_limit_of_a_page(run_folder, tmp_path):
     arms = ("uniform", "rock", "control", "random")
     for arm in arms:
         (tmp_path / arm).mkdir()
@@ -100,13 +100,11 @@ def test_arms_of_long_rollouts_share_what_a_page_shows(run_folder, tmp_path):
     assert [{one.step for one in block.rollouts} for block in blocks] == [{1, 7, 14, 20}] * 4
     assert sum(len(one.token_ids) for block in blocks for one in block.rollouts) <= shown_rollouts.MOST_TOKENS
     notes = [note.text for note in of_kind(section, Note)]
-    assert notes[0].startswith("Rollouts of the arm uniform. A sample: 4 of 40 rollouts of 4 of 20 steps")
-    assert sum("Of 4 only the first 600 tokens" in note for note in notes) == 4
+    assert notes[0].startswith("Rollouts of the arm uniform. A sample: 4 of 40 rollouts from 4 of the 20 steps")
+    assert sum("4 rollouts are cut: only the first 600 tokens" in note for note in notes) == 4
 
 
-def test_a_collection_with_its_tokenizer_has_names_and_prompts(collection, tokenizer, tmp_path):
-    from trl_opd.artefacts.fingerprint import fingerprint
-
+def test_collection_with_its_tokenizer_shows_token_texts_and_prompts(collection, tokenizer, tmp_path):
     shutil.copytree(collection, tmp_path / "c")
     tokenizer.save_pretrained(tmp_path / "c")
     section = {"name": None, "vocab_size": 300, "fingerprint": fingerprint(tokenizer)}

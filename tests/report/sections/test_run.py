@@ -1,4 +1,4 @@
-"""What was run, and how the training went: facts and plots are those of the record."""
+"""Tests of the sections about a run: facts and plots are those of its record."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.helpers.report_folders import CONTROLS, ROCKS
 from tests.helpers.report_sections import labels, of_kind
 
 
-def test_what_was_run_is_what_the_record_says(run_folder):
+def test_facts_of_a_run_are_those_of_its_record(run_folder):
     record = json.loads((run_folder / "opd_run.json").read_text())
     facts = dict(of_kind(what_was_run(read_contents(run_folder)), Facts)[0].rows)
     assert facts["command"] == record["command"]
@@ -27,29 +27,22 @@ def test_what_was_run_is_what_the_record_says(run_folder):
     assert f"torch {torch.__version__}" in facts["versions"]
 
 
-def test_the_phases_are_means_over_the_log(run_folder):
+def test_phases_are_means_over_the_log(run_folder):
     contents = read_contents(run_folder)
     seconds = [line["phase/generate_s"] for line in contents.main_run.log if "phase/generate_s" in line]
     assert f"generate {sum(seconds) / len(seconds):.3g} s" in labels(what_was_run(contents))
 
 
-def test_training_has_a_plot_for_each_figure_and_accuracy_as_it_ended(run_folder):
+def test_training_has_a_plot_for_each_metric_and_the_last_accuracy(run_folder):
     contents = read_contents(run_folder)
     text = labels(training(contents))
     last = [line["eval_accuracy"] for line in contents.main_run.log if "eval_accuracy" in line][-1]
     assert f"Accuracy over steps; at the end: rock {last:.3f}" in text
-    for what in (
-        "of rocks, controls and the rest",
-        "Entropy",
-        "Length",
-        "cut at the length limit",
-        "Repetition",
-        "Padding",
-    ):
-        assert what in text
+    metrics = ("Entropy", "Length", "cut at the length limit", "Repetition", "Padding")
+    assert all(name in text for name in ("of rocks, controls and the rest", *metrics))
 
 
-def test_of_an_accuracy_that_was_measured_again_the_last_counts(copy):
+def test_accuracy_that_was_measured_twice_counts_once_with_the_last_value(copy):
     record = json.loads((copy / "opd_run.json").read_text())
     record["log"] += [{"step": 8, "eval_accuracy": 0.125}]
     (copy / "opd_run.json").write_text(json.dumps(record))
@@ -58,7 +51,7 @@ def test_of_an_accuracy_that_was_measured_again_the_last_counts(copy):
     assert [step for step, _ in contents.main_run.curve("eval_accuracy")] == [0, 4, 8]
 
 
-def test_the_divergence_by_kind_comes_from_windows_where_the_log_has_none(copy):
+def test_divergence_by_kind_comes_from_the_checkpoints_if_it_is_not_logged(copy):
     record = json.loads((copy / "opd_run.json").read_text())
     record["log"] = [{name: v for name, v in line.items() if "mean_kl" not in name} for line in record["log"]]
     (copy / "opd_run.json").write_text(json.dumps(record))

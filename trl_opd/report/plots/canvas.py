@@ -1,8 +1,8 @@
-"""The look of every plot, and the two things a figure becomes: a PNG file, or an SVG element of a page of any theme.
+"""Style, axes and labels that all plots share, and how a figure becomes a PNG file or an SVG element of a page.
 
-Colours are those that colour-blind people can tell apart (Okabe and Ito 2008), of which only the ones that can be read
-on white and on black alike; series also differ by marker, dash or hatch. In an SVG all that is neutral (text, axes,
-grid, guides) takes the colour of the page's text.
+The colours are the ones of Okabe and Ito (2008), which colour-blind people can distinguish, without those that are hard
+to read on a white or on a black page. Series also differ in marker, dash or hatch. In an SVG, everything neutral (text,
+axes, grid, guide lines) takes the text colour of the page, so a plot fits a light and a dark theme.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.text import Text
@@ -26,14 +28,20 @@ from ...artefacts.atomic import complete_file
 from ..text import named
 from .svg import inline_svg
 
-INK = "#16181d"  # neutral: in a PNG as it is, in an SVG `currentColor`
-BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#858585"
+# Colour of everything neutral: an SVG replaces it by `currentColor`, a PNG keeps it.
+INK = "#16181d"
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+GREY = "#858585"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
 MARKERS = ("o", "s", "^", "D", "v")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-HATCHES = ("", "////", "||||", "----", "\\\\\\\\")  # of lines: Matplotlib writes one of dots as thousands of curves
+# Hatches are made of lines, because Matplotlib writes a hatch of dots to an SVG as thousands of curves.
+HATCHES = ("", "////", "||||", "----", "\\\\\\\\")
 STYLE = {
-    "text.parse_math": False,  # a token such as "$x$" is no formula
+    "text.parse_math": False,  # a token like "$x$" must not be read as a formula
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -62,19 +70,25 @@ STYLE = {
     "legend.fontsize": "small",
     "svg.fonttype": "none",
 }
-# Decorates whatever draws or saves: what a notebook has set for its own plots is left out, and left alone.
+# Decorator of every function that draws or saves: our plots neither use nor change the settings of a user's notebook.
 house_style = matplotlib.style.context(STYLE, after_reset=True)
 
-MOST_VECTORS = 1500  # points of a figure that an SVG holds one by one; a layer of more is a picture in it
-PNG_DPI, LAYER_DPI = 144, 110
-LABEL = 20  # signs of a text of others, such as a token's
-MOST_ESCAPED = 32  # characters of a text that the font of the PNG could not write
+# Above this number of points in a figure, the SVG holds the next layer of points as a picture, to stay small.
+MOST_VECTORS = 1500
+PNG_DPI = 144
+# Resolution of those pictures.
+LAYER_DPI = 110
+# Longest label, in characters, for a text that is not ours, for example a token's.
+LABEL = 20
+# Longest text in a PNG, in characters, after escaping what its font lacks.
+MOST_ESCAPED = 32
+# An axis of nats is linear below this value, so it can show zero, and does not stress that 1e-9 differs from 1e-8.
+LINEAR_NATS = 1e-3
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LINEAR_NATS = 1e-3  # below, an axis of nats is linear: it has zero, and it tells nobody 1e-9 from 1e-8
 
 
 class Look(NamedTuple):
-    """How a series looks; `marker`, `dash` or `hatch` tell it apart without colours."""
+    """Look of a series: its colour, and a marker, dash or hatch that identifies it without colours."""
 
     colour: str
     marker: str
@@ -83,23 +97,24 @@ class Look(NamedTuple):
 
 
 def look_of(place: int) -> Look:
-    """Return the look of the series at a place: 25 differ."""
+    """Return the look of the series with this index, from 0; the first 25 looks all differ."""
     size = len(COLOURS)
-    other = place + place // size
-    return Look(COLOURS[place % size], *(kinds[other % size] for kinds in (MARKERS, DASHES, HATCHES)))
+    # Every fifth series repeats a colour, and then takes another marker, dash and hatch.
+    other = (place + place // size) % size
+    return Look(colour=COLOURS[place % size], marker=MARKERS[other], dash=DASHES[other], hatch=HATCHES[other])
 
 
 @house_style
 def new_figure(
     title: str, x: str, y: str, *, size: tuple[float, float] = (6.4, 4.0), grid: str = "y"
 ) -> tuple[Figure, Axes]:
-    """Return a figure and its axes.
+    """Return a new figure with one set of axes, and the axes.
 
     Args:
-        title (`str`): What one sees.
-        x, y (`str`): What the axes show, with units.
+        title (`str`): Title of the plot.
+        x, y (`str`): Labels of the axes, with units.
         size (`tuple[float, float]`, *optional*): Width and height, inches.
-        grid (`str`, *optional*, defaults to `"y"`): Axis of the lines: "x", "y" or "both".
+        grid (`str`, *optional*, defaults to `"y"`): Axis whose ticks have grid lines: "x", "y" or "both".
     """
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
@@ -112,9 +127,9 @@ def new_figure(
 
 @house_style
 def save_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as a PNG file, dark on white; it appears under its name only when it is complete.
+    """Write a figure to a PNG file, dark on white; the file appears under its name only once it is complete.
 
-    A character that Matplotlib's font lacks, as of a Chinese token, is written as its escape.
+    Characters that Matplotlib's font lacks, for example Chinese ones, are written as escapes ("\\u4e2d").
     """
     with _writable_texts(figure), complete_file(path) as part:
         figure.savefig(part, format="png", dpi=PNG_DPI, facecolor="white")
@@ -122,18 +137,20 @@ def save_png(figure: Figure, path: str | os.PathLike) -> None:
 
 @house_style
 def to_svg(figure: Figure, prefix: str) -> str:
-    """Return a figure as an `<svg>` element for a page, that is as wide as it may; the same bytes each time.
+    """Return a figure as an `<svg>` element for a page; a figure gives the same text each time.
 
     Args:
         figure (`Figure`): A figure of this package.
-        prefix (`str`): Begins each id in it, so no two plots of a page share one: letters, digits, "-" and "_".
+        prefix (`str`):
+            Start of each id in the element, which keeps the ids of a page's plots apart: a letter, then letters,
+            digits, "-" and "_".
 
     Raises:
-        `ValueError`: if the prefix is none.
+        `ValueError`: if the prefix is empty or has other characters.
     """
     content = io.BytesIO()
     with warnings.catch_warnings():
-        # The browser's fonts have what the one that is measured here lacks.
+        # Matplotlib measures texts with its own font, but the browser shows them with fonts that have these characters.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(content, format="svg", dpi=LAYER_DPI, facecolor="none")
     return inline_svg(content.getvalue(), prefix, neutral=INK)
@@ -142,17 +159,39 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def add_points(
     axes: Axes, x: np.ndarray, y: np.ndarray, *, colour: str, marker: str, label: str, size: float, alpha: float = 0.85
 ) -> None:
-    """Draw finite points, `(N,)` each; none is no series."""
+    """Draw points as one series; without points there is no series.
+
+    Args:
+        axes (`Axes`): Where they are drawn.
+        x, y (`np.ndarray`): Finite coordinates, `(N,)`.
+        colour, marker, label (`str`): Look and name of the series.
+        size (`float`): Size of the marker, points.
+        alpha (`float`, *optional*, defaults to 0.85): Opacity, 0 to 1.
+    """
     if len(x) == 0:
         return
-    lines = [line for panel in axes.figure.axes for line in panel.lines if not line.get_rasterized()]
-    vectors = sum(len(line.get_xdata()) for line in lines) + len(x)
-    look = {"color": colour, "markersize": size, "markeredgewidth": 0, "alpha": alpha, "label": label}
-    axes.plot(x, y, marker, rasterized=vectors > MOST_VECTORS, **look)
+
+    vectors = len(x)
+    for panel in axes.figure.axes:
+        for line in panel.lines:
+            if not line.get_rasterized():
+                vectors += len(line.get_xdata())
+
+    axes.plot(
+        x,
+        y,
+        marker,
+        color=colour,
+        markersize=size,
+        markeredgewidth=0,
+        alpha=alpha,
+        label=label,
+        rasterized=vectors > MOST_VECTORS,
+    )
 
 
 def add_legend(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """Put the legend of axes below a figure, if there is anything to name."""
+    """Put the legend of the axes below the figure, in at most so many columns, if any series has a name."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = min(columns, len(handles))
@@ -160,13 +199,13 @@ def add_legend(figure: Figure, axes: Axes, *, columns: int) -> None:
 
 
 def say_empty(axes: Axes, text: str) -> None:
-    """Say in the middle of axes why nothing is drawn."""
+    """Write in the middle of empty axes why nothing is drawn, and remove their ticks."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize="small")
     axes.set(xticks=[], yticks=[])
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of axes, the first at the top."""
+    """Name the rows 0, 1, ... of the y axis, with row 0 at the top."""
     axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
     axes.yaxis.set_major_formatter(FixedFormatter(list(names)))
     axes.tick_params(axis="y", length=0)
@@ -174,21 +213,16 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def log_axis(axes: Axes, *names: str) -> None:
-    """Make axes ("x", "y") logarithmic, with numbers that are plain text."""
+    """Make axes ("x", "y") logarithmic, with plain text as numbers."""
     for name in names:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
-
-        def minor(value: float, _, axis=axis) -> str:
-            low, high = sorted(axis.get_view_interval())
-            return plain_number(value) if high < 30 * low and f"{value:.0e}"[0] in "25" else ""
-
         axis.set_major_formatter(FuncFormatter(plain_number))
-        axis.set_minor_formatter(FuncFormatter(minor))
+        axis.set_minor_formatter(FuncFormatter(partial(_minor_number, axis)))
 
 
 def nats_axis(axes: Axes, *names: str) -> None:
-    """Make axes ("x", "y") of nats logarithmic above a thousandth, and linear around zero."""
+    """Make axes ("x", "y") of nats logarithmic above 0.001 nats, and linear around zero."""
     for name in names:
         getattr(axes, f"set_{name}scale")("symlog", linthresh=LINEAR_NATS, linscale=0.4)
         axis = getattr(axes, f"{name}axis")
@@ -197,40 +231,75 @@ def nats_axis(axes: Axes, *names: str) -> None:
 
 
 def limit_nats(set_limits: Callable, values: np.ndarray) -> tuple[float, float]:
-    """Set the limits of an axis of nats around values, `(N,)`, with zero where they come near it. Returns them."""
-    low, high = values.min(), 1.4 * max(values.max(), 10 * LINEAR_NATS)
-    if low < 10 * LINEAR_NATS:
-        return set_limits(1.4 * low if low < 0 else 0.0, high)
-    return set_limits(min(low / 1.4, high / 20), high)  # a decade at least, for two numbers on the axis
+    """Set the limits of an axis of nats so that it holds all values, and zero if they come near it; return the limits.
+
+    Args:
+        set_limits (`Callable`): `set_xlim` or `set_ylim` of the axes.
+        values (`np.ndarray`): Finite values, nats, `(N,)`, at least one.
+    """
+    near_zero = 10 * LINEAR_NATS
+    low = values.min()
+    high = 1.4 * max(values.max(), near_zero)
+    if low < 0:
+        return set_limits(1.4 * low, high)
+    if low < near_zero:
+        return set_limits(0.0, high)
+    # The axis spans at least a decade, so that it has two numbers.
+    return set_limits(min(low / 1.4, high / 20), high)
+
+
+def limit_both(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Give both axes of nats the same limits, which hold all of x and y, `(N,)` each; return these limits."""
+    values = np.concatenate([x, y])
+    limits = limit_nats(axes.set_xlim, values)
+    limit_nats(axes.set_ylim, values)
+    return limits
 
 
 def percent(value: float, _=None) -> str:
-    """Return a share as a number of an axis."""
+    """Return the number of an axis tick for a share, in percent."""
     return f"{100 * value:.4g}%".replace("-", "−")
 
 
 def plain_number(value: float, _=None) -> str:
-    """Return a number of an axis as text: 0.01, 1000, 2·10⁵."""
+    """Return the number of an axis tick as plain text: 0.01, 1000, 2·10⁵."""
     if value == 0 or 1e-4 < abs(value) < 1e5:
         return f"{value:g}".replace("-", "−")
-    digits, _, power = f"{value:.0e}".partition("e")
-    factor = {"1": "", "-1": "−"}.get(digits, f"{digits}·".replace("-", "−"))
-    return f"{factor}10{str(int(power)).translate(_RAISED)}"
+
+    digits, _, exponent = f"{value:.0e}".partition("e")
+    factors = {"1": "", "-1": "−"}
+    factor = factors.get(digits, f"{digits}·".replace("-", "−"))
+    power = str(int(exponent)).translate(_RAISED)
+    return f"{factor}10{power}"
 
 
 def label(text: str) -> str:
-    """Return a text of others, such as a token's, as a label: harmless and of at most 20 signs and "…"."""
+    """Return a label for a text that is not ours, for example a token's: harmless, at most 20 characters and "…"."""
     shown = named(text[:LABEL])
-    return shown if len(shown) <= LABEL and len(text) <= LABEL else f"{shown[:LABEL]}…"
+    if max(len(shown), len(text)) <= LABEL:
+        return shown
+    return f"{shown[:LABEL]}…"
+
+
+def _minor_number(axis: Axis, value: float, _) -> str:
+    """Return the number of a tick between two powers of ten: only 2 and 5 have one, and only where there is room."""
+    low, high = sorted(axis.get_view_interval())
+    if high < 30 * low and f"{value:.0e}"[0] in "25":
+        return plain_number(value)
+    return ""
 
 
 @contextmanager
 def _writable_texts(figure: Figure) -> Iterator[None]:
-    """Replace for a while what the font cannot write."""
+    """Replace characters that the font of a PNG lacks in all texts of a figure, until the block ends."""
     texts = [(text, text.get_text()) for text in figure.findobj(Text)]
-    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
-    ticks = [axis.get_major_formatter() for axis in axes]
-    ticks = [(formatter, formatter.seq) for formatter in ticks if isinstance(formatter, FixedFormatter)]
+    ticks = []
+    for panel in figure.axes:
+        for axis in (panel.xaxis, panel.yaxis):
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FixedFormatter):
+                ticks.append((formatter, formatter.seq))
+
     try:
         for text, content in texts:
             text.set_text(_writable(content))
@@ -245,7 +314,14 @@ def _writable_texts(figure: Figure) -> Iterator[None]:
 
 
 def _writable(text: str) -> str:
+    """Return a text with escapes for the characters that the font of a PNG lacks, cut where these make it too long."""
     font = get_font(findfont("DejaVu Sans"))
-    signs = [sign if sign == "\n" or font.get_char_index(ord(sign)) else ascii(sign)[1:-1] for sign in text]
-    found = "".join(signs)
-    return found if found == text or len(found) <= MOST_ESCAPED else f"{found[: MOST_ESCAPED - 1]}…"
+    escapes = {}
+    for character in text:
+        if character != "\n" and not font.get_char_index(ord(character)):
+            escapes[character] = ascii(character)[1:-1]
+
+    written = text.translate(str.maketrans(escapes))
+    if escapes and len(written) > MOST_ESCAPED:
+        return f"{written[: MOST_ESCAPED - 1]}…"
+    return written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +14,7 @@ from matplotlib.patches import Patch
 from ...artefacts.gradient_table import GROUPS, Study
 from . import canvas
 
+# Colour and marker of each kind of arm of a probe.
 KINDS = {
     "rock": (canvas.VERMILLION, "s"),
     "rocks": (canvas.VERMILLION, "D"),
@@ -20,37 +23,56 @@ KINDS = {
     "other": (canvas.BLUE, "o"),
 }
 KIND_NAMES = {"rocks": "all rocks at once", "controls": "all controls at once"}
+# Colour, marker and hatch of each group of the gradient study.
 GROUP_LOOKS = {
     "rock": (canvas.VERMILLION, "s", "////"),
     "rare": (canvas.BLUE, "o", ""),
     "random": (canvas.GREY, "^", "||||"),
 }
-MOST_ROWS = 60  # of a forest plot
+# Longest forest plot, in rows.
+MOST_ROWS = 60
+
+
+def both_ends(items: list[Any], most: int) -> list[Any]:
+    """Return a list of at most `most` items: all of them, or those at the start and at the end, half of `most` each."""
+    if len(items) <= most:
+        return items
+    half = most // 2
+    return items[:half] + items[-half:]
 
 
 @canvas.house_style
 def plot_forest(result: dict) -> Figure:
-    """Return the effects of forbidding tokens with their 95 % intervals, the largest at the ends.
+    """Return a forest plot: the effect of forbidding each token, with its 95 % interval, in the order of the result.
+
+    Tokens without an interval are left out, and so is the middle of a list of more than 60.
 
     Args:
         result (`dict`): Result of the probe, as in `knockout.json`.
     """
     known = [arm for arm in result["arms"] if arm["ci95"] is not None]
-    arms = known if len(known) <= MOST_ROWS else [*known[: MOST_ROWS // 2], *known[-(MOST_ROWS // 2) :]]
-    left_out = f": the {MOST_ROWS // 2} at each end of {len(known)}" if len(arms) < len(known) else ""
+    arms = both_ends(known, MOST_ROWS)
+    title = "What forbidding a token does to the reward"
+    if len(arms) < len(known):
+        title += f": the {MOST_ROWS // 2} at each end of {len(known)}"
     figure, axes = canvas.new_figure(
-        f"What forbidding a token does to the reward{left_out}",
+        title,
         f"difference of the mean reward, with 95 % interval ({result['problems']} problems)",
         "",
         size=(6.4, 1.6 + 0.22 * max(len(arms), 4)),
         grid="x",
     )
+
     for kind, (colour, marker) in KINDS.items():
         rows = [row for row, arm in enumerate(arms) if arm["kind"] == kind]
-        if rows:
-            axes.hlines(rows, *zip(*(arms[row]["ci95"] for row in rows), strict=True), color=colour, linewidth=1.2)
-            effects = [arms[row]["effect"] for row in rows]
-            axes.plot(effects, rows, marker, color=colour, markersize=5, label=KIND_NAMES.get(kind, kind))
+        if not rows:
+            continue
+        chosen = [arms[row] for row in rows]
+        lows, highs = np.transpose([arm["ci95"] for arm in chosen])
+        axes.hlines(rows, lows, highs, color=colour, linewidth=1.2)
+        effects = [arm["effect"] for arm in chosen]
+        axes.plot(effects, rows, marker, color=colour, markersize=5, label=KIND_NAMES.get(kind, kind))
+
     axes.axvline(0.0, color=canvas.INK, linewidth=0.8)
     canvas.name_rows(axes, [_row_name(arm) for arm in arms])
     axes.tick_params(axis="y", labelsize="x-small")
@@ -59,12 +81,6 @@ def plot_forest(result: dict) -> Figure:
     else:
         canvas.say_empty(axes, "Nothing that was forbidden changed a reward.")
     return figure
-
-
-def _row_name(arm: dict) -> str:
-    if arm["kind"] in KIND_NAMES:
-        return KIND_NAMES[arm["kind"]]
-    return f"{canvas.label(''.join(arm['texts']))} ({arm['ids'][0]})"  # many tokens are a part of a character: "�"
 
 
 @canvas.house_style
@@ -83,54 +99,55 @@ def plot_gradients(found: Study) -> Figure:
     columns = ("cos_balanced", "cos_balanced_without", "cos_matched")
     _draw_boxes(cosines, found, columns, "Directions by group", "cosine to G_balanced")
     _draw_change(change, found)
-    looks = GROUP_LOOKS.values()
-    handles = [
-        (Line2D([], [], color=colour, marker=marker, ls="", markersize=5), _box(colour, hatch))
-        for colour, marker, hatch in looks
-    ]
-    handles.append(Line2D([], [], color=canvas.INK, ls="--", linewidth=1.2))
-    names = [*(GROUPS[group] for group in GROUP_LOOKS), "1/√n: what noise alone would give"]
-    tuples = {tuple: HandlerTuple(ndivide=None, pad=0.8)}
-    figure.legend(handles, names, loc="outside lower center", ncols=4, handlelength=3.0, handler_map=tuples)
+    _add_group_legend(figure)
     return figure
 
 
-def _box(colour: str, hatch: str) -> Patch:
-    return Patch(facecolor=colour, hatch=hatch, edgecolor=canvas.INK, linewidth=0.6)
+def _row_name(arm: dict) -> str:
+    if arm["kind"] in KIND_NAMES:
+        return KIND_NAMES[arm["kind"]]
+    # The id keeps tokens apart whose texts look alike: many are only a part of a character, and all shown as "�".
+    text = canvas.label("".join(arm["texts"]))
+    return f"{text} ({arm['ids'][0]})"
 
 
 def _draw_norms(axes: Axes, found: Study) -> None:
     axes.set_title("Norm over count")
-    count, norm = (np.asarray(found.columns[name], dtype=float) for name in ("count", "norm"))
+    count = found.columns["count"].astype(float)
+    norm = found.columns["norm"].astype(float)
     shown = (count > 0) & (norm > 0)  # False for NaN
     if not shown.any():
         canvas.say_empty(axes, "No type has a gradient.")
         return
+
     canvas.log_axis(axes, "x", "y")
     axes.set(xlabel="occurrences n of the type (tokens)", ylabel="norm of the mean gradient")
-    for group, (colour, marker, _) in GROUP_LOOKS.items():
-        chosen = shown & (found.columns["group"] == group)
-        canvas.add_points(axes, count[chosen], norm[chosen], colour=colour, marker=marker, size=4, label=GROUPS[group])
-    edge = np.array([count[shown].min(), count[shown].max()])
-    noise = np.median(norm[shown] * np.sqrt(count[shown])) / np.sqrt(edge)
+    _draw_groups(axes, found, count, norm, shown)
+
+    # The norm of a mean of n random gradients falls with 1/√n; the line runs through the median type.
+    count = count[shown]
+    edge = np.array([count.min(), count.max()])
+    noise = np.median(norm[shown] * np.sqrt(count)) / np.sqrt(edge)
     axes.plot(edge, noise, "--", color=canvas.INK, linewidth=1.2)
 
 
 def _draw_boxes(axes: Axes, found: Study, columns: tuple[str, ...], title: str, y: str) -> None:
     axes.set_title(title)
+    line = {"color": canvas.INK}
+    centres = np.arange(len(columns))
     for shift, (group, (colour, _, hatch)) in enumerate(GROUP_LOOKS.items(), -1):
         axes.boxplot(
             [found.of(group, name) for name in columns],
-            positions=[place + 0.25 * shift for place in range(len(columns))],
+            positions=centres + 0.25 * shift,
             widths=0.2,
             showfliers=False,
-            medianprops={"color": canvas.INK},
+            medianprops=line,
             boxprops={"facecolor": colour, "hatch": hatch, "edgecolor": canvas.INK, "linewidth": 0.6},
-            whiskerprops={"color": canvas.INK},
-            capprops={"color": canvas.INK},
+            whiskerprops=line,
+            capprops=line,
             patch_artist=True,
         )
-    axes.set_xticks(range(len(columns)), ["as published", "corrected", "equal n"])
+    axes.set_xticks(centres, ["as published", "corrected", "equal n"])
     axes.set_ylabel(f"{y} (median, quartiles)")
 
 
@@ -139,17 +156,39 @@ def _draw_change(axes: Axes, found: Study) -> None:
     if not found.has_early:
         canvas.say_empty(axes, "No earlier occurrences were given (--early).")
         return
-    early, late = (np.asarray(found.columns[name], dtype=float) for name in ("mean_kl_early", "mean_kl"))
+
+    early = found.columns["mean_kl_early"]
+    late = found.columns["mean_kl"]
     shown = np.isfinite(early) & np.isfinite(late)
     if not shown.any():
         canvas.say_empty(axes, "No type occurs early and late.")
         return
+
     canvas.nats_axis(axes, "x", "y")
     axes.set(xlabel="mean KL, early (nats per token)", ylabel="mean KL, late (nats per token)")
+    _draw_groups(axes, found, early, late, shown)
+    limits = canvas.limit_both(axes, early[shown], late[shown])
+    axes.plot(limits, limits, color=canvas.INK, linewidth=0.8)
+
+
+def _draw_groups(axes: Axes, found: Study, x: np.ndarray, y: np.ndarray, shown: np.ndarray) -> None:
+    """Draw the types that are `shown`, bool, `(T,)`, as a series for each group."""
     for group, (colour, marker, _) in GROUP_LOOKS.items():
         chosen = shown & (found.columns["group"] == group)
-        canvas.add_points(axes, early[chosen], late[chosen], colour=colour, marker=marker, size=4, label=GROUPS[group])
-    both = np.concatenate([early[shown], late[shown]])
-    low, high = canvas.limit_nats(axes.set_xlim, both)
-    canvas.limit_nats(axes.set_ylim, both)
-    axes.plot([low, high], [low, high], color=canvas.INK, linewidth=0.8)
+        canvas.add_points(axes, x[chosen], y[chosen], colour=colour, marker=marker, size=4, label=GROUPS[group])
+
+
+def _add_group_legend(figure: Figure) -> None:
+    """Put one legend for all panels below the figure: marker and box of each group, and the line of noise."""
+    handles = []
+    names = []
+    for group, (colour, marker, hatch) in GROUP_LOOKS.items():
+        point = Line2D([], [], color=colour, marker=marker, ls="", markersize=5)
+        box = Patch(facecolor=colour, hatch=hatch, edgecolor=canvas.INK, linewidth=0.6)
+        handles.append((point, box))
+        names.append(GROUPS[group])
+
+    handles.append(Line2D([], [], color=canvas.INK, ls="--", linewidth=1.2))
+    names.append("1/√n: what noise alone would give")
+    pairs = {tuple: HandlerTuple(ndivide=None, pad=0.8)}
+    figure.legend(handles, names, loc="outside lower center", ncols=4, handlelength=3.0, handler_map=pairs)

@@ -1,101 +1,132 @@
-"""Matplotlib's SVG files as elements of a page: without prolog and styles, with few ids and short numbers."""
+"""Turns Matplotlib's SVG files into elements of a page: no prolog, no style sheet, few ids and short numbers."""
 
 from __future__ import annotations
 
 import re
 from xml.etree import ElementTree
 
-_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-_DROPPED = ("metadata", "style")  # the one rule of its style is for `*`: it would be one for the whole page
+_SVG = "{http://www.w3.org/2000/svg}"
+_XLINK = "{http://www.w3.org/1999/xlink}"
+# Matplotlib's style sheet has one rule, for `*`: within a page it would apply to the whole page.
+_DROPPED = {_SVG + "metadata", _SVG + "style"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform"}
 _OF_EACH_MARKER = ("href", "x", "y")
-# A colour looks like a reference: "#0072b2".
-_REFERENCES = {"href": re.compile(r"(#)(.+)()")} | dict.fromkeys(("clip-path", "fill"), re.compile(r"(url\(#)(.+)(\))"))
+# Attributes that can refer to an id. The fill is a reference only in the form `url(#id)`: "#0072b2" is a colour.
+_URL = re.compile(r"(url\(#)(.+)(\))")
+_REFERENCES = {"href": re.compile(r"(#)(.+)()"), "clip-path": _URL, "fill": _URL}
 
 
 def inline_svg(content: bytes, prefix: str, *, neutral: str) -> str:
-    """Return an SVG file as an `<svg>` element that is as wide as it may.
+    """Return an SVG file as an `<svg>` element that fills the width of its page, up to its own width.
 
     Args:
         content (`bytes`): A file of Matplotlib.
-        prefix (`str`): Begins each id, so no two elements of a page share one: letters, digits, "-" and "_".
-        neutral (`str`): The colour, `"#rrggbb"` in lower case, that becomes that of the page's text.
+        prefix (`str`):
+            Start of each id, which keeps the ids of a page's elements apart: a letter, then letters, digits, "-" and
+            "_".
+        neutral (`str`): Colour, `"#rrggbb"` in lower case, that is replaced by the text colour of the page.
 
     Raises:
-        `ValueError`: if the prefix is none.
+        `ValueError`: if the prefix is empty or has other characters.
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", prefix):
-        raise ValueError(f"A prefix of ids starts with a letter and has letters, digits, - and _ only, got {prefix!r}.")
+        raise ValueError(
+            f"The prefix {prefix!r} cannot start the ids of a page, which must stay valid in HTML and in references: "
+            "use a letter, then letters, digits, - and _ only."
+        )
     root = ElementTree.fromstring(content)
-    width, height = root.get("viewBox").split()[2:]
+    _, _, width, height = root.get("viewBox").split()
     for element in list(root.iter()):
+        for child in list(element):
+            if child.tag in _DROPPED:
+                element.remove(child)
         element.tag = element.tag.removeprefix(_SVG)
-        for child in [child for child in element if child.tag.removeprefix(_SVG) in _DROPPED]:
-            element.remove(child)
         element.tail = None
         if element.tag != "text":
             element.text = None
         element.attrib = _attributes(element.attrib, neutral)
+
     for group in root.iter("g"):
-        _say_once(group)
+        _share_look(group)
     _rename_ids(root, prefix)
+    pixels = float(width) * 4 / 3  # 72 points are 96 pixels of a page
     root.attrib = {
         "xmlns": _SVG.strip("{}"),
         "viewBox": f"0 0 {_rounded(width)} {_rounded(height)}",
         "width": "100%",
-        "style": f"max-width: {float(width) * 4 / 3:.0f}px; height: auto",  # 96 pixels of a page are 72 points
+        "style": f"max-width: {pixels:.0f}px; height: auto",
         "font-family": "system-ui, sans-serif",
-        "fill": "currentColor",  # Matplotlib leaves out what is SVG's default: black
+        "fill": "currentColor",  # Matplotlib writes no fill for black, which is SVG's default
         "stroke-linejoin": "round",
     }
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _attributes(given: dict[str, str], neutral: str) -> dict[str, str]:
-    """Return the attributes of an element, those of its style among them: a page's policy may forbid styles."""
+    """Return the attributes of an element, its style as attributes too, because the policy of a page may ban styles."""
     found = {}
     for name, value in given.items():
-        if name == "style":
-            found |= dict(part.strip().split(": ", 1) for part in value.split(";") if part.strip())
-        else:
+        if name != "style":
             found[name.removeprefix(_XLINK)] = value
-    if font := found.pop("font", None):  # before Matplotlib 3.11
+            continue
+        for part in value.split(";"):
+            if part.strip():
+                key, setting = part.split(": ", 1)
+                found[key.strip()] = setting.strip()
+
+    # Before version 3.11, Matplotlib writes size and family of a font as one setting.
+    font = found.pop("font", None)
+    if font:
         found["font-size"] = re.search(r"[\d.]+px", font)[0]
-    found.pop("font-family", None)  # the root has one for all
-    found |= {name: "currentColor" for name, value in found.items() if value.lower() == neutral}
-    found |= {name: _rounded(" ".join(value.split())) for name, value in found.items() if name in _NUMBERS}
+    found.pop("font-family", None)  # the root element has the family of all texts
+
+    for name, value in found.items():
+        if value.lower() == neutral:
+            found[name] = "currentColor"
+        elif name in _NUMBERS:
+            found[name] = _rounded(" ".join(value.split()))
     if found.get("transform", "").startswith("rotate(-0 "):
         del found["transform"]
     return found
 
 
 def _rounded(text: str) -> str:
-    """Return a text with its numbers to a hundredth of a point."""
-
-    def number(match: re.Match) -> str:
-        return f"{round(float(match[0]), 2) + 0.0:.2f}".rstrip("0").rstrip(".")  # adding zero turns -0.0 to 0.0
-
-    return re.sub(r"-?\d+\.\d+", number, text)
+    """Return a text with all its decimal numbers rounded to a hundredth of a point."""
+    return re.sub(r"-?\d+\.\d+", _rounded_number, text)
 
 
-def _say_once(group: ElementTree.Element) -> None:
-    """Move the look of markers that are all alike to their group."""
-    looks = [{key: value for key, value in use.items() if key not in _OF_EACH_MARKER} for use in group]
-    if looks and all(use.tag == "use" for use in group) and all(look == looks[0] for look in looks):
+def _rounded_number(match: re.Match) -> str:
+    number = round(float(match[0]), 2) + 0.0  # adding zero turns -0.0 to 0.0
+    return f"{number:.2f}".rstrip("0").rstrip(".")
+
+
+def _share_look(group: ElementTree.Element) -> None:
+    """Move the look of markers to their group if all of its elements are markers with the same look."""
+    looks = []
+    for marker in group:
+        if marker.tag != "use":
+            return
+        looks.append({key: value for key, value in marker.items() if key not in _OF_EACH_MARKER})
+
+    if looks and all(look == looks[0] for look in looks):
         group.attrib |= looks[0]
-        for use in group:
-            use.attrib = {name: use.get(name) for name in _OF_EACH_MARKER}
+        for marker in group:
+            marker.attrib = {name: marker.get(name) for name in _OF_EACH_MARKER}
 
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Number the ids that something refers to, and remove the others."""
+    """Number the ids that are referred to, in the order of their references, and remove all other ids."""
     names: dict[str, str] = {}
     for element in root.iter():
-        for name, value in element.items():
-            form = _REFERENCES.get(name)
-            if form and (match := form.fullmatch(value)):
-                new = names.setdefault(match[2], f"{prefix}-{len(names)}")
-                element.set(name, f"{match[1]}{new}{match[3]}")
+        for attribute, value in element.items():
+            form = _REFERENCES.get(attribute)
+            match = form.fullmatch(value) if form else None
+            if match:
+                before, id, after = match.groups()
+                name = names.setdefault(id, f"{prefix}-{len(names)}")
+                element.set(attribute, f"{before}{name}{after}")
+
     for element in root.iter():
-        if (old := element.attrib.pop("id", None)) in names:
-            element.set("id", names[old])
+        id = element.attrib.pop("id", None)
+        if id in names:
+            element.set("id", names[id])

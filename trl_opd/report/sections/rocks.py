@@ -1,7 +1,8 @@
-"""Section of a report about token types: the rocks, how they lie among all types, which families they are of."""
+"""Section of a report about token types: the rocks, where they lie among all types, and the families of types."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,32 +19,50 @@ from ..plots.canvas import to_svg
 from ..plots.rocks import plot_before_after, plot_families, plot_funnel, plot_sweep
 from ..token_types import TokenTypes, types_of_last_quarter, types_of_occurrences, types_of_statistics
 
-MOST_TYPES = 200  # of the table where no rocks were chosen
-MOST_ROCKS = 1000  # of the table of rocks: each is 400 bytes of the page
+# Longest table of token types, in a folder without a rock set.
+MOST_TYPES = 200
+# Longest table of rocks: a row takes about 400 bytes of the page.
+MOST_ROCKS = 1000
 
 
 def rocks(contents: Contents) -> Section | None:
-    """Return the rocks, or where there are none the types that carry the most divergence, and plots of all types."""
+    """Return the section about the rocks, or without a rock set about the types with the most divergence.
+
+    Returns `None` if the folder has neither rocks nor token types.
+
+    Raises:
+        `ValueError`: if occurrences or statistics hold values that are not valid.
+    """
     types = find_types(contents)
     blocks: list[Block] = []
     if contents.other_rocks:
         blocks.append(
-            Note("A run here was given other rocks than those of the rock set that lies here now, if any does.")
+            Note(
+                "A run in this folder was trained with other rocks than those of the rock set that is here now, if any."
+            )
         )
     if contents.rocks is not None:
-        blocks += [Facts(_facts(contents.rocks)), _rock_table(contents)]
+        blocks.append(Facts(_facts(contents.rocks)))
+        blocks.append(_rock_table(contents))
     elif types is not None:
-        blocks += [Note("No rock set is in this folder: `trl-opd detect` chooses one."), _type_table(types, contents)]
+        blocks.append(Note("This folder has no rock set; `trl-opd detect` makes one."))
+        blocks.append(_type_table(types, contents))
     if types is not None:
         blocks += _plots(types, contents)
-    return Section("rocks", "Rocks" if contents.rocks else "Token types", blocks) if blocks else None
+    title = "Rocks" if contents.rocks else "Token types"
+    return Section("rocks", title, blocks) if blocks else None
 
 
 def find_types(contents: Contents) -> TokenTypes | None:
-    """Return what a folder says of token types: from collected rollouts, else from the statistics of its run."""
+    """Return the token types of a folder: from collected rollouts, else from the statistics of its main run.
+
+    Raises:
+        `ValueError`: if occurrences or statistics hold values that are not valid.
+    """
     if contents.occurrences is not None:
         return types_of_occurrences(contents.occurrences)
-    if (run := contents.main_run) is None:
+    run = contents.main_run
+    if run is None:
         return None
     if run.windows:
         return types_of_last_quarter(run.windows)
@@ -52,132 +71,183 @@ def find_types(contents: Contents) -> TokenTypes | None:
 
 
 def _facts(found: RockSet) -> list[tuple[str, str]]:
-    method, corpus, held, controls = found.method, found.corpus, found.heldout, found.controls
-    settings = ("tau_pre", "tau_post", "window", "gamma", "eta")
-    chosen = ", ".join(f"{name} {method[name]:.4g}" for name in settings if method.get(name) is not None)
-    kl = sum(rock.score for rock in found.rocks) if method["score"] == "aggregate" else None
-    facts = [
-        ("rocks", f"{len(found.rocks)} types, by the {method['score']} score" + (f" ({chosen})" if chosen else "")),
-        (
-            "of the rollouts that chose them",
-            f"{found.token_share:.1%} of the {corpus['tokens']} tokens"
-            + (f", {kl / corpus['kl_sum']:.1%} of the divergence" if kl is not None and corpus["kl_sum"] else "")
-            + " (no interval)",
-        ),
-    ]
+    method = found.method
+    rocks = f"{len(found.rocks)} types, by the {method['score']} score"
+    settings = []
+    for name in ("tau_pre", "tau_post", "window", "gamma", "eta"):
+        if method.get(name) is not None:
+            settings.append(f"{name} {method[name]:.4g}")
+    if settings:
+        rocks += f" ({', '.join(settings)})"
+
+    corpus = found.corpus
+    share = f"{found.token_share:.1%} of the {corpus['tokens']} tokens"
+    # Aggregate scores are sums of divergence, so their sum has a share of it; context scores are not.
+    if method["score"] == "aggregate" and corpus["kl_sum"]:
+        kl = sum(rock.score for rock in found.rocks)
+        share += f", {kl / corpus['kl_sum']:.1%} of the divergence"
+    facts = [("rocks", rocks), ("share in the rollouts that they were chosen from", f"{share} (no interval)")]
+
+    held = found.heldout
     if held is not None:
-        shares = [f"{_share(held, 'token_share')} of the tokens", f"{_share(held, 'kl_share')} of the divergence"]
-        facts.append(("of the prompts that did not", ", ".join(shares)))
+        share = f"{_share(held, 'token_share')} of the tokens, {_share(held, 'kl_share')} of the divergence"
+        facts.append(("share in rollouts of held-out prompts", share))
+    controls = found.controls
     if controls is not None:
         matched = "matched" if controls.matched else "not matched"
-        facts.append(
-            ("controls", f"{len(controls.ids)} types with {controls.mass_ratio:.2f} of their tokens ({matched})")
-        )
+        text = f"{len(controls.ids)} types with {controls.mass_ratio:.2f} times the tokens of the rocks ({matched})"
+        facts.append(("controls", text))
     return facts
 
 
 def _share(held: dict[str, Any], name: str) -> str:
     interval = held.get(f"{name}_ci95")
-    known = isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, float) for end in interval)
-    return f"{held[name]:.1%} {interval_text(interval if known else None, '.1%')}"
+    # A rock set can come from another program, and its additional keys are not checked when it is read.
+    if not (isinstance(interval, list) and [type(end) for end in interval] == [float, float]):
+        interval = None
+    return f"{held[name]:.1%} {interval_text(interval, '.1%')}"
 
 
 def _rock_table(contents: Contents) -> Table:
-    total, shown = len(contents.rocks.rocks), contents.rocks.rocks[:MOST_ROCKS]
+    total = len(contents.rocks.rocks)
+    shown = contents.rocks.rocks[:MOST_ROCKS]
     roles = {rock.id: rock.role for rock in shown}
     if contents.knockout is not None:
-        roles |= {arm["ids"][0]: arm["label"] for arm in contents.knockout["arms"] if arm["kind"] == "rock"}
-    rows = [
-        (
-            rank,
-            contents.names.text_of(rock.id),
-            rock.id,
-            rock.family or family_of(contents.names.text_of(rock.id)),
-            rock.count,
-            rock.mean_kl,
-            rock.mean_kl_pre,
-            rock.ccr,
-            rock.score,
-            roles.get(rock.id),
-        )
-        for rank, rock in enumerate(shown, 1)
-    ]
-    columns = {"rank": "d", "token": "", "id": "d", "family": "", "count": "d", "mean KL": ".4f", "before": ".4f"}
-    columns |= {"CCR": ".2f", "score": ".4g", "role": ""}
-    empty = {name for place, name in enumerate(columns) if all(row[place] is None for row in rows)}
-    kept = [place for place, name in enumerate(columns) if name not in empty]
+        for arm in contents.knockout["arms"]:
+            if arm["kind"] == "rock":
+                roles[arm["ids"][0]] = arm["label"]
+
+    columns = {
+        "rank": "d",
+        "token": "",
+        "id": "d",
+        "family": "",
+        "count": "d",
+        "mean KL": ".4f",
+        "before": ".4f",
+        "CCR": ".2f",
+        "score": ".4g",
+        "role": "",
+    }
+    rows = []
+    for rank, rock in enumerate(shown, 1):
+        text = contents.names.text_of(rock.id)
+        family = rock.family or family_of(text)
+        measured = (rock.count, rock.mean_kl, rock.mean_kl_pre, rock.ccr, rock.score)
+        rows.append((rank, text, rock.id, family, *measured, roles.get(rock.id)))
+
+    # Columns without any value are left out.
+    forms = {}
+    kept = []
+    for place, (name, form) in enumerate(columns.items()):
+        values = [row[place] for row in rows]
+        if any(value is not None for value in values):
+            forms[name] = form
+            kept.append(values)
+
     caption = "The rocks" if total == len(shown) else f"The first {len(shown)} of {total} rocks"
-    caption += " in rank order. Mean KL now and before the distillation in nats per token, count and score as they "
-    caption += "chose; no intervals"
-    forms = {name: form for name, form in columns.items() if name not in empty}
-    return Table(caption, forms, [tuple(row[place] for place in kept) for row in rows], tool=True)
+    caption += " in rank order. Mean KL, now and before the distillation, is in nats per token; count and score are "
+    caption += "those of the rollouts that chose them; no intervals"
+    return Table(caption, forms, list(zip(*kept, strict=True)), tool=True)
 
 
 def _type_table(types: TokenTypes, contents: Contents) -> Table:
     mass = types.mass
-    order = [int(id) for id in np.argsort(-mass, kind="stable")[:MOST_TYPES] if mass[id] > 0]
     total = max(float(mass.sum()), np.finfo(float).tiny)
-    rows = [
-        (
-            rank,
-            contents.names.text_of(id),
-            id,
-            int(types.count[id]),
-            float(types.mean_kl[id]),
-            None if types.before is None else float(types.before[id]),
-            float(mass[id]) / total,
-        )
-        for rank, id in enumerate(order, 1)
-    ]
+    order = np.argsort(-mass, kind="stable")[:MOST_TYPES]
+    rows = []
+    for rank, id in enumerate(order[mass[order] > 0].tolist(), 1):
+        before = None if types.before is None else float(types.before[id])
+        measured = (int(types.count[id]), float(types.mean_kl[id]), before, float(mass[id]) / total)
+        rows.append((rank, contents.names.text_of(id), id, *measured))
+
+    columns = {
+        "rank": "d",
+        "token": "",
+        "id": "d",
+        "count": "d",
+        "mean KL": ".4f",
+        "before": ".4f",
+        "share of the divergence": ".2%",
+    }
     caption = f"The {len(rows)} types that carry the most divergence, in {types.source}; "
     caption += "mean KL in nats per token, no intervals"
-    columns = {"rank": "d", "token": "", "id": "d", "count": "d", "mean KL": ".4f", "before": ".4f"}
-    return Table(caption, columns | {"share of the divergence": ".2%"}, rows, tool=True)
+    return Table(caption, columns, rows, tool=True)
 
 
 def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
     ids = [rock.id for rock in contents.rocks.rocks] if contents.rocks else []
-    is_rock, names = types.is_rock(ids), contents.names
-    texts = {id: text for id in ids if (text := names.text_of(id)) is not None}
-    occur = int((types.count > 0).sum())
-    funnel = plot_funnel(types.count, types.mean_kl, is_rock, texts=texts or None)
-    label = (
-        f"Mean KL over count of {occur} token types, rocks marked, with the band of 10 to 90 % of types of like count"
-    )
-    blocks: list[Block] = [Plot(to_svg(funnel, "f-"), label, f"From {types.source}.")]
+    is_rock = types.is_rock(ids)
+    blocks: list[Block] = [_funnel(types, contents, ids, is_rock)]
     if types.before is not None:
-        change = plot_before_after(types.before, types.mean_kl, is_rock)
+        figure = plot_before_after(types.before, types.mean_kl, is_rock)
+        label = "Mean KL of each type after over before the distillation; types on the line did not change"
         note = f"After: {types.source}. Before: {types.before_source}."
-        blocks.append(
-            Plot(to_svg(change, "c-"), "Mean KL of each type after over before; on the line nothing changed", note)
-        )
+        blocks.append(Plot(to_svg(figure, "c-"), label, note))
+
     sweep = _stored_sweep(contents.rocks) or types.coverage(len(ids) or None)
-    note = "" if sweep.stability else "How stable the list is was not measured: `trl-opd detect --top_k auto` does."
+    note = ""
+    if not sweep.stability:
+        note = "The stability of this list was not measured; `trl-opd detect --top_k auto` measures it."
     blocks.append(
         Plot(to_svg(plot_sweep(sweep), "k-"), "Share of the divergence that the top K types carry, over K", note)
     )
-    families = types.families(names.text_of)
+
+    families = types.families(contents.names.text_of)
     if families:
-        shares = list(zip(*families.values(), strict=True))
-        text = ", ".join(f"{name} {tokens:.1%} and {kl:.1%}" for name, (tokens, kl) in families.items())
-        note = "" if names.complete else "Only types whose text the rock set names; no tokenizer of these ids is here."
-        plot = plot_families(list(families), *shares)
-        blocks.append(Plot(to_svg(plot, "g-"), f"Families by share of tokens and of divergence: {text}", note))
+        blocks.append(_families(families, is_complete=contents.names.complete))
     return blocks
 
 
+def _funnel(types: TokenTypes, contents: Contents, ids: list[int], is_rock: np.ndarray) -> Plot:
+    texts = {}
+    for id in ids:
+        text = contents.names.text_of(id)
+        if text is not None:
+            texts[id] = text
+    figure = plot_funnel(types.count, types.mean_kl, is_rock, texts=texts or None)
+    occurring = int((types.count > 0).sum())
+    label = (
+        f"Mean KL over count of {occurring} token types, with the rocks marked and a band for 10 to 90 % of the types "
+    )
+    label += "of similar count"
+    return Plot(to_svg(figure, "f-"), label, f"From {types.source}.")
+
+
+def _families(families: dict[str, tuple[float, float]], *, is_complete: bool) -> Plot:
+    token_share = []
+    kl_share = []
+    texts = []
+    for name, (tokens, kl) in families.items():
+        token_share.append(tokens)
+        kl_share.append(kl)
+        texts.append(f"{name} {tokens:.1%} and {kl:.1%}")
+    label = f"Families by share of tokens and of divergence: {', '.join(texts)}"
+    note = ""
+    if not is_complete:
+        note = "Only types whose text is in the rock set, because the tokenizer of these ids is not on this machine."
+    figure = plot_families(list(families), token_share, kl_share)
+    return Plot(to_svg(figure, "g-"), label, note)
+
+
 def _stored_sweep(found: RockSet | None) -> Sweep | None:
-    """Return the sweep that `detect --top_k auto` left in the rock set."""
+    """Return the sweep that `detect --top_k auto` left in the rock set; `None` if there is none or it is not valid."""
     stored = found.method.get("sweep") if found is not None else None
     if not isinstance(stored, dict):
         return None
+
     try:
-        stability = {int(size): [float(value) for value in values] for size, values in stored["stability"].items()}
-        cutoffs = [int(cutoff) for cutoff in stored["cutoffs"]]
-        sweep = Sweep(cutoffs, [float(value) for value in stored["coverage"]], stability, found.method["top_k"])
+        cutoffs = list(map(int, stored["cutoffs"]))
+        coverage = list(map(float, stored["coverage"]))
+        stability = {int(size): list(map(float, values)) for size, values in stored["stability"].items()}
+        top_k = found.method["top_k"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
-    series = (sweep.coverage, *stability.values())
-    known = bool(cutoffs) and all(0 < cutoff < MAX_VOCABULARY for cutoff in cutoffs)
-    known &= all(len(values) == len(cutoffs) and all(0.0 <= value <= 1.0001 for value in values) for values in series)
-    return sweep if known else None
+
+    if not cutoffs or min(cutoffs) <= 0 or max(cutoffs) >= MAX_VOCABULARY:
+        return None
+    for values in chain([coverage], stability.values()):
+        # A share may exceed 1 by rounding.
+        if len(values) != len(cutoffs) or not all(0.0 <= value <= 1.0001 for value in values):
+            return None
+    return Sweep(cutoffs, coverage, stability, top_k)

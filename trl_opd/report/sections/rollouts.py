@@ -1,4 +1,4 @@
-"""Section of a report about rollouts: which completions are shown, a few of many, evenly taken, and their columns."""
+"""Section of a report about rollouts: an evenly spaced sample of completions, with the measures of each token."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ...artefacts.sampled_rollouts import LISTS, MEASURES, read_metadata
 from ..blocks import Block, Note, Rollouts, Section, ShownRollout
 from ..contents import Contents
 
-# Tokens that are shown of all rollouts of a page, and of one rollout; a token takes about 250 bytes of the page.
+# Most tokens shown on a page: a token takes about 250 bytes of it.
 MOST_TOKENS = 10_000
+# Most tokens shown of one rollout.
 MOST_OF_ONE = 600
-# Steps of a run, and rollouts of a step or of a collection, that are shown.
+# Most steps of a run, most rollouts of each step, and most rollouts of a collection.
 MOST_STEPS = 12
 MOST_OF_A_STEP = 4
 MOST_OF_A_COLLECTION = 12
-# Columns that collected occurrences may have in common with sampled rollouts.
+# Measures that collected occurrences can have; sampled rollouts have more.
 COLLECTED = ("kl", "kl_pre", "entropy", "weight")
 
 # Ids of a prompt -> its text.
@@ -33,14 +34,18 @@ Place = tuple[Path, Span]
 
 @dataclass(frozen=True)
 class Shown:
-    """Rollouts that are shown, of how many, and what was left out, in words."""
+    """Rollouts that a page shows, and a note on those that it leaves out or cuts; empty if there are none."""
 
     rollouts: list[ShownRollout]
     note: str
 
 
 def rollouts(contents: Contents) -> Section | None:
-    """Return completions that can be looked at, of the runs or of a collection."""
+    """Return the section with sampled rollouts of the runs, else of a collection; `None` if there are none.
+
+    Raises:
+        `ValueError`: if a file of rollouts is damaged or holds values that are not valid.
+    """
     rocks = frozenset(rock.id for rock in contents.rocks.rocks) if contents.rocks else frozenset()
     blocks: list[Block] = []
     sampled = {name: run.samples for name, run in contents.runs.items() if run.samples}
@@ -55,22 +60,24 @@ def rollouts(contents: Contents) -> Section | None:
 
 
 def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MOST_TOKENS) -> Shown:
-    """Return rollouts of the steps of a run, the first and the last among them.
+    """Return a sample of the rollouts of a run, from evenly spaced steps with the first and the last among them.
 
     Args:
-        files (`Sequence[Path]`): `rollout_samples.parquet`, or the parts of a run that has not ended.
-        decode (`Callable`): Token ids of a prompt to its text, or `None`.
-        most_tokens (`int`, *optional*): Tokens that are shown at most.
+        files (`Sequence[Path]`): `rollout_samples.parquet`, or the parts of it while the run has not ended.
+        decode (`Callable`): Returns the text of a prompt from its token ids, or `None`.
+        most_tokens (`int`, *optional*): Limit of the tokens that are shown.
 
     Raises:
-        `ValueError`: for a file that is none, cut, or with values that cannot be.
+        `ValueError`: if a file is not Parquet, is damaged, or holds values that are not valid.
     """
     places = [(path, span) for path in files for span in find_rollouts(path, by_step=True)]
     picked = _pick_from_steps(places, most_tokens)
-    prompts = {path: read_metadata(path).get("prompts") for path in {path for path, _ in picked}}
     names = MEASURES + LISTS
+    prompts = {}
     shown = []
     for path, span in picked:
+        if path not in prompts:
+            prompts[path] = read_metadata(path).get("prompts")
         columns = read_rollout(path, span, names, most_tokens=MOST_OF_ONE)
         ids = None
         if "prompt" in columns and isinstance(prompts[path], dict):
@@ -80,19 +87,19 @@ def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MO
 
     steps = len({span.step for _, span in picked})
     all_steps = len({span.step for _, span in places})
-    return Shown(shown, _note(picked, len(places), f" of {steps} of {all_steps} steps that were kept"))
+    return Shown(shown, _note(picked, len(places), f" from {steps} of the {all_steps} steps that were kept"))
 
 
 def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
-    """Return rollouts of collected occurrences.
+    """Return a sample of collected rollouts, evenly spaced.
 
     Args:
-        path (`Path`): `occurrences.parquet`, whose rows were checked.
-        prompts (`Path`): `prompts.parquet`, which may be absent.
-        decode (`Callable`): Token ids of a prompt to its text, or `None`.
+        path (`Path`): `occurrences.parquet`, with rows that were checked.
+        prompts (`Path`): `prompts.parquet`, which need not exist.
+        decode (`Callable`): Returns the text of a prompt from its token ids, or `None`.
 
     Raises:
-        `ValueError`: for a file that is cut, or with values that cannot be.
+        `ValueError`: if a file is damaged or holds values that are not valid.
     """
     places = [(path, span) for span in find_rollouts(path, by_step=False)]
     picked = _pick_within(places, MOST_OF_A_COLLECTION, MOST_TOKENS)
@@ -108,34 +115,38 @@ def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
 
 
 def _pick_from_steps(places: list[Place], tokens: int) -> list[Place]:
-    """Return rollouts of as many steps as show at most `tokens` tokens, of two steps at least."""
-    steps = sorted({span.step for _, span in places})
+    """Return rollouts of evenly spaced steps: of the most steps, but at least two, that fit into `tokens` tokens."""
+    by_step: dict[int, list[Place]] = {}
+    for path, span in places:
+        by_step.setdefault(span.step, []).append((path, span))
+    steps = sorted(by_step)
+
     for most in range(MOST_STEPS, 1, -1):
-        chosen = [steps[place] for place in _spread(len(steps), most)]
+        chosen = _spread(steps, most)
         picked: list[Place] = []
         for step in chosen:
-            of_step = [(path, span) for path, span in places if span.step == step]
-            picked += _pick_within(of_step, MOST_OF_A_STEP, tokens // len(chosen))
+            picked += _pick_within(by_step[step], MOST_OF_A_STEP, tokens // len(chosen))
         if _shown_tokens(picked) <= tokens:
             break
     return picked
 
 
 def _pick_within(places: list[Place], most: int, tokens: int) -> list[Place]:
-    """Return some of the rollouts, evenly, at least one, that together show at most `tokens` tokens."""
-    while True:
-        picked = [places[place] for place in _spread(len(places), most)]
-        if most == 1 or _shown_tokens(picked) <= tokens:
-            return picked
+    """Return at most `most` evenly spaced rollouts: as many, but at least one, as fit into `tokens` tokens."""
+    picked = _spread(places, most)
+    while most > 1 and _shown_tokens(picked) > tokens:
         most -= 1
+        picked = _spread(places, most)
+    return picked
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """Return at most so many of `count` indices, evenly spread, the first and the last among them."""
-    if count == 0:
-        return []
-    indices = np.linspace(0, count - 1, min(count, most)).round().astype(int)
-    return sorted(set(indices.tolist()))
+def _spread(items: list, most: int) -> list:
+    """Return at most `most` evenly spaced items, with the first and, if `most` is above 1, the last among them."""
+    count = len(items)
+    if count <= most:
+        return items
+    places = np.linspace(0, count - 1, most).round().astype(int)
+    return [items[place] for place in places.tolist()]
 
 
 def _shown_tokens(picked: list[Place]) -> int:
@@ -146,14 +157,15 @@ def _note(picked: list[Place], total: int, steps: str) -> str:
     cut = sum(span.end - span.first > MOST_OF_ONE for _, span in picked)
     texts = []
     if len(picked) < total:
-        texts.append(f"A sample: {len(picked)} of {total} rollouts{steps}, taken evenly.")
+        texts.append(f"A sample: {len(picked)} of {total} rollouts{steps}, evenly spaced.")
     if cut > 0:
-        texts.append(f"Of {cut} only the first {MOST_OF_ONE} tokens are shown.")
+        what = "1 rollout is" if cut == 1 else f"{cut} rollouts are"
+        texts.append(f"{what} cut: only the first {MOST_OF_ONE} tokens are shown.")
     return " ".join(texts)
 
 
 def _shown_rollout(span: Span, columns: dict[str, np.ndarray], prompt: str | None, *, step: int | None) -> ShownRollout:
-    """Return a rollout as the page shows it; a measure without any value is left out, but for the divergence."""
+    """Return a rollout for the page; measures without any value are left out, except for the divergence."""
     known = {}
     for name in MEASURES:
         values = columns.get(name)
@@ -161,12 +173,12 @@ def _shown_rollout(span: Span, columns: dict[str, np.ndarray], prompt: str | Non
             known[name] = values
     for who in ("student", "teacher"):
         if f"{who}_top_ids" in columns:
-            known[f"{who}_top"] = columns[f"{who}_top_ids"], columns[f"{who}_top_p"]
+            known[f"{who}_top"] = (columns[f"{who}_top_ids"], columns[f"{who}_top_p"])
     return ShownRollout(step, span.rollout, prompt, columns["token_id"], **known)
 
 
 def _prompt_texts(path: Path, decode: Decode) -> Callable[[int], str | None]:
-    """Return a function from the index of a prompt to its text."""
+    """Return a function that gives the text of a prompt by its index, or `None` if it is not known."""
     if not path.is_file():
         return lambda prompt: None
     ids_of = read_prompts(path)
@@ -183,7 +195,7 @@ def _are_ids(value) -> bool:
 
 
 def _viewer(shown: list[ShownRollout], note: str, contents: Contents, rocks: frozenset[int]) -> list[Block]:
-    """Return the blocks that show some rollouts, with the texts of all tokens in them."""
+    """Return the blocks that show rollouts, with the texts of all tokens that occur in them."""
     if not shown:
         return []
     ids: set[int] = set()
@@ -192,12 +204,16 @@ def _viewer(shown: list[ShownRollout], note: str, contents: Contents, rocks: fro
         for top in (rollout.student_top, rollout.teacher_top):
             if top is not None:
                 ids.update(top[0].ravel().tolist())
-    texts = {id: contents.names.text_of(id) for id in sorted(ids)}
-    texts = {id: text for id, text in texts.items() if text is not None}
+    texts = {}
+    for id in sorted(ids):
+        text = contents.names.text_of(id)
+        if text is not None:
+            texts[id] = text
 
     blocks: list[Block] = []
     if note.strip():
         blocks.append(Note(note))
     if not contents.names.complete:
-        blocks.append(Note("No tokenizer of these ids is on this machine, so tokens stand as their ids."))
-    return [*blocks, Rollouts(shown, texts, rocks)]
+        blocks.append(Note("No tokenizer of these ids is on this machine, so tokens are shown as ids."))
+    blocks.append(Rollouts(shown, texts, rocks))
+    return blocks
