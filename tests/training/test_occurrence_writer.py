@@ -87,7 +87,7 @@ def test_files_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 def test_occurrences_of_another_divergence_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"which is what is trained with beta=1\.0 only, got beta=0\.5"):
+    with pytest.raises(ValueError, match=r"which is computed only with beta=1\.0, got beta=0\.5"):
         build(tmp_path, save_occurrences=1, beta=0.5)
     with pytest.raises(ValueError, match="save_occurrences must be a whole number of at least 1"):
         build(tmp_path, save_occurrences=0)
