@@ -17,16 +17,7 @@ from trl_opd.training.preflight import default_config, ids_to_suppress, warn_of_
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
-
-
-def build(path, tokenizer, student=None, teacher=None, **changes):
-    return OPDTrainer(
-        model=make_model(seed=0) if student is None else student,
-        teacher_model=make_model(seed=1) if teacher is None else teacher,
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        processing_class=tokenizer,
-    )
+from tests.helpers.trainers import build
 
 
 @pytest.mark.parametrize(
@@ -52,19 +43,19 @@ def build(path, tokenizer, student=None, teacher=None, **changes):
 )
 def test_a_contradiction_is_a_sentence(tokenizer, tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build(tmp_path, tokenizer, **changes)
+        build(tmp_path, tokenizer=tokenizer, **changes)
 
 
 def test_a_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
-        build(tmp_path, tokenizer, rock_set="nowhere/rocks.json")
+        build(tmp_path, tokenizer=tokenizer, rock_set="nowhere/rocks.json")
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tokenizer has no eos_token"):
-        build(tmp_path, tokenizer)
+        build(tmp_path, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "random"])
@@ -74,13 +65,13 @@ def test_a_window_without_effect_is_a_warning(tmp_path, weighting):
 
 
 def test_a_rock_set_may_be_given_as_a_path_object(tokenizer, tmp_path):
-    trainer = build(tmp_path, tokenizer, rock_set=Path(rock_file(tmp_path / "rocks.json", [60])))
+    trainer = build(tmp_path, tokenizer=tokenizer, rock_set=Path(rock_file(tmp_path / "rocks.json", [60])))
     assert json.loads(trainer.args.to_json_string())["rock_set"] == str(tmp_path / "rocks.json")
 
 
 def test_a_teacher_folder_that_does_not_exist_is_named(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"There is no teacher in \./nowhere"):
-        build(tmp_path, tokenizer, teacher="./nowhere")
+        build(tmp_path, tokenizer=tokenizer, teacher="./nowhere")
 
 
 def test_there_must_be_a_teacher(tokenizer, tmp_path):
@@ -91,7 +82,7 @@ def test_there_must_be_a_teacher(tokenizer, tmp_path):
 def test_student_and_teacher_must_be_two_objects(tokenizer, tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match="same object"):
-        build(tmp_path, tokenizer, student=model, teacher=model)
+        build(tmp_path, tokenizer=tokenizer, student=model, teacher=model)
 
 
 def test_the_config_of_trl_is_not_enough(tokenizer, tmp_path):
@@ -106,26 +97,26 @@ def test_the_config_of_trl_is_not_enough(tokenizer, tmp_path):
 def test_control_weighting_needs_matched_controls(tokenizer, tmp_path, controls):
     rocks = rock_file(tmp_path / "rocks.json", [60], controls=controls)
     with pytest.raises(ValueError, match="token_weighting='random'"):
-        build(tmp_path, tokenizer, token_weighting="control", rock_set=rocks)
+        build(tmp_path, tokenizer=tokenizer, token_weighting="control", rock_set=rocks)
 
 
 def test_a_rock_set_of_another_tokenizer_is_refused_with_both_names(tokenizer, tmp_path):
     foreign = {"name": "some/other-model", "vocab_size": 9, "fingerprint": "sha256:" + "0" * 64}
     with pytest.raises(ValueError, match=r"some/other-model.*TokenizersBackend"):
-        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
+        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
 
 
 def test_a_rock_set_of_this_tokenizer_is_taken(tokenizer, tmp_path):
     own = {"name": "own", "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer)}
-    trainer = build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5, 9], tokenizer=own))
+    trainer = build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5, 9], tokenizer=own))
     assert isinstance(trainer.rock_set, RockSet)
     assert trainer.rock_set.ids.tolist() == [5, 9]
-    assert build(tmp_path, tokenizer).rock_set is None
+    assert build(tmp_path, tokenizer=tokenizer).rock_set is None
 
 
 def test_a_rock_outside_the_shared_range_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="token id 300, but student and teacher share only 300 ids"):
-        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
+        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
 
 
 def test_frozen_float32_weights_on_a_gpu_are_a_warning():
@@ -151,7 +142,7 @@ def test_a_machine_without_bfloat16_is_told_the_flags(tmp_path):
 def test_a_teacher_folder_without_a_tokenizer_is_not_compared(tokenizer, tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "teacher")
     with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
-        build(tmp_path, tokenizer, teacher=str(tmp_path / "teacher"))
+        build(tmp_path, tokenizer=tokenizer, teacher=str(tmp_path / "teacher"))
 
 
 def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
@@ -167,7 +158,7 @@ def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
     student = make_model()
     student.config.image_token_id = 1
     with pytest.raises(ValueError, match="distils text models only"):
-        build(tmp_path, Processor(tokenizer), student=student)
+        build(tmp_path, tokenizer=Processor(tokenizer), student=student)
 
 
 def test_trl_runs_its_backbones_in_float32_under_bf16(tokenizer, tmp_path):

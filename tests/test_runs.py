@@ -1,4 +1,4 @@
-"""Whole short runs: groups of rollouts, cut rollouts, what is projected, and every figure of the log by hand."""
+"""Whole short runs: groups of rollouts, cut rollouts, projected positions, and every metric of the log by hand."""
 
 import itertools
 
@@ -7,13 +7,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
-from trl_opd import Controls, OPDTrainer
+from trl_opd import Controls
 from trl_opd.loss.weights import random_weights
 from trl_opd.training.metrics import repetition
 
 from tests.helpers.rock_sets import rock_file
-from tests.helpers.tiny import make_config, make_dataset, make_model
-from tests.helpers.trainers import GREEDY, ROCKS, broken, measured, record
+from tests.helpers.tiny import make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, broken, build, measured, record
 
 # Several rollouts per prompt
 
@@ -73,16 +73,6 @@ def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_pat
     line = trainer.state.log_history[0]
     assert line["loss"] == pytest.approx(divergences.mean().item(), rel=1e-5)
     assert line["kl/mean"] == pytest.approx(divergences.mean().item(), rel=1e-5)
-
-
-def test_a_step_of_cut_rollouts_only_changes_nothing_and_says_so(tokenizer, tmp_path):
-    before = make_model(seed=0).state_dict()
-    with pytest.warns(UserWarning, match="every rollout was cut at max_completion_length=1"):
-        trainer = record(tokenizer, tmp_path, max_completion_length=1, mask_truncated_completions=True, max_steps=1)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    line = trainer.state.log_history[0]
-    assert line["loss"] == 0.0
-    assert not {"kl/mean", "weight/zero_share", "entropy"} & line.keys()
 
 
 # Figures
@@ -190,26 +180,17 @@ def test_a_prediction_has_the_metrics_of_an_evaluation_under_its_own_prefix(toke
     assert not [name for name in predicted if name.startswith("eval_")]
 
 
-def test_cut_rollouts_are_not_projected(tokenizer, tmp_path, projections):
-    changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
-    with pytest.warns(UserWarning, match="every rollout was cut"):
-        record(tokenizer, tmp_path, **changes)
-    assert sum(projections) == 0
-
-
 def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
     class Overflows(TrainerCallback):
         def __init__(self, until):
             self.until = until
 
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-            optimizer._is_overflow = state.global_step < self.until  # what Accelerate notes of fp16's scaler
+            optimizer._is_overflow = state.global_step < self.until  # Accelerate sets this for fp16's scaler
 
     def train(until):
-        config = make_config(tmp_path, max_steps=14)
-        models = make_model(seed=0), make_model(seed=1)
-        callbacks = [Overflows(until)]
-        trainer = OPDTrainer(*models, config, make_dataset(), None, tokenizer, callbacks)
+        trainer = build(tmp_path, max_steps=14)
+        trainer.add_callback(Overflows(until))
         trainer.train()
         return trainer.state.global_step
 
@@ -236,14 +217,8 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     found = []
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.0, "rock_window": 2}):
-        trainer = OPDTrainer(
-            model=make_model(seed=0),
-            teacher_model=make_model(seed=1),
-            args=make_config(tmp_path, rock_set=rocks, generation_kwargs=GREEDY, **weighting),
-            train_dataset=make_dataset(),
-            eval_dataset=make_dataset(4),
-            processing_class=tokenizer,
-        )
+        evaluated = {"eval_dataset": make_dataset(4), "generation_kwargs": GREEDY}
+        trainer = build(tmp_path, rock_set=rocks, **evaluated, **weighting)
         trainer.evaluate()
         found.append(trainer.state.log_history[-1])
     names = ("eval_loss", "eval_kl/mean", "eval_rock/mean_kl", "eval_rock/token_share", "eval_weight/zero_share")
@@ -280,14 +255,6 @@ def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp
         everywhere = torch.isin(ids, torch.tensor(ROCKS)).double().mean().item()
         assert line["weight/zero_share"] == pytest.approx(everywhere)  # of every step
         assert line["rock/mean_kl"] > 0
-
-
-def test_the_first_step_is_measured_when_it_logs(tokenizer, tmp_path):
-    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
-    changes = {"token_weighting": "rock", "rock_set": rocks, "logging_steps": 5, "max_steps": 2}
-    first = record(tokenizer, tmp_path, logging_first_step=True, **changes).state.log_history[0]
-    assert first["step"] == 1
-    assert first["rock/mean_kl"] > 0
 
 
 # Arms
@@ -345,14 +312,7 @@ def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, w
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
     rocks = {"rock_set": rock_file(tmp_path / "rocks.json", ROCKS)} if own_path else {}
-    trainer = OPDTrainer(
-        model=models["student"],
-        teacher_model=models["teacher"],
-        args=make_config(tmp_path, **rocks),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(2),
-        processing_class=tokenizer,
-    )
+    trainer = build(tmp_path, **models, eval_dataset=make_dataset(2), **rocks)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
         trainer.train()
@@ -366,20 +326,9 @@ def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, w
 def test_greedy_rollouts_do_not_hide_logits_that_are_not_finite(tokenizer, tmp_path, culprit):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], "nan")
-    config = make_config(tmp_path, generation_kwargs=GREEDY)
-    trainer = OPDTrainer(*models.values(), config, make_dataset(), processing_class=tokenizer)
+    trainer = build(tmp_path, **models, generation_kwargs=GREEDY)
     with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
         trainer.train()
-
-
-def test_a_first_step_of_unrelated_models_is_a_warning(tokenizer, tmp_path):
-    teacher = make_model(seed=1)
-    with torch.no_grad():
-        teacher.lm_head.weight *= 60
-    trainer = OPDTrainer(make_model(), teacher, make_config(tmp_path), make_dataset(), processing_class=tokenizer)
-    with pytest.warns(UserWarning, match=r"first step is \d+\.\d nats per token"):
-        trainer.train()
-    assert trainer.state.log_history[0]["kl/mean"] > 10
 
 
 def test_a_plain_text_dataset_trains_too(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Weights, figures and projections over whole runs: what test_runs shows for one step, for windows, arms and cuts."""
+"""Weights, metrics and projections over whole runs: log windows, arms and cut rollouts (test_runs checks one step)."""
 
 import warnings
 from contextlib import contextmanager
@@ -10,24 +10,12 @@ from transformers import TrainerState
 from trl_opd import Controls, OPDTrainer
 
 from tests.helpers import reference
-from tests.helpers.padded_rollouts import make_inputs
 from tests.helpers.rock_sets import rock_file
-from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model
-from tests.helpers.trainers import GREEDY, ROCKS, Recorder, broken, measured, record
+from tests.helpers.tiny import AS_TRL, make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, Recorder, broken, build, measured, record
 
 CONTROLS = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
 CHOSEN = {"rock": ROCKS, "control": CONTROLS.ids, "uniform": []}
-
-
-def build(tokenizer, path, student=None, teacher=None, cls=OPDTrainer, **changes):
-    return cls(
-        model=student or make_model(seed=0),
-        teacher_model=teacher or make_model(seed=1),
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(3),
-        processing_class=tokenizer,
-    )
 
 
 def ending_student():
@@ -96,9 +84,9 @@ def require_figures_of(trainer, line, batches, own_path):
 def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_window": 1, "mask_truncated_completions": True}
     trainer = build(
-        tokenizer,
         tmp_path,
         cls=Recorder,
+        eval_dataset=make_dataset(3),
         rock_set=rocks_with_controls(tmp_path),
         per_device_eval_batch_size=2,
         **weighting,
@@ -147,16 +135,21 @@ def test_a_weighted_run_leaves_cut_rollouts_out_of_everything(tokenizer, tmp_pat
     assert line["weight/zero_share"] == 0.0
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "weights"])
-def test_a_weighted_step_of_cut_rollouts_only_changes_nothing(tokenizer, tmp_path, normalization):
+@pytest.mark.parametrize("normalization", [None, "tokens", "weights"])
+def test_step_with_only_cut_rollouts_trains_and_projects_nothing(tokenizer, tmp_path, projections, normalization):
     before = make_model(seed=0).state_dict()
     changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
-    weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path)}
-    with pytest.warns(UserWarning, match=r"Step 1: every rollout was cut .* nothing is trained"):
-        trainer = record(tokenizer, tmp_path, weight_normalization=normalization, **changes, **weighting)
+    if normalization is not None:
+        changes |= {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path)}
+        changes |= {"weight_normalization": normalization}
+    message = r"Step 1: every rollout was cut at max_completion_length=1, .* nothing is trained"
+    with pytest.warns(UserWarning, match=message):
+        trainer = record(tokenizer, tmp_path, **changes)
+    assert sum(projections) == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     line = trainer.state.log_history[0]
     assert line["loss"] == 0.0
+    assert "entropy" not in line
     assert not [name for name in line if name.startswith(("kl/", "rock/", "control/", "other/", "weight/"))]
 
 
@@ -192,7 +185,7 @@ def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tok
 def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_otherwise(
     tokenizer, tmp_path, changes, expected
 ):
-    trainer = build(tokenizer, tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
+    trainer = build(tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
     state = TrainerState()
     state.compute_steps(trainer.args, trainer.args.max_steps)  # turns a share of the run into steps, as `train` does
     found = []
@@ -205,10 +198,8 @@ def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_
 def test_nothing_frozen_means_that_every_step_is_measured(tokenizer, tmp_path):
     rocks, state = rocks_with_controls(tmp_path), TrainerState(global_step=3, logging_steps=100)
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.01}):
-        assert build(tokenizer, tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
-    assert not build(tokenizer, tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(
-        state
-    )
+        assert build(tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
+    assert not build(tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(state)
 
 
 def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(tokenizer, tmp_path):
@@ -252,24 +243,10 @@ def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_pat
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, **models, generation_kwargs=GREEDY, **rocks)
-    with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
-        trainer.evaluate()
-
-
-@pytest.mark.parametrize("own_path", [False, True])
-@pytest.mark.parametrize("where", ["nan", "inf"])
-@pytest.mark.parametrize("culprit", ["student", "teacher"])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path, beta, culprit, where, own_path):
-    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
-    broken(models[culprit], where)
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, **models, beta=beta, **rocks)
-    trainer.model.train()
-    trainer.compute_loss(trainer.model, make_inputs())
-    with pytest.raises(ValueError, match=f"Step 5: the {culprit}'s logits are not finite"):
-        trainer._finite_guard.stop_if_raised(5)
+    trainer = build(tmp_path, **models, generation_kwargs=GREEDY, **rocks)
+    for run in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
+            run(make_dataset(2))
 
 
 @pytest.mark.parametrize("own_path", [False, True])
@@ -283,7 +260,7 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
             return super().training_step(*args, **kwargs)
 
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
+    trainer = build(tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
     with pytest.raises(ValueError, match="Step 3: the teacher's logits"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -292,33 +269,6 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
     trainer.train()  # and the next run shows nothing of the broken one
     assert trainer.state.log_history[0]["step"] == 5
     assert 0.1 < trainer.state.log_history[0]["kl/mean"] < 5
-
-
-@pytest.mark.parametrize("beta", [0.5, 1.0])
-@pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_a_logit_of_minus_infinity_is_not_finite_though_no_probability_is_nan(tokenizer, tmp_path, culprit, beta):
-    models = {"student": make_model("phi", seed=0), "teacher": make_model("phi", seed=1)}
-    with torch.no_grad():
-        models[culprit].lm_head.bias[50] = float("-inf")
-    trainer = build(tokenizer, tmp_path, **models, beta=beta)
-    with pytest.raises(ValueError, match=f"the {culprit}'s logits are not finite"):
-        trainer.evaluate()
-
-
-def test_a_model_that_was_mended_after_the_error_trains(tokenizer, tmp_path):
-    teacher = make_model(seed=1)
-    trainer = build(tokenizer, tmp_path, teacher=broken(teacher, "nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        trainer.evaluate()
-    teacher.load_state_dict(make_model(seed=1).state_dict())
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
-def test_a_prediction_finds_logits_that_are_not_finite(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, teacher=broken(make_model(seed=1), "nan"))
-    with pytest.raises(ValueError, match="the teacher's logits are not finite"):
-        trainer.predict(make_dataset(2))
 
 
 # The divergence of the first step
@@ -336,7 +286,7 @@ def first_step_warnings():
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
 def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), **split)
+    trainer = build(tmp_path, teacher=far_teacher(), **split)
     with first_step_warnings() as found:
         trainer.train()
     (message,) = found
@@ -345,12 +295,12 @@ def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_
 
 def test_a_near_teacher_is_no_reason_to_warn(tokenizer, tmp_path):
     with first_step_warnings() as found:
-        build(tokenizer, tmp_path, max_steps=1).train()
+        build(tmp_path, max_steps=1).train()
     assert found == []
 
 
 def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
+    trainer = build(tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
     with first_step_warnings() as found:
         for _ in range(2):
             trainer.train()
@@ -361,7 +311,7 @@ def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_pa
 def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_weight": 0.01, "max_steps": 1}
     rocks = rock_file(tmp_path / "rocks.json", range(3, 300))
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
+    trainer = build(tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
     with first_step_warnings() as found:
         trainer.train()
     assert trainer.state.log_history[0]["kl/mean"] > 10
@@ -370,7 +320,7 @@ def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_pat
 
 def test_a_first_step_that_does_not_measure_frozen_positions_is_judged_by_the_others(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_steps": 2}
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
+    trainer = build(tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
     with first_step_warnings() as found:
         trainer.train()
     teacher = far_teacher().double()
