@@ -1,4 +1,4 @@
-"""The scripts of tests/benchmarks run, on small sizes; no time is asserted."""
+"""The benchmark scripts run at small sizes. No test asserts a time."""
 
 import argparse
 from pathlib import Path
@@ -38,7 +38,7 @@ from tests.helpers.planted import make_world
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
 
 
-def test_rollouts_are_as_skewed_as_they_are_said_to_be():
+def test_workload_has_the_stated_lengths_and_share_of_rocks():
     batches = [make_rollouts(32_768, seed) for seed in range(20)]
     for rollouts in batches:
         lengths = [len(ids) for ids in rollouts.completions]
@@ -49,7 +49,7 @@ def test_rollouts_are_as_skewed_as_they_are_said_to_be():
     assert (tokens < ROCKS).double().mean().item() == pytest.approx(ROCK_SHARE, abs=0.02)
 
 
-def test_a_step_of_both_trainers_is_timed():
+def test_step_time_measures_both_trainers():
     theirs, ours, ratio = step_time.compare(512, 1, lora=True, freeze=True)
     assert theirs > 0
     assert ours > 0
@@ -57,18 +57,18 @@ def test_a_step_of_both_trainers_is_timed():
 
 
 @pytest.mark.parametrize("name", ["TRL", "ours", "ours, without gradient"])
-def test_an_op_is_timed(name):
+def test_divergence_op_is_timed(name):
     inputs = (*divergence_op.make_inputs(512, 8), 1.0, True)
     assert divergence_op.seconds(divergence_op.OPS[name], *inputs) > 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_the_peak_of_a_call_is_what_it_held_for_a_moment():
+def test_peak_memory_counts_short_lived_buffers():
     held = peak_bytes(lambda: torch.ones(2**25).sum())
     assert 2**27 * 0.9 < held < 2**27 * 1.5
 
 
-def test_the_phases_of_a_step_are_told_apart(monkeypatch):
+def test_profile_separates_the_phases_of_a_step(monkeypatch):
     for module, name in (
         (opd_trainer, "loss_and_signals"),
         (opd_trainer, "locate_loss_positions"),
@@ -80,14 +80,14 @@ def test_the_phases_of_a_step_are_told_apart(monkeypatch):
     assert all(value > 0 for value in seconds.values())
 
 
-def test_the_script_for_a_card_runs_on_tiny_shapes():
+def test_gpu_memory_script_runs_on_tiny_shapes():
     options = argparse.Namespace(student="tiny", teacher="tiny", per_device=2, accumulation=2, completion=8)
     assert memory_gpu.predicted(options, "parked")["student"] > 0
     peaks = memory_gpu.peaks_of(True, options, four_bit=True, placement="parked")
     assert peaks.keys() == set(memory_gpu.PHASES)
 
 
-def test_detection_and_the_dicts_rank_the_same_types(tmp_path):
+def test_detection_ranks_as_the_dictionary_baseline_does(tmp_path):
     detection.make_file(tmp_path / "o.parquet", 20_000, 200)
     assert detection.by_dicts(tmp_path / "o.parquet") == detection.ours(tmp_path / "o.parquet", "aggregate")
     seconds, _, rocks = detection.run("context", tmp_path / "o.parquet")
@@ -95,7 +95,7 @@ def test_detection_and_the_dicts_rank_the_same_types(tmp_path):
     assert rocks
 
 
-def test_the_sensitivity_of_detection_is_drawn(tmp_path, monkeypatch, capsys):
+def test_detection_sensitivity_writes_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detection_sensitivity, "VALUES", {"eta": (0.05, 0.9), "gamma": (0.5,)})
     plot = tmp_path / "plot.png"
     monkeypatch.setattr("sys.argv", ["detection_sensitivity", "--worlds", "1", "--output", str(plot)])
@@ -106,14 +106,14 @@ def test_the_sensitivity_of_detection_is_drawn(tmp_path, monkeypatch, capsys):
     assert shares["offsets"] == [1.0]  # a third implementation of the filter agrees
 
 
-def test_the_memory_of_the_gradients_is_two_vectors_for_each_type():
+def test_gradient_study_needs_two_vectors_per_type():
     # Each in a process of its own: here an allocator would hand out again what other tests have freed.
     sizes = [in_a_process(host_peak_bytes, gradients_memory.study, 20_000, types, 64) for types in (20, 520)]
     assert sizes[1] - sizes[0] == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)
 
 
 @pytest.mark.parametrize("make", [report.make_samples, report.make_collection])
-def test_the_report_of_many_rollouts_is_small_and_shows_some(tmp_path, make):
+def test_report_of_many_rollouts_is_small_and_shows_a_subset(tmp_path, make):
     make(tmp_path, 500, 20, 400)
     found = report.measure(tmp_path)
     assert 0 < found["size"] < 5
@@ -148,7 +148,7 @@ def write_results(folder: Path, *, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("name", [None, *CHANGES])
-def test_results_of_two_checkouts_differ_where_a_value_does_and_not_by_times_and_paths(tmp_path, name):
+def test_equality_ignores_times_and_paths_but_no_value(tmp_path, name):
     write_results(tmp_path / "before", seconds=1.5)
     write_results(tmp_path / "after", seconds=2.5)
     if name is not None:

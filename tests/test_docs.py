@@ -1,4 +1,4 @@
-"""What the documents say about the repository is true: commands, trees, tables, links and names of tests."""
+"""The docs match the repository: commands, trees, tables, links and names of tests."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
+def test_readme_is_short_and_ci_runs_its_commands():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
     ci = (ROOT / ".ci" / "run").read_text()
@@ -26,7 +26,7 @@ def test_the_readme_is_short_and_its_commands_are_those_that_ci_runs():
     assert "examples/recipes/two_minutes.yaml" in ci
 
 
-def test_the_tree_of_the_readme_is_the_tree():
+def test_readme_shows_the_real_tree():
     readme = (ROOT / "README.md").read_text()
     tree = readme[readme.index("## The tree") :]
     rows = re.findall(r"^[├└]── ([^\s,]+(?:, [^\s,]+)*)", tree, re.MULTILINE)
@@ -36,7 +36,7 @@ def test_the_tree_of_the_readme_is_the_tree():
     assert shown == exist
 
 
-def test_the_diagram_of_the_design_names_every_module():
+def test_design_diagram_names_every_module():
     design = (ROOT / "docs" / "design.md").read_text()
     diagram = design[design.index("## The parts") : design.index("Imports go down")]
     modules = {path.stem for path in (ROOT / "trl_opd").glob("*.py")} - {"__init__", "__main__"}
@@ -44,7 +44,7 @@ def test_the_diagram_of_the_design_names_every_module():
     assert [name for name in sorted(modules) if not re.search(rf"\b{name}\b", diagram)] == []
 
 
-def test_the_table_of_options_is_the_documentation_of_the_config():
+def test_option_table_matches_the_config():
     page = (ROOT / "docs" / "training.md").read_text()
     section = page[page.index("## New options") :]
     table = section[section.index("| option |") : section.index("\n\nA rollout")]
@@ -54,7 +54,7 @@ def test_the_table_of_options_is_the_documentation_of_the_config():
     assert without_links == expected, f"The table has to be, but for links:\n{expected}"
 
 
-def test_every_test_that_a_page_names_exists():
+def test_tests_named_in_the_docs_exist():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert len(named) >= 18
@@ -62,7 +62,7 @@ def test_every_test_that_a_page_names_exists():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_inside_the_repository_leads_somewhere(page):
+def test_links_inside_the_repository_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target

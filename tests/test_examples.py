@@ -1,4 +1,4 @@
-"""The helper in examples/ that makes tiny models: its problems are right, and it reads GSM8K as it is."""
+"""The example script that makes tiny models: its problems are correct, and it reads GSM8K."""
 
 import importlib.util
 import re
@@ -18,7 +18,7 @@ def tiny_models():
     return module
 
 
-def test_every_step_of_a_word_problem_is_right(tiny_models):
+def test_steps_of_word_problems_are_correct(tiny_models):
     problems = tiny_models.word_problems(300, seed=1)
     assert problems == tiny_models.word_problems(300, seed=1)
     for problem in problems:
@@ -29,7 +29,7 @@ def test_every_step_of_a_word_problem_is_right(tiny_models):
         assert problem["answer"].endswith(f"\n#### {steps[-1][1]}")
 
 
-def test_gsm8k_becomes_chats_of_a_tokenizer_that_gives_its_text_back(tiny_models, shared_data):
+def test_gsm8k_questions_survive_the_chat_template(tiny_models, shared_data):
     problems = tiny_models.read_problems(shared_data / "gsm8k" / "test.jsonl")
     assert len(problems) == 1319
     assert not any("<<" in problem["answer"] for problem in problems)

@@ -1,4 +1,4 @@
-"""Files from outside are read, or refused with one sentence; and the harness sees whatever else happens."""
+"""Broken files are read correctly or are one-line errors, and the fuzzing harness notices everything else."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ FILES |= {"run": 6, "knockout": 8, "gradients": 3, "samples": 3}
 
 
 @pytest.mark.parametrize("kind", CHECKS)
-def test_broken_files_are_read_or_refused_with_a_sentence(kind):
+def test_broken_files_are_read_correctly_or_are_one_line_errors(kind):
     tally = fuzz.fuzz(kind, FILES[kind], seed=0)
     assert tally.violations == []
     assert tally.files == FILES[kind] == tally.read + tally.refused
@@ -26,7 +26,7 @@ def test_broken_files_are_read_or_refused_with_a_sentence(kind):
     assert tally.megabytes < 1024
 
 
-def test_five_hundred_files_are_read():
+def test_five_hundred_files_are_tried():
     assert sum(FILES.values()) == 500
     assert FILES.keys() == CHECKS.keys()
 
@@ -41,14 +41,14 @@ def test_good_files_are_read(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", CHECKS)
-def test_a_seed_and_a_number_name_a_file(kind):
+def test_seed_and_number_determine_a_broken_file(kind):
     files = [broken_file(kind, 3, number) for number in range(12)]
     assert files == [broken_file(kind, 3, number) for number in range(12)]
     assert len(set(files)) > 8
     assert files[0] != broken_file(kind, 4, 0)
 
 
-def test_large_files_are_small():
+def test_files_that_expand_are_small_on_disk():
     assert all(len(file) < 2**20 for kind in ("occurrences", "prompts") for file in large_files(kind))
 
 
@@ -86,7 +86,7 @@ def raises(error):
         (runs_code, "code of the file was run"),
     ],
 )
-def test_whatever_else_a_file_does_is_seen(monkeypatch, check, reason):
+def test_harness_reports_every_other_outcome(monkeypatch, check, reason):
     monkeypatch.setitem(CHECKS, "rock_set", check)
     if check is never_ends:
         monkeypatch.setattr(fuzz, "SECONDS", 0.2)

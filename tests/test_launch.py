@@ -1,4 +1,4 @@
-"""The launch files of examples/, and what they rely on in TRL and Accelerate, fit the installed versions."""
+"""The launch files in examples/ fit the installed TRL and Accelerate."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.scripts.vllm_serve import ScriptArguments
+from trl.scripts.vllm_serve import ScriptArguments, build_command
 
 from trl_opd import OPDConfig
 from trl_opd.models.shape import shape_of
@@ -38,7 +38,7 @@ def options(words: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_takes_every_key_of_a_launch_file_and_the_command_that_it_opens_with(path):
+def test_accelerate_accepts_the_launch_files_and_their_commands(path):
     config = load_config_from_file(str(path))  # refuses keys that it does not know
     known = {action.dest for action in launch_command_parser()._actions}
     nested = [*(config.fsdp_config or {}), *(config.deepspeed_config or {})]
@@ -50,7 +50,7 @@ def test_accelerate_takes_every_key_of_a_launch_file_and_the_command_that_it_ope
     assert (ROOT / options(arguments.training_script_args)["config"]).is_file()
 
 
-def test_the_launch_files_are_the_three_ways_to_share_out_a_model():
+def test_launch_files_cover_ddp_fsdp2_and_zero3():
     kinds = {path.stem: yaml.safe_load(path.read_text()) for path in LAUNCH.glob("*.yaml")}
     found = {name: content["distributed_type"] for name, content in kinds.items()}
     assert found == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
@@ -59,21 +59,26 @@ def test_the_launch_files_are_the_three_ways_to_share_out_a_model():
 
 
 @pytest.mark.parametrize("path", [LAUNCH / "vllm_server.sh", PAGE], ids=lambda path: path.name)
-def test_the_vllm_server_of_trl_has_every_flag_that_is_named(path):
-    fields = {field.name for field in dataclasses.fields(ScriptArguments)}
-    found = commands(path.read_text(), "trl vllm-serve")
-    assert found
-    assert [name for words in found for name in options(words) if name not in fields] == []
+def test_vllm_server_command_is_the_one_that_trl_builds(path):
+    (command,) = commands(path.read_text(), "vllm serve")
+    built = options(build_command(ScriptArguments(model="student", port=8000, max_model_len=4096)))
+    shown = options(command)
+    chosen_by_user = {"gpu_memory_utilization"}
+    assert {name: built[name] for name in shown if name not in chosen_by_user} == {
+        name: value for name, value in shown.items() if name not in chosen_by_user
+    }
+    assert {"weight_transfer_config", "logprobs_mode", "max_logprobs", "port", "max_model_len"} <= shown.keys()
+    assert "VLLM_SERVER_DEV_MODE=1" in path.read_text()
 
 
 @pytest.mark.parametrize("path", [LAUNCH / "vllm_server.sh", PAGE], ids=lambda path: path.name)
-def test_the_config_has_every_option_of_vllm_that_is_named(path):
+def test_config_has_every_named_vllm_option(path):
     named = set(re.findall(r"\b(?:use_vllm|vllm_[a-z_]+)\b", path.read_text())) - {"vllm_server"}
     assert {"use_vllm", "vllm_mode", "vllm_server_port"} <= named
     assert named <= {field.name for field in dataclasses.fields(OPDConfig)}
 
 
-def test_trl_asks_vllm_for_one_completion_of_every_prompt_that_our_sampler_has_repeated():
+def test_trl_requests_one_completion_per_repeated_prompt_from_vllm():
     parameters = inspect.signature(VLLMGeneration.generate).parameters
     assert list(parameters) == ["self", "prompts", "images", "num_generations", "profiler"]
     assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
@@ -85,7 +90,7 @@ def test_trl_asks_vllm_for_one_completion_of_every_prompt_that_our_sampler_has_r
     [((1536, 8960, 28, 12, 2, 151_936), True), ((3584, 18_944, 28, 28, 4, 152_064), False)],
     ids=["1.5B", "7B"],
 )
-def test_the_page_counts_the_weights_of_qwen_as_the_planner_does(sizes, tied):
+def test_scaling_page_counts_qwens_weights_as_the_planner_does(sizes, tied):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     settings = dict(zip((*names, "vocab_size"), sizes, strict=True))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Laws for whatever comes: weights, statistics, windows and files, against slow twins, on inputs that nobody chose."""
+"""Property tests: weights, statistics, windows and files equal their slow twins on generated inputs."""
 
 import math
 import tempfile
@@ -26,7 +26,7 @@ divergences = st.floats(0.0, 2.0**127, width=32) | st.sampled_from([-0.0, -(2.0*
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_weights_are_those_of_a_loop_for_every_window_and_mask(data):
+def test_token_weights_equal_a_plain_loop(data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 14))
     rows = [data.draw(st.lists(kind, min_size=length, max_size=length)) for kind in [st.integers(0, 6)] * batch]
     mask = [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(batch)]
@@ -38,7 +38,7 @@ def test_weights_are_those_of_a_loop_for_every_window_and_mask(data):
 
 @settings(deadline=None, max_examples=30)
 @given(rows=positions, data=st.data())
-def test_parts_that_went_through_files_merge_to_the_sums_of_all(rows, data):
+def test_statistics_saved_in_parts_merge_to_the_sums_of_all_rows(rows, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=3)))
     pieces = [rows[start:end] for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     total = TokenStats(V, MEASURE)
@@ -70,7 +70,7 @@ def slow_window(rows: list[tuple[int, int, int]], row: int, width: int) -> list[
     width=st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-def test_windows_end_with_the_completion_and_where_a_token_is_missing(places, width, seed):
+def test_context_windows_end_at_the_completion_and_at_missing_tokens(places, width, seed):
     tokens = np.random.default_rng(seed).integers(0, 5, len(places)).tolist()
     rows = [(*place, token) for place, token in zip(sorted(places), tokens, strict=True)]
     rollout, position, token = (np.array(column, dtype=np.int32) for column in zip(*rows, strict=True))
@@ -108,7 +108,7 @@ def rock_sets(draw) -> RockSet:
 
 @settings(deadline=None, max_examples=30)
 @given(rock_set=rock_sets())
-def test_a_rock_set_of_any_texts_and_numbers_loads_as_it_was_saved(rock_set):
+def test_rock_set_loads_as_it_was_saved(rock_set):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rocks.json")
         rock_set.save(path)
@@ -119,7 +119,7 @@ def test_a_rock_set_of_any_texts_and_numbers_loads_as_it_was_saved(rock_set):
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
-def test_occurrences_read_back_as_they_were_written(data):
+def test_occurrences_are_read_as_they_were_written(data):
     places = sorted(data.draw(st.sets(st.tuples(wholes_32, wholes_32), min_size=1, max_size=12)))
     count = len(places)
     rollout, position = zip(*places, strict=True)
@@ -145,7 +145,7 @@ def test_occurrences_read_back_as_they_were_written(data):
 
 @settings(deadline=None, max_examples=30)
 @given(st.dictionaries(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=5), max_size=6))
-def test_prompts_read_back_by_their_index(prompts):
+def test_prompts_are_read_by_their_index(prompts):
     columns = {"prompt": list(prompts), "token_ids": list(prompts.values()), "row": [0] * len(prompts)}
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(pa.table(columns, schema=PROMPT_SCHEMA), Path(folder, "p.parquet"))

@@ -1,4 +1,4 @@
-"""What is given to others: the wheel and the source archive that the tracked files make, with their metadata."""
+"""Wheel and source archive: their files, their metadata, and that an installed wheel works."""
 
 import ast
 import importlib.metadata
@@ -72,7 +72,7 @@ def release(tmp_path_factory) -> Release:
     return Release(wheel, sdist, files, sources)
 
 
-def test_the_wheel_is_the_package_as_it_is_tracked_and_nothing_else(release):
+def test_wheel_contains_exactly_the_tracked_package(release):
     package = {name for name in tracked() if name.startswith("trl_opd/")}
     inside = {name for name in release.files if not name.startswith(f"{release.info}/")}
     assert inside == package
@@ -81,12 +81,12 @@ def test_the_wheel_is_the_package_as_it_is_tracked_and_nothing_else(release):
     assert release.wheel.name == f"trl_opd-{trl_opd.__version__}-py3-none-any.whl"
 
 
-def test_the_wheel_holds_what_the_demo_and_the_report_read(release):
+def test_wheel_contains_demo_models_and_report_templates(release):
     assert {TEACHER, "trl_opd/demo/models/student/model.safetensors"} <= release.files.keys()
     assert {"trl_opd/report/templates/page.html.jinja", "trl_opd/report/templates/page.js"} <= release.files.keys()
 
 
-def test_the_archives_are_small_and_only_the_teacher_is_large(release):
+def test_archives_are_small(release):
     large = {name: len(content) for name, content in release.files.items() if len(content) > FILE_BYTES}
     assert large.keys() == {TEACHER}
     assert large[TEACHER] < 1_000_000
@@ -94,7 +94,7 @@ def test_the_archives_are_small_and_only_the_teacher_is_large(release):
     assert release.sdist.stat().st_size < SDIST_BYTES
 
 
-def test_the_licence_and_the_command_come_along(release):
+def test_archives_contain_licence_and_command(release):
     licence = (ROOT / "LICENSE").read_bytes()
     assert release.files[f"{release.info}/licenses/LICENSE"] == licence
     assert release.sources["LICENSE"] == licence
@@ -102,7 +102,7 @@ def test_the_licence_and_the_command_come_along(release):
     assert commands.split() == ["[console_scripts]", "trl-opd", "=", "trl_opd.cli:main"]
 
 
-def test_the_metadata_is_that_of_the_project(release):
+def test_metadata_matches_the_project(release):
     metadata = release.metadata
     assert metadata["Name"] == "trl_opd"
     assert metadata["Version"] == trl_opd.__version__
@@ -113,7 +113,7 @@ def test_the_metadata_is_that_of_the_project(release):
     assert Requirement("trl>=1.16,<1.17") in map(Requirement, always)
 
 
-def test_the_readme_is_the_description_and_renders(release):
+def test_readme_is_the_description_and_renders(release):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert release.metadata["Description-Content-Type"] == "text/markdown"
     assert release.metadata.get_payload().strip() == readme.strip()
@@ -123,13 +123,13 @@ def test_the_readme_is_the_description_and_renders(release):
     assert "<table>" in page
 
 
-def test_the_source_archive_holds_all_that_the_wheel_is_made_of(release):
+def test_source_archive_contains_everything_the_wheel_needs(release):
     needed = {name for name in tracked() if name.startswith("trl_opd/")} | {"pyproject.toml", "README.md", "LICENSE"}
     for name in needed:
         assert release.sources[name] == (ROOT / name).read_bytes(), name
 
 
-def test_every_import_of_the_package_comes_with_its_requirements():
+def test_every_import_is_covered_by_the_requirements():
     """A direct requirement, or one that a direct requirement has: tqdm comes with datasets."""
     modules = set()
     for path in Path(trl_opd.__file__).parent.rglob("*.py"):
@@ -150,7 +150,7 @@ def test_every_import_of_the_package_comes_with_its_requirements():
     assert {name for name in foreign if not known & set(map(canonicalize_name, owners[name]))} == set()
 
 
-def test_the_constraints_fit_the_requirements():
+def test_constraints_satisfy_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {canonicalize_name(one.name): next(iter(one.specifier)).version for one in pinned}

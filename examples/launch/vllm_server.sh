@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Rollouts from a vLLM server of TRL on one GPU, training on the others: `bash examples/launch/vllm_server.sh`
-# (`pip install "trl[vllm]"`). Not yet run: it needs two GPUs (docs/scaling.md).
+# A vLLM server for rollouts on one GPU, training on the others: `bash examples/launch/vllm_server.sh`
+# (`pip install "trl[vllm]"`). Not run yet, because it needs two GPUs (docs/scaling.md).
 #
-# On several machines the server has one to itself: run the first command there, and the second on the others with
-# --vllm_server_host HOST and the options of examples/launch/ddp.yaml.
+# On several machines the server has its own machine: run the first command there, and the second on the others with
+# --vllm_server_host HOST and the options of examples/launch/ddp.yaml. With vLLM 0.30 or newer add --enable-scale-out.
 set -euo pipefail
 
 recipe=examples/recipes/full_several_gpus.yaml
 student=$(sed -n 's/^model_name_or_path: //p' "$recipe")
 
-CUDA_VISIBLE_DEVICES=0 trl vllm-serve --model "$student" --port 8000 --gpu_memory_utilization 0.9 \
-    --max_model_len 4096 &
+# The flags after --max-model-len are those that TRL's trainers need: the server takes new weights during training.
+CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve "$student" --port 8000 --gpu-memory-utilization 0.9 \
+    --max-model-len 4096 --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs \
+    --max-logprobs -1 &
 trap 'kill $!' EXIT
 
 # The trainer waits up to vllm_server_timeout seconds for the server, and sends it the new weights after every step.
