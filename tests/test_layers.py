@@ -187,32 +187,32 @@ def all_imports() -> list[Import]:
         ("from trl.trainer.utils import RepeatSampler", ("trl.trainer.utils.RepeatSampler", None, "load")),
     ],
 )
-def test_the_reader_sees_an_import_in_every_form(source, expected):
+def test_import_reader_finds_every_form_of_import(source, expected):
     (found,) = imports_in(source, "trl_opd.training.metrics")
     assert (found.target, module_of(found.target), found.moment) == expected
     assert found.importer == "training.metrics"
 
 
-def test_the_reader_counts_dots_from_the_place_of_the_module():
+def test_import_reader_resolves_relative_imports():
     assert imports_in("from ..loss import fused", "trl_opd.cli.demo")[0].target == "trl_opd.loss.fused"
     assert imports_in("from .demo import main", "trl_opd.cli", package=True)[0].target == "trl_opd.cli.demo.main"
     assert imports_in("from .loss import fused", "trl_opd", package=True)[0].target == "trl_opd.loss.fused"
 
 
-def test_a_folder_holds_its_modules_and_no_neighbour():
+def test_folder_contains_its_modules_and_no_others():
     assert lies_in("loss.signals", ["loss"])
     assert lies_in("loss.signals", ["loss.signals"])
     assert not lies_in("loss", ["loss.signals"])
     assert not lies_in("lossless", ["loss"])
 
 
-def test_the_table_of_imports_has_a_row_for_each_part():
+def test_import_table_has_a_row_for_each_part():
     parts = {part_of(module_of(name_of(path))) for path in FILES}
     assert parts <= MAY_IMPORT.keys(), "a new part needs a row: here and in docs/design.md"
     assert MAY_IMPORT.keys() <= parts, "the table has rows of parts that do not exist"
 
 
-def test_no_part_imports_against_the_table():
+def test_every_import_is_allowed_by_the_table():
     wrong = []
     for found in all_imports():
         ours = module_of(found.target)
@@ -225,12 +225,12 @@ def test_no_part_imports_against_the_table():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_table_of_imports_has_no_cycle():
+def test_import_table_has_no_cycle():
     graph = {part: {part_of(place) for place in allowed} for part, allowed in MAY_IMPORT.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_parts_import_each_other_without_a_cycle():
+def test_imports_between_parts_have_no_cycle():
     graph = {}
     for found in all_imports():
         ours = module_of(found.target)
@@ -239,7 +239,7 @@ def test_parts_import_each_other_without_a_cycle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_modules_load_without_a_cycle():
+def test_imports_between_modules_have_no_cycle():
     graph = {}
     for found in all_imports():
         ours = module_of(found.target)
@@ -248,7 +248,7 @@ def test_modules_load_without_a_cycle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_pure_modules_know_no_trainer_library():
+def test_pure_modules_import_no_trainer_library():
     wrong = []
     for found in all_imports():
         library = found.target.split(".")[0]
@@ -257,7 +257,7 @@ def test_pure_modules_know_no_trainer_library():
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_trl_py_reaches_behind_the_public_names_of_trl():
+def test_only_trl_py_imports_private_names_of_trl():
     wrong = []
     for found in all_imports():
         package, *names = found.target.split(".")
@@ -269,7 +269,7 @@ def test_only_trl_py_reaches_behind_the_public_names_of_trl():
     assert not wrong, "\n".join(wrong)
 
 
-def test_nothing_is_imported_by_a_computed_name_below_the_edge():
+def test_no_inner_module_imports_by_a_computed_name():
     # What no reader of imports can see: `import_module("trl_opd.cli")`.
     for path in FILES:
         if not lies_in(module_of(name_of(path)), EDGE):
@@ -279,7 +279,7 @@ def test_nothing_is_imported_by_a_computed_name_below_the_edge():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_says_what_it_is(path):
+def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "its first line says what it is for"
 
 
@@ -375,7 +375,7 @@ def listed(found: list[tuple[Path, int, str]]) -> str:
         ("x = record._replace(a=1)", []),
     ],
 )
-def test_the_reader_sees_private_names_of_other_objects(source, expected):
+def test_reader_finds_private_names_of_other_objects(source, expected):
     assert foreign_private_names(source) == expected
 
 
@@ -392,7 +392,7 @@ def test_the_reader_sees_private_names_of_other_objects(source, expected):
         ("from torch._dynamo import _x", []),
     ],
 )
-def test_the_reader_sees_private_names_that_are_imported(source, expected):
+def test_reader_finds_imported_private_names(source, expected):
     assert private_imports(source, "trl_opd.training.finite") == expected
 
 
@@ -406,7 +406,7 @@ def test_the_reader_sees_private_names_that_are_imported(source, expected):
         ("def f(model): trainer = model", []),
     ],
 )
-def test_the_reader_sees_a_trainer_without_a_type(source, expected):
+def test_reader_finds_untyped_trainer_parameters(source, expected):
     assert untyped_trainers(source) == expected
 
 
@@ -426,7 +426,7 @@ def test_no_private_name_is_imported_from_another_module():
     assert not wrong, listed(wrong)
 
 
-def test_no_parameter_named_trainer_is_without_a_type():
+def test_every_trainer_parameter_has_a_type():
     wrong = []
     for path in FILES:
         wrong += [(path, *found) for found in untyped_trainers(path.read_text(encoding="utf-8"))]
@@ -475,7 +475,7 @@ def fresh() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("step", ["import", "dir", "RockSet"])
-def test_a_look_at_the_package_loads_no_heavy_library(fresh, step):
+def test_import_of_the_package_loads_no_heavy_library(fresh, step):
     assert "trl_opd" in fresh[step]
     assert not {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy"} & set(fresh[step])
 

@@ -20,7 +20,7 @@ from tests.helpers.trainers import GREEDY, ROCKS, broken, build, measured, recor
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_generations", [1, 2, 4])
-def test_every_prompt_has_its_rollouts_in_one_generation_batch(tokenizer, tmp_path, num_generations, stream):
+def test_rollouts_of_a_prompt_are_in_one_generation_batch(tokenizer, tmp_path, num_generations, stream):
     dataset = make_dataset(chat=False)
     prompts = dataset["prompt"][:]
     if stream:
@@ -35,7 +35,7 @@ def test_every_prompt_has_its_rollouts_in_one_generation_batch(tokenizer, tmp_pa
     assert len({tuple(row) for row in trainer.batches[0][3]["completion_ids"].tolist()}) > 1
 
 
-def test_a_shuffled_stream_keeps_its_groups_and_sees_every_prompt(tokenizer, tmp_path):
+def test_shuffled_stream_keeps_groups_together_and_reads_every_prompt(tokenizer, tmp_path):
     prompts = make_dataset(8, chat=False)["prompt"][:]
     stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts))
     trainer = record(tokenizer, tmp_path, stream, num_generations=2, max_steps=4)
@@ -55,7 +55,7 @@ def test_evaluation_has_one_rollout_per_prompt(tokenizer, tmp_path):
 # Rollouts that were cut
 
 
-def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_path):
+def test_cut_rollouts_are_left_out_of_loss_denominator_and_metrics(tokenizer, tmp_path):
     changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
     student = make_model(seed=0)
     with torch.no_grad():  # an end is likely wherever its logit is positive
@@ -75,10 +75,10 @@ def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_pat
     assert line["kl/mean"] == pytest.approx(divergences.mean().item(), rel=1e-5)
 
 
-# Figures
+# Metrics
 
 
-def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
+def test_metrics_of_a_step_equal_those_computed_by_hand(tokenizer, tmp_path):
     controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     changes = {"token_weighting": "rock", "rock_weight": 0.5, "rock_set": rocks, "max_steps": 1, "learning_rate": 0.0}
@@ -115,11 +115,11 @@ def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
         ([5, 5, 5, 5, 9, 5, 5, 5, 5], 1 / 6),
     ],
 )
-def test_repetition_is_the_share_of_4_grams_that_stood_before(ids, share):
+def test_repetition_is_the_share_of_4_grams_that_occurred_before(ids, share):
     assert repetition(ids) == (None if share is None else pytest.approx(share))
 
 
-def test_repetition_in_the_log_is_a_mean_over_the_completions_of_the_window(tokenizer, tmp_path):
+def test_logged_repetition_is_the_mean_over_completions_since_the_last_log(tokenizer, tmp_path):
     student = make_model(seed=0)
     with torch.no_grad():  # a student that can hardly write anything but a few tokens
         student.lm_head.weight[40:44] *= 8
@@ -142,7 +142,7 @@ def test_repetition_in_the_log_is_a_mean_over_the_completions_of_the_window(toke
     assert line["eval_completions/repetition"] == pytest.approx(sum(wanted) / len(wanted))
 
 
-def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
+def test_rock_set_without_weighting_only_adds_metrics(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     trainers = [record(tokenizer, tmp_path, **changes) for changes in ({}, {"rock_set": rocks})]
     plain, shown = (trainer.state.log_history[0] for trainer in trainers)
@@ -152,7 +152,7 @@ def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
     assert not any(name.startswith("control/") for name in shown)
 
 
-def test_each_of_several_evaluation_sets_has_its_own_figures(tokenizer, tmp_path):
+def test_each_of_several_evaluation_sets_has_its_own_metrics(tokenizer, tmp_path):
     sets = {"a": make_dataset(2, chat=False), "b": make_dataset(5, chat=False)}
     trainer = record(tokenizer, tmp_path, eval_dataset=sets, max_steps=1)
     both = trainer.evaluate() | {k: v for line in trainer.state.log_history for k, v in line.items()}
@@ -163,7 +163,7 @@ def test_each_of_several_evaluation_sets_has_its_own_figures(tokenizer, tmp_path
     assert alone["eval_kl/mean"] == both["eval_a_kl/mean"]
 
 
-def test_a_prediction_is_the_same_twice_and_draws_nothing_from_training(tokenizer, tmp_path):
+def test_predictions_are_repeatable_and_leave_the_training_rng_unchanged(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     state = torch.get_rng_state()
     first, second = (trainer.predict(make_dataset(3)).metrics["test_loss"] for _ in range(2))
@@ -171,7 +171,7 @@ def test_a_prediction_is_the_same_twice_and_draws_nothing_from_training(tokenize
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_prediction_has_the_metrics_of_an_evaluation_under_its_own_prefix(tokenizer, tmp_path):
+def test_prediction_has_the_metrics_of_an_evaluation_with_its_own_prefix(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     evaluated = trainer.evaluate(make_dataset(3))
     predicted = trainer.predict(make_dataset(3)).metrics
@@ -180,7 +180,7 @@ def test_a_prediction_has_the_metrics_of_an_evaluation_under_its_own_prefix(toke
     assert not [name for name in predicted if name.startswith("eval_")]
 
 
-def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
+def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tokenizer, tmp_path):
     class Overflows(TrainerCallback):
         def __init__(self, until):
             self.until = until
@@ -199,14 +199,14 @@ def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
         train(until=14)
 
 
-def test_a_prediction_leaves_nothing_in_the_next_evaluation(tokenizer, tmp_path):
+def test_prediction_does_not_change_the_next_evaluation(tokenizer, tmp_path):
     trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
     predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
     losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
     assert losses[0] == losses[1] != predicted
 
 
-def test_figures_without_positions_are_absent(tokenizer, tmp_path):
+def test_metrics_without_positions_are_absent(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, rock_set=rock_file(tmp_path / "rocks.json", [1]))
     line = trainer.state.log_history[0]
     assert line["rock/token_share"] == 0.0
@@ -229,7 +229,7 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
 # What is projected
 
 
-def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp_path, projections):
+def test_frozen_positions_are_projected_only_in_steps_that_measure_them(tokenizer, tmp_path, projections):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 3}
     trainer = record(tokenizer, tmp_path, make_dataset(24), token_weighting="rock", rock_set=rocks, **changes)
@@ -260,7 +260,7 @@ def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp
 # Arms
 
 
-def test_control_weights_the_controls(tokenizer, tmp_path):
+def test_control_weighting_weights_the_control_types(tokenizer, tmp_path):
     controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     trainer = record(tokenizer, tmp_path, token_weighting="control", rock_weight=0.25, rock_set=rocks)
@@ -270,7 +270,7 @@ def test_control_weights_the_controls(tokenizer, tmp_path):
         assert torch.equal(batch["weights"], torch.where(chosen, 0.25, 1.0) * mask)
 
 
-def test_random_chooses_as_many_positions_as_rocks_have_and_the_same_ones_again(tokenizer, tmp_path):
+def test_random_weighting_draws_the_share_of_rocks_and_repeats_its_draw(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
     trainers = [
         record(tokenizer, tmp_path, token_weighting="random", rock_set=rocks, generation_kwargs=GREEDY, **split)
@@ -283,7 +283,7 @@ def test_random_chooses_as_many_positions_as_rocks_have_and_the_same_ones_again(
         assert torch.equal(first[3]["weights"], expected)
 
 
-def test_random_weights_are_uniform_independent_and_do_not_touch_the_random_stream():
+def test_random_weights_are_uniform_and_independent_and_leave_the_rng_unchanged():
     mask = torch.ones(200, 300, dtype=torch.bool)
     state = torch.get_rng_state()
     draws = [
@@ -323,7 +323,7 @@ def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, w
 
 
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_greedy_rollouts_do_not_hide_logits_that_are_not_finite(tokenizer, tmp_path, culprit):
+def test_logits_that_are_not_finite_stop_a_run_with_greedy_rollouts(tokenizer, tmp_path, culprit):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], "nan")
     trainer = build(tmp_path, **models, generation_kwargs=GREEDY)
@@ -331,6 +331,6 @@ def test_greedy_rollouts_do_not_hide_logits_that_are_not_finite(tokenizer, tmp_p
         trainer.train()
 
 
-def test_a_plain_text_dataset_trains_too(tokenizer, tmp_path):
+def test_plain_text_dataset_with_other_columns_trains(tokenizer, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["Add 3 and 4."] * 4, "other": [1, 2, 3, 4]})
     assert record(tokenizer, tmp_path, dataset).state.global_step == 2

@@ -47,11 +47,11 @@ def padding(batches) -> float:
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-# Figures
+# Metrics
 
 
 @pytest.mark.parametrize("own_path", [False, True])
-def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(tokenizer, tmp_path, own_path):
+def test_metrics_between_two_logs_are_means_over_the_tokens_of_all_steps(tokenizer, tmp_path, own_path):
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
     changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, "max_steps": 4}
     changes |= {**rocks, "micro_batching": "trl"}
@@ -59,10 +59,10 @@ def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(toke
     lines = [line for line in trainer.state.log_history if "loss" in line]
     batches = [batch for *_, batch in trainer.batches]
     for line, window in zip(lines, (batches[:2], batches[2:]), strict=True):
-        require_figures_of(trainer, line, window, own_path)
+        require_metrics(trainer, line, window, own_path)
 
 
-def require_figures_of(trainer, line, batches, own_path):
+def require_metrics(trainer, line, batches, own_path):
     assert len({loss_positions(batch).sum().item() for batch in batches}) == 2  # a mean of means would be another one
     ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
     expected = {"kl/mean": divergences.mean().item(), "weight/zero_share": 0.0}
@@ -81,7 +81,7 @@ def require_figures_of(trainer, line, batches, own_path):
     assert any(name.startswith(("rock/", "control/", "other/")) for name in line) == own_path
 
 
-def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_path):
+def test_metrics_of_an_evaluation_equal_those_computed_by_hand(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_window": 1, "mask_truncated_completions": True}
     trainer = build(
         tmp_path,
@@ -112,7 +112,7 @@ def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weights"])
-def test_a_weighted_run_leaves_cut_rollouts_out_of_everything(tokenizer, tmp_path, normalization):
+def test_weighted_run_leaves_cut_rollouts_out_of_loss_and_metrics(tokenizer, tmp_path, normalization):
     changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
     weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": normalization}
     trainer = record(
@@ -153,7 +153,7 @@ def test_step_with_only_cut_rollouts_trains_and_projects_nothing(tokenizer, tmp_
     assert not [name for name in line if name.startswith(("kl/", "rock/", "control/", "other/", "weight/"))]
 
 
-def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tokenizer, tmp_path):
+def test_denominator_is_the_weight_sum_of_the_whole_batch_for_any_micro_batch_size(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": "weights"}
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "generation_kwargs": GREEDY}
     before, runs = make_model(seed=0).state_dict(), []
@@ -182,9 +182,7 @@ def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tok
         ({"logging_strategy": "no", "logging_first_step": True}, [10]),
     ],
 )
-def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_otherwise(
-    tokenizer, tmp_path, changes, expected
-):
+def test_frozen_positions_are_measured_in_steps_that_log_or_in_every_tenth(tokenizer, tmp_path, changes, expected):
     trainer = build(tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
     state = TrainerState()
     state.compute_steps(trainer.args, trainer.args.max_steps)  # turns a share of the run into steps, as `train` does
@@ -195,14 +193,14 @@ def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_
     assert found == expected
 
 
-def test_nothing_frozen_means_that_every_step_is_measured(tokenizer, tmp_path):
+def test_every_step_is_measured_if_nothing_is_frozen(tokenizer, tmp_path):
     rocks, state = rocks_with_controls(tmp_path), TrainerState(global_step=3, logging_steps=100)
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.01}):
         assert build(tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
     assert not build(tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(state)
 
 
-def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(tokenizer, tmp_path):
+def test_run_that_logs_by_epoch_has_no_divergence_of_frozen_steps(tokenizer, tmp_path):
     changes = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_strategy": "epoch"}
     line = record(tokenizer, tmp_path, **changes).state.log_history[0]
     assert 0 < line["weight/zero_share"] < 1
@@ -210,7 +208,7 @@ def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(token
 
 
 @pytest.mark.parametrize("arm", ["uniform", "rock", "control", "random"])
-def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer, tmp_path, projections, arm):
+def test_masked_and_frozen_positions_are_not_projected(tokenizer, tmp_path, projections, arm):
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 2}
     cut = {"max_completion_length": 24, "mask_truncated_completions": True}
     weighting = {"token_weighting": arm, "rock_set": rocks_with_controls(tmp_path)}
@@ -239,7 +237,7 @@ def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer,
 @pytest.mark.parametrize("own_path", [False, True])
 @pytest.mark.parametrize("where", ["nan", "inf"])
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_path, culprit, where, own_path):
+def test_logits_that_are_not_finite_stop_evaluation_and_prediction(tokenizer, tmp_path, culprit, where, own_path):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
@@ -250,7 +248,7 @@ def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("own_path", [False, True])
-def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_path):
+def test_error_names_the_step_with_broken_logits_and_the_next_run_is_clean(tokenizer, tmp_path, own_path):
     class BreaksInStep3(OPDTrainer):
         breaks = True
 
@@ -284,7 +282,7 @@ def first_step_warnings():
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
-def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
+def test_warning_contains_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     trainer = build(tmp_path, teacher=far_teacher(), **split)
     with first_step_warnings() as found:
@@ -293,13 +291,13 @@ def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_
     assert f"is {trainer.state.log_history[0]['kl/mean']:.1f} nats per token" in message
 
 
-def test_a_near_teacher_is_no_reason_to_warn(tokenizer, tmp_path):
+def test_similar_teacher_gives_no_warning(tokenizer, tmp_path):
     with first_step_warnings() as found:
         build(tmp_path, max_steps=1).train()
     assert found == []
 
 
-def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_path):
+def test_second_run_checks_only_its_own_first_step(tokenizer, tmp_path):
     trainer = build(tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
     with first_step_warnings() as found:
         for _ in range(2):
@@ -308,7 +306,7 @@ def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_pa
     assert found == []
 
 
-def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_path):
+def test_warning_uses_the_unweighted_divergence_of_the_first_step(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_weight": 0.01, "max_steps": 1}
     rocks = rock_file(tmp_path / "rocks.json", range(3, 300))
     trainer = build(tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
@@ -318,7 +316,7 @@ def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_pat
     assert len(found) == 1
 
 
-def test_a_first_step_that_does_not_measure_frozen_positions_is_judged_by_the_others(tokenizer, tmp_path):
+def test_warning_uses_the_trained_positions_if_frozen_ones_are_not_measured(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_steps": 2}
     trainer = build(tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
     with first_step_warnings() as found:
