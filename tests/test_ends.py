@@ -240,7 +240,7 @@ def test_unknown_end_of_the_teacher_gives_no_warning():
     [
         (TEMPLATE, "<|end|>"),
         (CHATML, "<|im_end|>"),
-        # As Gemma's, whose end has the word "turn" in it, and as Llama 3's, whose header stands before the content.
+        # Gemma's end contains the word "turn", and Llama 3 puts a header before the content.
         (CHATML.replace("im_end", "end_of_turn"), "<end_of_turn>"),
         ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<eot>{% endfor %}", "<eot>"),
         (

@@ -469,13 +469,14 @@ def prompts_of_a_stream(cls, folder, *, resume=None, **changes) -> list[list[str
     return [prompts for prompts, _ in trainer.batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_steps", [5, 9])
 def test_19_resumed_stream_continues_where_it_stopped(tmp_path, max_steps):
     """Two steps are a pass; for transformers `max_steps` steps are one, so it errs from the second pass on."""
     for cls in CLASSES:
         whole = prompts_of_a_stream(cls, tmp_path / cls.__name__)
         assert len(whole) == 5
-        assert whole[:2] != whole[2:4]  # every pass has an order of its own
+        assert whole[:2] != whole[2:4]  # every pass has another order
         for step in range(1, 5):
             checkpoint = str(tmp_path / cls.__name__ / f"checkpoint-{step}")
             found = prompts_of_a_stream(cls, tmp_path / "resumed", resume=checkpoint, max_steps=max_steps)
@@ -496,12 +497,12 @@ def test_20_incomplete_checkpoint_is_skipped_on_resume(tmp_path):
         trainer = build(cls, folder, **(settings | {"max_steps": 5}))
         began = []
         trainer.add_callback(Beginning(began))
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train(resume_from_checkpoint=True)
         steps[cls] = began[0]
-    assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # with an optimizer that begins anew, and without a word
-    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in told)
+    assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # TRL's optimizer starts over, without a warning
+    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in caught)
 
 
 class Beginning(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The laws of docs/design.md, 1 to 4 and 7: what must stay true whatever else changes."""
+"""Laws 1 to 4 and 7 of docs/design.md, which must hold after every change."""
 
 import copy
 import json
@@ -125,7 +125,7 @@ def test_weighted_loss_and_gradients_equal_the_float64_reference(tokenizer, tmp_
     assert reference.relative_error(gradients, expected[1]) < 1e-5
 
 
-# Law 2: what a weight does, and what it leaves alone.
+# Law 2: the effect of a weight on its own position and on the others.
 
 
 def random_case(n=41, widths=(13, 17), rows=(401, 401), seed=0, **head):

@@ -1,6 +1,6 @@
-"""Tests of the shape of trl_opd: who may import whom, what an import costs, and which names stay inside their module.
+"""Tests of the structure of trl_opd: allowed imports, the cost of an import, and private names.
 
-The table below is the picture of docs/design.md, one row for each part, read against the sources.
+The table below is the diagram of docs/design.md, with one row for each part. The tests compare it with the sources.
 """
 
 import ast
@@ -23,7 +23,7 @@ from tests.helpers.paths import ROOT
 PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# part (a folder or a module beside them): what it may import of ours, a part or a module of one
+# Part (a folder, or a module next to the folders) -> parts or modules of ours that it may import.
 MAY_IMPORT = {
     "_trl": set(),
     "statistics": set(),
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loss": {"_trl"},
     "artefacts": set(),
     "rocks": {"artefacts", "statistics"},
-    "report": {"rocks", "artefacts", "statistics", "_trl"},  # a card cites what TRL cites
+    "report": {"rocks", "artefacts", "statistics", "_trl"},  # a model card cites the paper that TRL cites
     "rollouts": {"loss", "_trl"},
     "models": {"loss", "artefacts", "opd_config", "_trl"},
     "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["demo"] = {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts"}
 MAY_IMPORT["demo"] |= {"opd_config", "statistics"}
-# Commands parse and print: they load models and call what computes, and form no tensors.
+# Commands parse, load models, call functions and print; they compute nothing with tensors.
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "models", "rollouts"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set(trl_opd._HOME.values())
@@ -59,7 +59,7 @@ MAY_IMPORT["__init__"] = set(trl_opd._HOME.values())
 # Pure parts take tensors and plain values, and know no configuration, trainer or device policy.
 PURE = ("loss", "rocks", "rollouts.batches", "statistics")
 NOT_PURE = {"accelerate", "datasets", "peft", "transformers", "trl"}
-# What a user types or imports: only here may the name of a module be computed.
+# Users type or import these names, and only these modules may import by a computed name.
 EDGE = ("__init__", "__main__", "cli")
 # Seams to TRL and transformers, whose private names are overridden, called or copied there.
 SEAMS = {"opd_trainer", "_trl", "rollouts.sampling"}
@@ -74,8 +74,8 @@ class Import(NamedTuple):
     """An import in a source.
 
     Args:
-        importer (`str`): The module of ours in which it stands ("rocks.rock_set").
-        target (`str`): What is imported, by its absolute name ("trl_opd.artefacts.hub.hub_errors").
+        importer (`str`): The module of ours that contains it ("rocks.rock_set").
+        target (`str`): The absolute name of the import ("trl_opd.artefacts.hub.hub_errors").
         line (`int`): Where.
         moment (`str`): When it runs: with the module ("load"), in a function ("call") or for type checkers ("typing").
     """
@@ -87,7 +87,7 @@ class Import(NamedTuple):
 
 
 def imports_in(source: str, module: str, *, package: bool = False) -> list[Import]:
-    """Return every import of a source, wherever it stands.
+    """Return every import of a source, at any depth.
 
     Args:
         source (`str`): The text of the module.
@@ -123,7 +123,7 @@ def _nodes(node: ast.AST, moment: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def module_of(target: str) -> str | None:
-    """Return the module of ours that a target is or lies in ("rocks.rock_set"), or `None` for another package's."""
+    """Return the module of ours that a target is or belongs to ("rocks.rock_set"), or `None` for other packages."""
     package, *names = target.split(".")
     if package != "trl_opd":
         return None
@@ -142,7 +142,7 @@ def part_of(module: str) -> str:
 
 
 def lies_in(module: str, places) -> bool:
-    """Return whether a module is one of these places, or lies in one that is a folder."""
+    """Return whether a module is one of these places, or is inside one that is a folder."""
     return any(module == place or module.startswith(f"{place}.") for place in places)
 
 
@@ -230,15 +230,6 @@ def test_import_table_has_no_cycle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_imports_between_parts_have_no_cycle():
-    graph = {}
-    for found in all_imports():
-        ours = module_of(found.target)
-        if ours is not None and part_of(ours) != part_of(found.importer):
-            graph.setdefault(part_of(found.importer), set()).add(part_of(ours))
-    graphlib.TopologicalSorter(graph).prepare()
-
-
 def test_imports_between_modules_have_no_cycle():
     graph = {}
     for found in all_imports():
@@ -270,7 +261,7 @@ def test_only_trl_py_imports_private_names_of_trl():
 
 
 def test_no_inner_module_imports_by_a_computed_name():
-    # What no reader of imports can see: `import_module("trl_opd.cli")`.
+    # `import_module("trl_opd.cli")` is invisible to the reader of imports.
     for path in FILES:
         if not lies_in(module_of(name_of(path)), EDGE):
             text = path.read_text(encoding="utf-8")
@@ -280,7 +271,7 @@ def test_no_inner_module_imports_by_a_computed_name():
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_module_has_a_docstring(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "its first line says what it is for"
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "write a docstring that defines the module"
 
 
 # The tests
@@ -293,9 +284,7 @@ def test_no_test_module_is_imported_by_another_or_by_a_benchmark():
         for found in imports_in(path.read_text(encoding="utf-8"), module, package=path.stem == "__init__"):
             package, *names = found.target.split(".")
             if package == "tests" and any(name.startswith("test_") for name in names):
-                wrong.append(
-                    f"{module} imports {found.target} (line {found.line}): what is shared lies in tests/helpers"
-                )
+                wrong.append(f"{module} imports {found.target} (line {found.line}): put shared code into tests/helpers")
     assert not wrong, "\n".join(wrong)
 
 
@@ -439,7 +428,7 @@ def test_every_trainer_parameter_has_a_type():
 def test_public_names_are_listed_once_for_every_reader():
     assert set(trl_opd.__all__) == set(trl_opd._HOME)
     assert len(trl_opd.__all__) == len(set(trl_opd.__all__))
-    # The block for type checkers says the same a third time.
+    # The block for type checkers repeats the names.
     typed = {}
     for found in imports_in(Path(trl_opd.__file__).read_text(encoding="utf-8"), "trl_opd", package=True):
         if found.moment == "typing":
@@ -469,7 +458,7 @@ print(json.dumps({"import": after_import, "dir": after_dir, "RockSet": loaded(),
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, list[str]]:
-    """What one fresh interpreter has loaded after each step: top-level modules by step, and the names of `dir`."""
+    """Top-level modules that a fresh interpreter has loaded after each step, and the names of `dir`."""
     done = subprocess.run([sys.executable, "-c", LOADED_BY], check=True, capture_output=True, text=True, timeout=120)
     return json.loads(done.stdout)
 

@@ -63,7 +63,7 @@ def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    # Where padding lies changes what bfloat16 rounds; and TRL rounds the gradient of the logits to the student's dtype.
+    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype.
     half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
     rounding = 1e-2 if half else 1e-5
     assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
@@ -180,7 +180,7 @@ def test_teacher_tokenizer_option_overrides_the_teachers_own_tokenizer(tmp_path)
 
 @pytest.fixture
 def wider(tmp_path):
-    """A tokenizer with one more token, id 300, than the teacher embeds, and what compares it with the teacher's."""
+    """A tokenizer with one more token, id 300, than the teacher embeds, and the option that names the teacher's."""
     make_tokenizer().save_pretrained(tmp_path / "narrow")
     return make_tokenizer(extra=("<|new|>",)), {"teacher_tokenizer_name_or_path": str(tmp_path / "narrow")}
 

@@ -1,4 +1,4 @@
-"""Several processes that see unequal things equal one process, with and without FSDP2, and none waits for another."""
+"""Several processes with unequal batches give the results of one, with and without FSDP2, and none hangs."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def test_step_with_only_cut_rollouts_warns_on_every_process_and_keeps_the_weight
 @pytest.mark.parametrize("name", ["frozen on one", "frozen on one, LoRA"])
 def test_process_whose_positions_are_all_frozen_projects_none_and_trains(folder, name):
     first, second = read(folder, name, 2)
-    assert 0 < first["local"]["count"] < first["local"]["seen"]  # of its own, few are frozen
+    assert 0 < first["local"]["count"] < first["local"]["seen"]  # few of its own are frozen
     assert second["local"]["count"] == 0 < second["local"]["seen"]
     assert np.linalg.norm(second["moved"]) > 0.1
 

@@ -226,7 +226,7 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
     assert found[0]["eval_weight/zero_share"] == 0.0
 
 
-# What is projected
+# Projected positions
 
 
 def test_frozen_positions_are_projected_only_in_steps_that_measure_them(tokenizer, tmp_path, projections):

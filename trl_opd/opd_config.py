@@ -290,7 +290,7 @@ class OPDConfig(DistillationConfig):
             require_device("teacher_device", self.teacher_device, self.device.type)
 
     def trains_as_trl(self) -> bool:
-        """Return whether no option changes the loss, so that TRL's own loss is called."""
+        """Return whether no option needs our own loss, so that TRL's is called."""
         uses_rocks = self.rock_set is not None
         moves_teacher = self.teacher_placement != "resident" or self.teacher_device is not None
         measures = self.token_statistics or self.save_occurrences is not None

@@ -163,7 +163,7 @@ class OPDTrainer(DistillationTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
         if not sharded:
-            # TRL registers its teacher, too. Without a registered model, an evaluation before the training prepares the
+            # TRL also registers its teacher. Without a registered model, an evaluation before the training prepares the
             # student for evaluation only, the training takes it for prepared, and gradients are not averaged over
             # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
             self.accelerator._models.append(self.teacher_model)
@@ -237,6 +237,7 @@ class OPDTrainer(DistillationTrainer):
         device = self.accelerator.device
         stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._position_weights = PositionWeights(self.args, self.rock_set, pair.vocab_size, stop_ids, self.accelerator)
+
         groups = self._position_weights.groups
         self._metric_sums = {"train": MetricSums(groups, device), "eval": MetricSums(groups, device)}
         self._token_sums = TokenSums(pair.vocab_size, pair.measure, device, enabled=self.args.token_statistics)
@@ -264,6 +265,7 @@ class OPDTrainer(DistillationTrainer):
             callback.attach(self, self.model_pair)
         self._token_sums.start(resumed=resume_from_checkpoint is not None)
         self.run_record.start()
+
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
         self.run_record.write_results(self.state, self.reduced_token_stats())
@@ -356,6 +358,7 @@ class OPDTrainer(DistillationTrainer):
         require_embeddable(prompt_ids, self.model_pair.vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
+
         name_student = name_student_in_sampling_error(self.state.global_step + 1)
         with name_student, sampling_mode(self.model), positions_from_mask(self.model):
             if not self.args.use_transformers_continuous_batching:
@@ -384,12 +387,14 @@ class OPDTrainer(DistillationTrainer):
         with self._step_timer.time("generate", on=training):
             batch = super()._generate_and_score_completions(inputs)
         self._has_new_completions = True
+
         if not training:
             mask_repeated(batch, self.accelerator)
         self._current_sums().add_completions(completions_of(batch))
         if training:  # evaluation is never weighted, and counts every position
             self._position_weights.mask_and_weigh(batch, self.state.global_step)
             self._occurrence_writer.number_rollouts(batch)
+
         if self._teacher_runs_ahead:
             with self._step_timer.time("teacher", on=training):
                 batch["teacher_hidden"] = self.model_pair.teacher_states.compute_states(batch)
@@ -402,6 +407,7 @@ class OPDTrainer(DistillationTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return locate_loss_positions(inputs)
+
         # If the buffer holds another list, TRL has just generated and split a new batch.
         if self._buffered_inputs is not self._micro_batches:
             batches = self._buffered_inputs
@@ -416,6 +422,7 @@ class OPDTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._uses_trl_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
         # As in TRL, but without its mean entropy, which synchronises with the device in every micro-batch; ours is
         # computed once per log.
         if self.model.training and inputs.get("num_items_in_batch") is not None:
@@ -486,12 +493,15 @@ class OPDTrainer(DistillationTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._step_timer.time("student"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self._step_timer.end_step()
-            self._occurrence_writer.end_step(self.state.global_step + 1)
-            self._finite_guard.end_step(self.state.global_step + 1)
-            if self.state.global_step == 0:
-                preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
+        if not self.accelerator.sync_gradients:
+            return loss
+
+        step = self.state.global_step + 1
+        self._step_timer.end_step()
+        self._occurrence_writer.end_step(step)
+        self._finite_guard.end_step(step)
+        if step == 1:
+            preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -500,6 +510,7 @@ class OPDTrainer(DistillationTrainer):
             logs.update(self._metric_sums["train"].take(self._sum_over_processes))
             logs.update(self._step_timer.take(self.accelerator.gather))
         self._token_sums.flush()
+
         self._metrics[mode].pop("entropy", None)  # TRL averages batch means; ours is a mean over tokens
         with self._completions_logged_once():
             super().log(logs, start_time)
@@ -530,6 +541,7 @@ class OPDTrainer(DistillationTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         self._finite_guard.stop_if_raised(self.state.global_step)
+
         sums = self._metric_sums["eval"]
         mean = sums.mean_divergence(self._sum_over_processes)
         if mean is not None:

@@ -48,7 +48,7 @@ class Batches(OPDCallback):
 
 
 def by_reference(batch, student, teacher, temperature=1.0) -> dict[int, dict[str, list]]:
-    """Return for each rollout what both models think of its tokens, in float64, from whole logits."""
+    """Return both models' probabilities of each rollout's tokens, in float64, from whole logits."""
     found = {}
     for row in range(len(batch["completion_ids"])):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
@@ -173,7 +173,7 @@ def test_extended_run_keeps_its_samples_and_a_new_run_starts_over(tokenizer, tmp
     )
     places = pq.read_table(tmp_path / FILE_NAME, columns=["step", "rollout", "position"]).to_pylist()
     assert sorted({place["step"] for place in places}) == [1, 2, 3, 4, 5]
-    assert len({tuple(place.values()) for place in places}) == len(places), "a step stands there twice"
+    assert len({tuple(place.values()) for place in places}) == len(places), "a step is there twice"
     assert set(read_metadata(tmp_path / FILE_NAME)["prompts"]) == {f"{step}/0" for step in range(1, 6)}
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=1, **settings).train()
     assert set(pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()) == {1}

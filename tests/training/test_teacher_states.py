@@ -1,4 +1,4 @@
-"""The teacher phase: scored once in groups of like length, equal to TRL's scoring, parked or not, and timed."""
+"""The teacher scores each batch once, in groups of similar length, as TRL does, parked or not, and is timed."""
 
 import dataclasses
 import json

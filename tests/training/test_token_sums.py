@@ -1,4 +1,4 @@
-"""Sums of a run: what they count, which window a checkpoint holds, and that a resumed run agrees."""
+"""Statistics of a run: the positions they count, the window in a checkpoint, and resumed runs."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_checkpoint_that_is_saved_again_keeps_its_statistics(tokenizer, tmp_path
     first = TokenStats.load(folder)
     trainer.save_model(str(folder), _internal_call=True)
     assert equal(TokenStats.load(folder), first)
-    trainer.train()  # a run of its own: it replaces the window
+    trainer.train()  # a new run replaces the window
     assert int(TokenStats.load(folder).seen.sum()) == sum(
         int(b["completion_mask"].sum()) for *_, b in trainer.batches[2:]
     )
@@ -128,7 +128,7 @@ def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, t
     assert int(windows[0].seen.sum()) > 0
     assert equal(*windows)
     assert equal(resumed.token_stats, windows[0])
-    # The same trainer object, resumed, forgets what it trained beyond the checkpoint.
+    # The same trainer object drops on resume the sums of steps after the checkpoint.
     broken.args.max_steps = 4
     broken.train(resume_from_checkpoint=checkpoint)
     assert equal(broken.token_stats, windows[0])
@@ -184,7 +184,7 @@ def test_waiting_signals_are_added_at_the_next_log(tokenizer, tmp_path):
     assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
 
 
-# The windows of a run. No device is touched for "mps": its signals are added up on the host.
+# Windows. "mps" needs no such device, because its signals are added up on the CPU.
 
 
 DEVICES = ["cpu", "mps"]

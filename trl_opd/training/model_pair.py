@@ -106,6 +106,10 @@ def describe_measure(
 
 def _largest_dropout(model: PreTrainedModel) -> float:
     """Return the largest dropout probability of a model in training mode."""
-    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    rates += [getattr(module, "attention_dropout", 0.0) for module in model.modules()]
-    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+    largest = 0.0
+    for module in model.modules():
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        rate = getattr(module, name, 0.0)
+        if isinstance(rate, (int, float)):
+            largest = max(largest, float(rate))
+    return largest

@@ -85,9 +85,9 @@ class PositionWeights:
         return not self._freezes or ends_in_log(self._args, state)
 
     def _mask_truncated(self, batch: dict[str, torch.Tensor], step: int) -> None:
-        cut = is_truncated(batch["completion_ids"], batch["completion_mask"], self._stop_ids)
+        cut = is_truncated(batch["completion_ids"], batch["completion_mask"], self._stop_ids)[:, None]
         # TRL has only the tool mask to keep a position as context and out of the loss.
-        batch["tool_mask"] = loss_mask(batch).long() * (~cut).long()[:, None]
+        batch["tool_mask"] = (loss_mask(batch) & ~cut).long()
         batch["num_items_in_batch"] = self._accelerator.gather(batch["tool_mask"].sum()).sum()
         if batch["num_items_in_batch"] == 0:
             warnings.warn(

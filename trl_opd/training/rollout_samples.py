@@ -81,20 +81,20 @@ class RolloutSamples(OPDCallback):
             columns = self.model_pair.call_in_wrapped_forward(self.trainer.model_wrapped, self._measure_tokens, inputs)
         reshard(self.model_pair.student)
 
-        token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]
-        width = inputs["completion_ids"].shape[1]
-        places = inputs["positions"].cpu().numpy()
-        rollout = rows.numpy()[places // width]
+        completion_ids = inputs["completion_ids"].cpu().numpy()
+        positions = inputs["positions"].cpu().numpy()
+        row, position = np.divmod(positions, completion_ids.shape[1])
+        rollout = rows.numpy()[row]
         columns["rollout"] = rollout
         columns["prompt"] = rollout // num_generations
-        columns["position"] = places % width
-        columns["token_id"] = token_ids.cpu().numpy()
+        columns["position"] = position
+        columns["token_id"] = completion_ids[row, position]
         columns["weight"] = inputs["position_weights"].numpy()
-        columns.setdefault("kl_pre", np.full(len(places), np.nan, np.float32))
-        prompts = {
-            int(row) // num_generations: tokens[mask.bool()].tolist()[-PROMPT_TOKENS:]
-            for row, tokens, mask in zip(rows, inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        }
+        columns.setdefault("kl_pre", np.full(len(positions), np.nan, np.float32))
+
+        prompts = {}
+        for index, tokens, mask in zip(rows.tolist(), inputs["prompt_ids"], inputs["prompt_mask"], strict=True):
+            prompts[index // num_generations] = tokens[mask.bool()].tolist()[-PROMPT_TOKENS:]
         return columns, prompts
 
     def _measure_tokens(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

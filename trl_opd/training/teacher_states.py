@@ -87,12 +87,13 @@ class TeacherStates:
         Args:
             batch (`dict[str, torch.Tensor]`): Prompts `(B, P)`, padded left, and completions `(B, C)`, padded right.
         """
-        prompt_lengths = batch["prompt_mask"].sum(1).tolist()
-        completion_lengths = batch["completion_mask"].sum(1).tolist()
-        lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+        prompt_lengths = batch["prompt_mask"].sum(1)
+        lengths = (prompt_lengths + batch["completion_mask"].sum(1)).tolist()
+        prompt_lengths = prompt_lengths.tolist()
         mask = loss_mask(batch).cpu()
         device = self._teacher.get_input_embeddings().weight.device
         home = self._home(int(mask.sum()))
+
         kept = [None] * len(lengths)
         with self.resident():
             self._teacher.eval()
@@ -101,6 +102,7 @@ class TeacherStates:
                 ids, attention = left_aligned(batch, rows, longest)
                 ids = ids.clamp(max=self._vocab_size - 1)  # the teacher may lack the padding id
                 hidden = self._last_hidden_state(self._teacher, ids.to(device), attention.to(device), longest - 1)
+
                 for place, row in enumerate(rows):
                     # A token is predicted at the position of the token before it.
                     positions = mask[row].nonzero()[:, 0] + prompt_lengths[row] - 1
