@@ -163,21 +163,16 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(tokenizer, tmp_path
     assert alone["eval_kl/mean"] == both["eval_a_kl/mean"]
 
 
-def test_predictions_are_repeatable_and_leave_the_training_rng_unchanged(tokenizer, tmp_path):
+def test_predictions_repeat_the_metrics_of_an_evaluation_and_leave_the_training_rng_unchanged(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     state = torch.get_rng_state()
-    first, second = (trainer.predict(make_dataset(3)).metrics["test_loss"] for _ in range(2))
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_prediction_has_the_metrics_of_an_evaluation_with_its_own_prefix(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path, max_steps=1)
     evaluated = trainer.evaluate(make_dataset(3))
-    predicted = trainer.predict(make_dataset(3)).metrics
-    for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
-        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
+    for _ in range(2):
+        predicted = trainer.predict(make_dataset(3)).metrics
+        for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
+            assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
     assert not [name for name in predicted if name.startswith("eval_")]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tokenizer, tmp_path):

@@ -42,6 +42,20 @@ def loss_positions(batch) -> torch.Tensor:
     return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
 
+def metrics_of_groups(ids, divergences) -> dict[str, float]:
+    """Return the metrics of rocks, controls and other tokens, computed by hand."""
+    rock = torch.isin(ids, torch.tensor(ROCKS))
+    control = torch.isin(ids, torch.tensor(CONTROLS.ids))
+    return {
+        "rock/mean_kl": divergences[rock].mean().item(),
+        "rock/token_share": rock.double().mean().item(),
+        "rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
+        "control/mean_kl": divergences[control].mean().item(),
+        "control/token_share": control.double().mean().item(),
+        "other/mean_kl": divergences[~rock & ~control].mean().item(),
+    }
+
+
 def padding(batches) -> float:
     masks = [torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1) for batch in batches]
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
@@ -68,15 +82,7 @@ def require_metrics(trainer, line, batches, own_path):
     expected = {"kl/mean": divergences.mean().item(), "weight/zero_share": 0.0}
     expected["batch/padding_share"] = padding(batches)
     if own_path:
-        rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
-        expected |= {
-            "rock/mean_kl": divergences[rock].mean().item(),
-            "rock/token_share": rock.double().mean().item(),
-            "rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
-            "control/mean_kl": divergences[control].mean().item(),
-            "control/token_share": control.double().mean().item(),
-            "other/mean_kl": divergences[~rock & ~control].mean().item(),
-        }
+        expected |= metrics_of_groups(ids, divergences)
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert any(name.startswith(("rock/", "control/", "other/")) for name in line) == own_path
 
@@ -96,19 +102,10 @@ def test_metrics_of_an_evaluation_equal_those_computed_by_hand(tokenizer, tmp_pa
     assert [len(batch["completion_ids"]) for batch in batches] == [2, 1]
     ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
     assert len(ids) == sum(batch["completion_mask"].sum() for batch in batches)  # cut rollouts included
-    rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
-    expected = {
-        "eval_loss": divergences.mean().item(),
-        "eval_kl/mean": divergences.mean().item(),
-        "eval_rock/mean_kl": divergences[rock].mean().item(),
-        "eval_rock/token_share": rock.double().mean().item(),
-        "eval_rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
-        "eval_control/mean_kl": divergences[control].mean().item(),
-        "eval_other/mean_kl": divergences[~rock & ~control].mean().item(),
-        "eval_weight/zero_share": 0.0,
-        "eval_batch/padding_share": padding(batches),
-    }
-    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    mean = divergences.mean().item()
+    expected = {"loss": mean, "kl/mean": mean, "weight/zero_share": 0.0, "batch/padding_share": padding(batches)}
+    expected |= metrics_of_groups(ids, divergences)
+    assert {name: line[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weights"])
