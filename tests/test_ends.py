@@ -69,7 +69,7 @@ def expected_mask(completions: torch.Tensor, ends: list[int]) -> list[list[int]]
 
 @pytest.mark.parametrize("micro_batching", ["tight", "trl"])
 @pytest.mark.parametrize("set_by_trl", [True, False], ids=["no pad token", "pad is eos"])
-def test_the_first_end_is_trained_on_and_the_padding_that_looks_like_it_is_not(tmp_path, set_by_trl, micro_batching):
+def test_first_end_is_trained_and_padding_with_the_same_id_is_not(tmp_path, set_by_trl, micro_batching):
     tokenizer = padded_with_the_end(set_by_trl=set_by_trl)
     settings = {"micro_batching": micro_batching, "learning_rate": 0.0, "max_completion_length": 24, "max_steps": 1}
     trainer = build(tmp_path, student=ending_student(END), tokenizer=tokenizer, cls=Recorder, **settings)
@@ -129,7 +129,7 @@ def test_every_end_of_the_generation_config_ends_a_rollout_and_is_trained_on(tmp
 # Ends and padding that are no ids of the student
 
 
-def test_an_end_that_the_student_lacks_is_refused(tmp_path):
+def test_end_that_the_student_lacks_is_an_error(tmp_path):
     tokenizer = make_tokenizer(("<|far|>",))
     tokenizer.eos_token = "<|far|>"
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
@@ -138,7 +138,7 @@ def test_an_end_that_the_student_lacks_is_refused(tmp_path):
         build(tmp_path, tokenizer=tokenizer, **models)
 
 
-def test_an_end_that_the_student_lacks_beside_one_that_it_has_is_left_alone(tmp_path):
+def test_end_that_the_student_lacks_is_accepted_if_it_has_another(tmp_path):
     tokenizer = make_tokenizer(("<|far|>",))
     tokenizer.eos_token = "<|far|>"
     trainer = build(tmp_path, tokenizer=tokenizer)
@@ -147,7 +147,7 @@ def test_an_end_that_the_student_lacks_beside_one_that_it_has_is_left_alone(tmp_
     assert trainer.state.global_step == 2
 
 
-def test_a_padding_token_that_the_student_lacks_is_refused(tmp_path):
+def test_padding_token_that_the_student_lacks_is_an_error(tmp_path):
     tokenizer = make_tokenizer(("<|far|>",))
     tokenizer.pad_token = "<|far|>"
     with pytest.raises(ValueError, match=r"padding token '<\|far\|>' \(id 300\) is outside the 300 ids of the student"):
@@ -193,11 +193,11 @@ def warnings_of(path, student_ends, teacher_ends, *, eos: str, chat: bool = True
         (["turn"], [], "turn"),
     ],
 )
-def test_pairs_that_end_alike_are_silent(tmp_path, student, teacher, eos, chat):
+def test_models_that_share_their_ends_give_no_warning(tmp_path, student, teacher, eos, chat):
     assert warnings_of(tmp_path, student, teacher, eos=eos, chat=chat) == []
 
 
-def test_base_models_that_end_alike_are_silent_on_plain_texts(tmp_path):
+def test_base_models_that_share_their_end_give_no_warning_on_plain_texts(tmp_path):
     assert warnings_of(tmp_path, ["text"], ["text"], eos="text", chat=False) == []
 
 
@@ -217,7 +217,7 @@ def test_pairs_that_end_differently_are_a_warning_with_both_tokens(tmp_path, stu
     assert all(f"'{name}' (id {id})" in message for name, id in zip(NAMES, chatml_tokenizer(NAMES[0])[1], strict=True))
 
 
-def test_the_ends_of_a_teacher_without_any_are_those_of_its_tokenizer(tmp_path):
+def test_teacher_without_ends_uses_those_of_its_tokenizer(tmp_path):
     tokenizer, (turn, text) = chatml_tokenizer(NAMES[1])
     make_model(seed=1, rows=304, eos_token_id=None).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
@@ -229,7 +229,7 @@ def test_the_ends_of_a_teacher_without_any_are_those_of_its_tokenizer(tmp_path):
     assert f"rollouts end at '<|im_end|>' (id {turn}), the teacher ends at '<|endoftext|>' (id {text})" in message
 
 
-def test_an_end_that_is_not_known_is_no_reason_to_warn():
+def test_unknown_end_of_the_teacher_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_ends(make_tokenizer(), [END], [], None)
@@ -240,7 +240,7 @@ def test_an_end_that_is_not_known_is_no_reason_to_warn():
     [
         (TEMPLATE, "<|end|>"),
         (CHATML, "<|im_end|>"),
-        # As Gemma's, whose end has the word "turn" in it, and as Llama 3's, whose header stands before the content.
+        # Gemma's end contains the word "turn", and Llama 3 puts a header before the content.
         (CHATML.replace("im_end", "end_of_turn"), "<end_of_turn>"),
         ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<eot>{% endfor %}", "<eot>"),
         (
@@ -259,7 +259,7 @@ def test_the_token_that_closes_a_turn_is_read_from_the_template(template, expect
     assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
 
 
-def test_a_template_is_asked_with_the_users_own_settings():
+def test_turn_end_uses_the_users_template_settings():
     tokenizer = make_tokenizer(("<eot>",))
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if closed %}<eot>{% endif %}{% endfor %}"
     assert find_turn_end(tokenizer) is None

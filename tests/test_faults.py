@@ -1,7 +1,7 @@
-"""Twenty faults of TRL 1.16's DistillationTrainer that a user of OPDTrainer does not meet.
+"""Twenty bugs of TRL 1.16's DistillationTrainer that OPDTrainer fixes.
 
-Each test shows the fault on TRL's own class and its absence on ours, so a TRL that mends one makes a test fail and our
-correction can go. The numbers are those of the table in docs/training.md.
+Each test shows the bug in TRL's class and the fix in ours, so a test fails if TRL fixes a bug, and our correction can
+then be removed. The numbers are those of the table in docs/training.md.
 """
 
 import copy
@@ -93,7 +93,7 @@ def prompts_of_epochs(cls, path, *, stop_at: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])
-def test_02_a_resumed_run_sees_the_prompts_of_its_epoch(tmp_path, stop_at):
+def test_02_resumed_run_draws_the_prompts_of_its_epoch(tmp_path, stop_at):
     theirs, found = prompts_of_epochs(DistillationTrainer, tmp_path / "trl", stop_at=stop_at)
     assert found != theirs
     expected, found = prompts_of_epochs(OPDTrainer, tmp_path / "ours", stop_at=stop_at)
@@ -104,7 +104,7 @@ def test_02_a_resumed_run_sees_the_prompts_of_its_epoch(tmp_path, stop_at):
 # 3
 
 
-def test_03_an_adapter_outside_the_teachers_backbone_is_refused(tmp_path):
+def test_03_adapter_outside_the_teachers_backbone_is_an_error(tmp_path):
     head = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     build(DistillationTrainer, tmp_path, teacher=get_peft_model(make_model(seed=1), head))  # without a word
     with pytest.raises(ValueError, match=r"teacher has a PEFT adapter on its LM head.*merge_and_unload"):
@@ -118,7 +118,7 @@ def test_03_an_adapter_outside_the_teachers_backbone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_04_a_quantised_lm_head_of_the_teacher_is_dequantised_once(tmp_path, kind):
+def test_04_quantised_lm_head_of_the_teacher_is_dequantised_once(tmp_path, kind):
     make_model(seed=1, width=64).save_pretrained(tmp_path / "teacher")
     make_tokenizer().save_pretrained(tmp_path / "teacher")
     four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -144,7 +144,7 @@ def test_04_a_quantised_lm_head_of_the_teacher_is_dequantised_once(tmp_path, kin
 # 5
 
 
-def test_05_the_teachers_dtype_may_be_a_torch_dtype(tmp_path):
+def test_05_teachers_dtype_can_be_a_torch_dtype(tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "teacher")
     changes = {"teacher_model_init_kwargs": {"dtype": torch.bfloat16}, "teacher": str(tmp_path / "teacher")}
     with pytest.raises(TypeError):
@@ -155,7 +155,7 @@ def test_05_the_teachers_dtype_may_be_a_torch_dtype(tmp_path):
 # 6
 
 
-def test_06_a_config_with_a_quantised_teacher_is_json(tmp_path):
+def test_06_config_with_a_quantised_teacher_converts_to_json(tmp_path):
     kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16}
     changes = {"teacher_model_init_kwargs": kwargs}
     with pytest.raises(TypeError):
@@ -172,7 +172,7 @@ def test_06_a_config_with_a_quantised_teacher_is_json(tmp_path):
 # 7
 
 
-def test_07_the_teacher_named_in_the_config_is_used_and_none_is_refused(tmp_path):
+def test_07_teacher_in_the_config_is_used_and_a_missing_one_is_an_error(tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "teacher")
     changes = {"teacher_model_name_or_path": str(tmp_path / "teacher")}
     theirs = DistillationTrainer(
@@ -196,7 +196,7 @@ def evaluations(cls, path) -> list[float]:
     return [trainer.evaluate()["eval_loss"] for _ in range(2)]
 
 
-def test_08_evaluation_has_a_random_stream_of_its_own(tmp_path):
+def test_08_evaluation_uses_its_own_rng(tmp_path):
     first, second = evaluations(DistillationTrainer, tmp_path)
     assert first != second
     first, second = evaluations(OPDTrainer, tmp_path)
@@ -211,7 +211,7 @@ def test_08_evaluation_has_a_random_stream_of_its_own(tmp_path):
     assert losses[OPDTrainer, "no"] == losses[OPDTrainer, "steps"]
 
 
-def test_08_every_random_state_is_as_it_was_after_an_evaluation(tmp_path):
+def test_08_evaluation_restores_every_rng_state(tmp_path):
     trainer = build(OPDTrainer, tmp_path, eval_dataset=make_dataset(2))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     trainer.evaluate()
@@ -223,7 +223,7 @@ def test_08_every_random_state_is_as_it_was_after_an_evaluation(tmp_path):
 # 9
 
 
-def test_09_the_evaluation_loss_and_the_entropy_are_means_over_tokens(tmp_path):
+def test_09_evaluation_loss_and_entropy_are_means_over_tokens(tmp_path):
     found = {}
     for cls in CLASSES:
         for batch in (1, 3, 8):
@@ -263,7 +263,7 @@ def test_10_rollouts_are_sampled_without_dropout(tmp_path):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_11_a_dataset_smaller_than_one_step_says_what_is_missing(tmp_path, stream):
+def test_11_dataset_smaller_than_one_step_is_an_error_with_the_number_of_prompts(tmp_path, stream):
     def data():
         rows = make_dataset(3)
         return IterableDataset.from_generator(lambda: iter(rows)) if stream else rows
@@ -290,24 +290,24 @@ def test_11_a_dataset_smaller_than_one_step_says_what_is_missing(tmp_path, strea
         ({"prompt": ["a", "b", "c", "so " * 300] * 2}, "row 3 of the dataset has 300 tokens|row 3 .* tokens and the"),
     ],
 )
-def test_12_a_prompt_that_is_none_is_named_with_its_row(tmp_path, rows, sentence):
+def test_12_invalid_prompt_is_an_error_with_its_row(tmp_path, rows, sentence):
     dataset = Dataset.from_dict(rows)
     with pytest.raises(ValueError, match=sentence):
         build(OPDTrainer, tmp_path, dataset=dataset, shuffle_dataset=False).train()
 
 
-def test_12_trl_answers_a_missing_column_with_a_key_error(tmp_path):
+def test_12_trl_raises_a_key_error_for_a_missing_column(tmp_path):
     with pytest.raises(KeyError):
         build(DistillationTrainer, tmp_path, dataset=Dataset.from_dict({"question": ["a"] * 8})).train()
 
 
-def test_12_a_row_of_a_stream_is_checked_when_it_comes(tmp_path):
+def test_12_row_of_a_stream_is_checked_when_it_is_read(tmp_path):
     stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in ["a", "b", "", "c"]))
     with pytest.raises(ValueError, match="The prompt in a row of the dataset is empty"):
         build(OPDTrainer, tmp_path, dataset=stream).train()
 
 
-def test_12_the_evaluation_dataset_is_checked_too(tmp_path):
+def test_12_evaluation_dataset_is_checked(tmp_path):
     parts = {"a": make_dataset(2), "b": Dataset.from_dict({"prompt": ["a", ""]})}
     with pytest.raises(ValueError, match=r"row 1 of the evaluation dataset\['b'\] is empty"):
         build(OPDTrainer, tmp_path, eval_dataset=parts)
@@ -316,7 +316,7 @@ def test_12_the_evaluation_dataset_is_checked_too(tmp_path):
 # 13
 
 
-def test_13_no_limit_means_up_to_the_context(tmp_path):
+def test_13_rollouts_without_a_limit_end_at_the_context_length(tmp_path):
     lengths = {}
     for cls in CLASSES:
         student = make_model(seed=0, max_position_embeddings=64)
@@ -385,7 +385,7 @@ def test_14_generation_sees_the_same_prompt_padded_or_not(tmp_path, bf16):
 # 15
 
 
-def test_15_one_object_as_student_and_teacher_is_refused(tmp_path):
+def test_15_one_object_as_student_and_teacher_is_an_error(tmp_path):
     model = make_model()
     theirs = build(DistillationTrainer, tmp_path, student=model, teacher=model)
     theirs.train()
@@ -416,7 +416,7 @@ def test_16_completions_are_logged_once_per_step(tmp_path, monkeypatch):
 # 17
 
 
-def test_17_a_run_that_was_asked_for_several_processes_and_has_one_says_so(tmp_path, monkeypatch):
+def test_17_launcher_that_starts_one_of_several_processes_is_a_warning(tmp_path, monkeypatch):
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -442,7 +442,7 @@ def test_17_a_run_that_was_asked_for_several_processes_and_has_one_says_so(tmp_p
 # 18
 
 
-def test_18_a_run_that_has_all_its_steps_does_none_when_it_is_resumed(tmp_path):
+def test_18_resuming_a_finished_run_does_nothing(tmp_path):
     steps = {}
     for cls in CLASSES:
         folder = tmp_path / cls.__name__
@@ -469,13 +469,14 @@ def prompts_of_a_stream(cls, folder, *, resume=None, **changes) -> list[list[str
     return [prompts for prompts, _ in trainer.batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_steps", [5, 9])
-def test_19_a_resumed_stream_goes_on_where_it_was_in_its_pass(tmp_path, max_steps):
+def test_19_resumed_stream_continues_where_it_stopped(tmp_path, max_steps):
     """Two steps are a pass; for transformers `max_steps` steps are one, so it errs from the second pass on."""
     for cls in CLASSES:
         whole = prompts_of_a_stream(cls, tmp_path / cls.__name__)
         assert len(whole) == 5
-        assert whole[:2] != whole[2:4]  # every pass has an order of its own
+        assert whole[:2] != whole[2:4]  # every pass has another order
         for step in range(1, 5):
             checkpoint = str(tmp_path / cls.__name__ / f"checkpoint-{step}")
             found = prompts_of_a_stream(cls, tmp_path / "resumed", resume=checkpoint, max_steps=max_steps)
@@ -485,7 +486,7 @@ def test_19_a_resumed_stream_goes_on_where_it_was_in_its_pass(tmp_path, max_step
 # 20
 
 
-def test_20_a_checkpoint_whose_saving_was_killed_is_not_gone_on_from(tmp_path):
+def test_20_incomplete_checkpoint_is_skipped_on_resume(tmp_path):
     steps = {}
     for cls in CLASSES:
         folder = tmp_path / cls.__name__
@@ -496,12 +497,12 @@ def test_20_a_checkpoint_whose_saving_was_killed_is_not_gone_on_from(tmp_path):
         trainer = build(cls, folder, **(settings | {"max_steps": 5}))
         began = []
         trainer.add_callback(Beginning(began))
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train(resume_from_checkpoint=True)
         steps[cls] = began[0]
-    assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # with an optimizer that begins anew, and without a word
-    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in told)
+    assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # TRL's optimizer starts over, without a warning
+    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in caught)
 
 
 class Beginning(TrainerCallback):

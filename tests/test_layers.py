@@ -1,6 +1,6 @@
-"""Tests of the shape of trl_opd: who may import whom, what an import costs, and which names stay inside their module.
+"""Tests of the structure of trl_opd: allowed imports, the cost of an import, and private names.
 
-The table below is the picture of docs/design.md, one row for each part, read against the sources.
+The table below is the diagram of docs/design.md, with one row for each part. The tests compare it with the sources.
 """
 
 import ast
@@ -23,7 +23,7 @@ from tests.helpers.paths import ROOT
 PACKAGE = Path(trl_opd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# part (a folder or a module beside them): what it may import of ours, a part or a module of one
+# Part (a folder, or a module next to the folders) -> parts or modules of ours that it may import.
 MAY_IMPORT = {
     "_trl": set(),
     "statistics": set(),
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loss": {"_trl"},
     "artefacts": set(),
     "rocks": {"artefacts", "statistics"},
-    "report": {"rocks", "artefacts", "statistics", "_trl"},  # a card cites what TRL cites
+    "report": {"rocks", "artefacts", "statistics", "_trl"},  # a model card cites the paper that TRL cites
     "rollouts": {"loss", "_trl"},
     "models": {"loss", "artefacts", "opd_config", "_trl"},
     "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["demo"] = {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts"}
 MAY_IMPORT["demo"] |= {"opd_config", "statistics"}
-# Commands parse and print: they load models and call what computes, and form no tensors.
+# Commands parse, load models, call functions and print; they compute nothing with tensors.
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "models", "rollouts"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set(trl_opd._HOME.values())
@@ -59,7 +59,7 @@ MAY_IMPORT["__init__"] = set(trl_opd._HOME.values())
 # Pure parts take tensors and plain values, and know no configuration, trainer or device policy.
 PURE = ("loss", "rocks", "rollouts.batches", "statistics")
 NOT_PURE = {"accelerate", "datasets", "peft", "transformers", "trl"}
-# What a user types or imports: only here may the name of a module be computed.
+# Users type or import these names, and only these modules may import by a computed name.
 EDGE = ("__init__", "__main__", "cli")
 # Seams to TRL and transformers, whose private names are overridden, called or copied there.
 SEAMS = {"opd_trainer", "_trl", "rollouts.sampling"}
@@ -74,8 +74,8 @@ class Import(NamedTuple):
     """An import in a source.
 
     Args:
-        importer (`str`): The module of ours in which it stands ("rocks.rock_set").
-        target (`str`): What is imported, by its absolute name ("trl_opd.artefacts.hub.hub_errors").
+        importer (`str`): The module of ours that contains it ("rocks.rock_set").
+        target (`str`): The absolute name of the import ("trl_opd.artefacts.hub.hub_errors").
         line (`int`): Where.
         moment (`str`): When it runs: with the module ("load"), in a function ("call") or for type checkers ("typing").
     """
@@ -87,7 +87,7 @@ class Import(NamedTuple):
 
 
 def imports_in(source: str, module: str, *, package: bool = False) -> list[Import]:
-    """Return every import of a source, wherever it stands.
+    """Return every import of a source, at any depth.
 
     Args:
         source (`str`): The text of the module.
@@ -123,7 +123,7 @@ def _nodes(node: ast.AST, moment: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def module_of(target: str) -> str | None:
-    """Return the module of ours that a target is or lies in ("rocks.rock_set"), or `None` for another package's."""
+    """Return the module of ours that a target is or belongs to ("rocks.rock_set"), or `None` for other packages."""
     package, *names = target.split(".")
     if package != "trl_opd":
         return None
@@ -142,7 +142,7 @@ def part_of(module: str) -> str:
 
 
 def lies_in(module: str, places) -> bool:
-    """Return whether a module is one of these places, or lies in one that is a folder."""
+    """Return whether a module is one of these places, or is inside one that is a folder."""
     return any(module == place or module.startswith(f"{place}.") for place in places)
 
 
@@ -187,32 +187,32 @@ def all_imports() -> list[Import]:
         ("from trl.trainer.utils import RepeatSampler", ("trl.trainer.utils.RepeatSampler", None, "load")),
     ],
 )
-def test_the_reader_sees_an_import_in_every_form(source, expected):
+def test_import_reader_finds_every_form_of_import(source, expected):
     (found,) = imports_in(source, "trl_opd.training.metrics")
     assert (found.target, module_of(found.target), found.moment) == expected
     assert found.importer == "training.metrics"
 
 
-def test_the_reader_counts_dots_from_the_place_of_the_module():
+def test_import_reader_resolves_relative_imports():
     assert imports_in("from ..loss import fused", "trl_opd.cli.demo")[0].target == "trl_opd.loss.fused"
     assert imports_in("from .demo import main", "trl_opd.cli", package=True)[0].target == "trl_opd.cli.demo.main"
     assert imports_in("from .loss import fused", "trl_opd", package=True)[0].target == "trl_opd.loss.fused"
 
 
-def test_a_folder_holds_its_modules_and_no_neighbour():
+def test_folder_contains_its_modules_and_no_others():
     assert lies_in("loss.signals", ["loss"])
     assert lies_in("loss.signals", ["loss.signals"])
     assert not lies_in("loss", ["loss.signals"])
     assert not lies_in("lossless", ["loss"])
 
 
-def test_the_table_of_imports_has_a_row_for_each_part():
+def test_import_table_has_a_row_for_each_part():
     parts = {part_of(module_of(name_of(path))) for path in FILES}
     assert parts <= MAY_IMPORT.keys(), "a new part needs a row: here and in docs/design.md"
     assert MAY_IMPORT.keys() <= parts, "the table has rows of parts that do not exist"
 
 
-def test_no_part_imports_against_the_table():
+def test_every_import_is_allowed_by_the_table():
     wrong = []
     for found in all_imports():
         ours = module_of(found.target)
@@ -225,21 +225,12 @@ def test_no_part_imports_against_the_table():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_table_of_imports_has_no_cycle():
+def test_import_table_has_no_cycle():
     graph = {part: {part_of(place) for place in allowed} for part, allowed in MAY_IMPORT.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_parts_import_each_other_without_a_cycle():
-    graph = {}
-    for found in all_imports():
-        ours = module_of(found.target)
-        if ours is not None and part_of(ours) != part_of(found.importer):
-            graph.setdefault(part_of(found.importer), set()).add(part_of(ours))
-    graphlib.TopologicalSorter(graph).prepare()
-
-
-def test_modules_load_without_a_cycle():
+def test_imports_between_modules_have_no_cycle():
     graph = {}
     for found in all_imports():
         ours = module_of(found.target)
@@ -248,7 +239,7 @@ def test_modules_load_without_a_cycle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_pure_modules_know_no_trainer_library():
+def test_pure_modules_import_no_trainer_library():
     wrong = []
     for found in all_imports():
         library = found.target.split(".")[0]
@@ -257,7 +248,7 @@ def test_pure_modules_know_no_trainer_library():
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_trl_py_reaches_behind_the_public_names_of_trl():
+def test_only_trl_py_imports_private_names_of_trl():
     wrong = []
     for found in all_imports():
         package, *names = found.target.split(".")
@@ -269,8 +260,8 @@ def test_only_trl_py_reaches_behind_the_public_names_of_trl():
     assert not wrong, "\n".join(wrong)
 
 
-def test_nothing_is_imported_by_a_computed_name_below_the_edge():
-    # What no reader of imports can see: `import_module("trl_opd.cli")`.
+def test_no_inner_module_imports_by_a_computed_name():
+    # `import_module("trl_opd.cli")` is invisible to the reader of imports.
     for path in FILES:
         if not lies_in(module_of(name_of(path)), EDGE):
             text = path.read_text(encoding="utf-8")
@@ -279,8 +270,8 @@ def test_nothing_is_imported_by_a_computed_name_below_the_edge():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "its first line says what it is for"
+def test_every_module_has_a_docstring(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "write a docstring that defines the module"
 
 
 # The tests
@@ -293,9 +284,7 @@ def test_no_test_module_is_imported_by_another_or_by_a_benchmark():
         for found in imports_in(path.read_text(encoding="utf-8"), module, package=path.stem == "__init__"):
             package, *names = found.target.split(".")
             if package == "tests" and any(name.startswith("test_") for name in names):
-                wrong.append(
-                    f"{module} imports {found.target} (line {found.line}): what is shared lies in tests/helpers"
-                )
+                wrong.append(f"{module} imports {found.target} (line {found.line}): put shared code into tests/helpers")
     assert not wrong, "\n".join(wrong)
 
 
@@ -375,7 +364,7 @@ def listed(found: list[tuple[Path, int, str]]) -> str:
         ("x = record._replace(a=1)", []),
     ],
 )
-def test_the_reader_sees_private_names_of_other_objects(source, expected):
+def test_reader_finds_private_names_of_other_objects(source, expected):
     assert foreign_private_names(source) == expected
 
 
@@ -392,7 +381,7 @@ def test_the_reader_sees_private_names_of_other_objects(source, expected):
         ("from torch._dynamo import _x", []),
     ],
 )
-def test_the_reader_sees_private_names_that_are_imported(source, expected):
+def test_reader_finds_imported_private_names(source, expected):
     assert private_imports(source, "trl_opd.training.finite") == expected
 
 
@@ -406,7 +395,7 @@ def test_the_reader_sees_private_names_that_are_imported(source, expected):
         ("def f(model): trainer = model", []),
     ],
 )
-def test_the_reader_sees_a_trainer_without_a_type(source, expected):
+def test_reader_finds_untyped_trainer_parameters(source, expected):
     assert untyped_trainers(source) == expected
 
 
@@ -426,7 +415,7 @@ def test_no_private_name_is_imported_from_another_module():
     assert not wrong, listed(wrong)
 
 
-def test_no_parameter_named_trainer_is_without_a_type():
+def test_every_trainer_parameter_has_a_type():
     wrong = []
     for path in FILES:
         wrong += [(path, *found) for found in untyped_trainers(path.read_text(encoding="utf-8"))]
@@ -439,7 +428,7 @@ def test_no_parameter_named_trainer_is_without_a_type():
 def test_public_names_are_listed_once_for_every_reader():
     assert set(trl_opd.__all__) == set(trl_opd._HOME)
     assert len(trl_opd.__all__) == len(set(trl_opd.__all__))
-    # The block for type checkers says the same a third time.
+    # The block for type checkers repeats the names.
     typed = {}
     for found in imports_in(Path(trl_opd.__file__).read_text(encoding="utf-8"), "trl_opd", package=True):
         if found.moment == "typing":
@@ -469,13 +458,13 @@ print(json.dumps({"import": after_import, "dir": after_dir, "RockSet": loaded(),
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, list[str]]:
-    """What one fresh interpreter has loaded after each step: top-level modules by step, and the names of `dir`."""
+    """Top-level modules that a fresh interpreter has loaded after each step, and the names of `dir`."""
     done = subprocess.run([sys.executable, "-c", LOADED_BY], check=True, capture_output=True, text=True, timeout=120)
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("step", ["import", "dir", "RockSet"])
-def test_a_look_at_the_package_loads_no_heavy_library(fresh, step):
+def test_import_of_the_package_loads_no_heavy_library(fresh, step):
     assert "trl_opd" in fresh[step]
     assert not {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy"} & set(fresh[step])
 

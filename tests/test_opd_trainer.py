@@ -1,4 +1,4 @@
-"""OPDTrainer at the edges of test_models: both paths of the loss on mixed models, and ids outside the shared range."""
+"""OPDTrainer with mixed models, on both paths of the loss, and with ids outside the shared vocabulary."""
 
 import copy
 import warnings
@@ -52,7 +52,7 @@ def reference_of(trainer, inputs):
     ],
     ids=["bfloat16 teacher", "4-bit teacher", "bfloat16 student", "QLoRA student", "LoRA with checkpointing"],
 )
-def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
+def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes):
     paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
     found = []
     for own in (False, True):
@@ -63,7 +63,7 @@ def test_our_path_agrees_with_that_of_trl_on_unlike_models(tmp_path, changes):
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    # Where padding lies changes what bfloat16 rounds; and TRL rounds the gradient of the logits to the student's dtype.
+    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype.
     half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
     rounding = 1e-2 if half else 1e-5
     assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
@@ -87,7 +87,7 @@ def test_every_adapter_of_a_quantised_student_has_a_gradient_after_an_evaluation
     assert reference.relative_error(second, first) < 1e-5
 
 
-def test_a_four_bit_teacher_may_be_an_object(tmp_path):
+def test_four_bit_teacher_can_be_an_object(tmp_path):
     path = save(tmp_path / "teacher", seed=1)
     losses = [
         loss_and_gradient(build(tmp_path, make_model(seed=0, width=64), teacher, **changes), make_inputs())[0]
@@ -111,7 +111,7 @@ def test_the_teacher_scores_without_its_dropout(tmp_path, own_path):
 
 
 @pytest.mark.parametrize("own_path", [False, True])
-def test_a_head_that_peft_trains_whole_is_the_one_that_is_read(tmp_path, own_path):
+def test_loss_uses_the_head_that_peft_trains(tmp_path, own_path):
     rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     trainer, inputs = build(tmp_path, peft_config=config, **rocks), make_inputs()
@@ -125,7 +125,7 @@ def test_a_head_that_peft_trains_whole_is_the_one_that_is_read(tmp_path, own_pat
 
 
 @pytest.mark.parametrize("inner", ["teacher", "student"])
-def test_an_adapter_around_the_other_models_own_object_is_refused(tmp_path, inner):
+def test_adapter_around_the_other_models_object_is_an_error(tmp_path, inner):
     base = make_model(seed=0)
     outer = get_peft_model(base, LoraConfig(**ADAPTER))
     models = {"student": outer, "teacher": base} if inner == "teacher" else {"student": base, "teacher": outer}
@@ -133,7 +133,7 @@ def test_an_adapter_around_the_other_models_own_object_is_refused(tmp_path, inne
         build(tmp_path, **models).train()
 
 
-def test_a_student_whose_head_is_quantised_is_compared_by_the_logits_that_it_has(tmp_path):
+def test_student_with_a_quantised_head_is_compared_by_its_own_logits(tmp_path):
     quantised = BitsAndBytesConfig(**FOUR_BIT, llm_int8_skip_modules=["none_of_them"])
     path, inputs = save(tmp_path / "student", seed=0), make_inputs()
     student = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantised).eval()
@@ -164,13 +164,13 @@ def test_rollouts_of_an_evaluation_stay_in_the_shared_range(tmp_path):
     assert trainer.seen[0]["completion_ids"].max() < 300
 
 
-def test_unequal_sizes_are_refused_for_a_teacher_folder_without_a_tokenizer(tmp_path):
+def test_unequal_vocabulary_sizes_without_a_teacher_tokenizer_are_an_error(tmp_path):
     make_model(seed=1, rows=320).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"300 vocabulary entries, the teacher 320.*names no tokenizer"):
         build(tmp_path, teacher=str(tmp_path / "teacher"))
 
 
-def test_the_named_tokenizer_of_the_teacher_counts_before_its_own(tmp_path):
+def test_teacher_tokenizer_option_overrides_the_teachers_own_tokenizer(tmp_path):
     swapped_tokenizer().save_pretrained(tmp_path / "swapped")
     teacher = save(tmp_path / "teacher", seed=1)
     build(tmp_path, teacher=teacher)
@@ -180,12 +180,12 @@ def test_the_named_tokenizer_of_the_teacher_counts_before_its_own(tmp_path):
 
 @pytest.fixture
 def wider(tmp_path):
-    """A tokenizer with one more token, id 300, than the teacher embeds, and what compares it with the teacher's."""
+    """A tokenizer with one more token, id 300, than the teacher embeds, and the option that names the teacher's."""
     make_tokenizer().save_pretrained(tmp_path / "narrow")
     return make_tokenizer(extra=("<|new|>",)), {"teacher_tokenizer_name_or_path": str(tmp_path / "narrow")}
 
 
-def test_a_padding_token_that_the_teacher_lacks_does_not_matter(tmp_path, wider):
+def test_padding_token_that_the_teacher_lacks_does_not_change_the_loss(tmp_path, wider):
     tokenizer, changes = wider
     tokenizer.pad_token = "<|new|>"
     inputs = make_inputs()
@@ -199,7 +199,7 @@ def test_a_padding_token_that_the_teacher_lacks_does_not_matter(tmp_path, wider)
     assert trainer.state.global_step == 2
 
 
-def test_an_end_that_the_teacher_lacks_is_a_warning(tmp_path, wider):
+def test_end_that_the_teacher_lacks_is_a_warning(tmp_path, wider):
     tokenizer, changes = wider
     tokenizer.eos_token = "<|new|>"
     student = make_model(seed=0, rows=301, eos_token_id=300)
@@ -212,7 +212,7 @@ def test_an_end_that_the_teacher_lacks_is_a_warning(tmp_path, wider):
     assert not any("end of a rollout" in str(warning.message) for warning in caught)
 
 
-def test_ids_that_the_students_generation_config_suppresses_stay_so(tmp_path, wider):
+def test_ids_suppressed_by_the_students_generation_config_stay_suppressed(tmp_path, wider):
     _, changes = wider
     drawn = {}
     for rows in (300, 320):
@@ -227,13 +227,13 @@ def test_ids_that_the_students_generation_config_suppresses_stay_so(tmp_path, wi
 
 
 class Stranger(TrainerCallback):
-    """Somebody else's callback, which has a method that ours have, too."""
+    """A callback of another package that also has a method `attach`."""
 
     def attach(self):
         raise AssertionError("only callbacks of this package are attached")
 
 
-def test_a_method_called_attach_of_another_callback_is_left_alone(tmp_path):
+def test_attach_method_of_other_callbacks_is_not_called(tmp_path):
     trainer = build(tmp_path)
     trainer.add_callback(Stranger())
     trainer.train()

@@ -1,4 +1,4 @@
-"""Several processes that see unequal things equal one process, with and without FSDP2, and none waits for another."""
+"""Several processes with unequal batches give the results of one, with and without FSDP2, and none hangs."""
 
 import json
 import shutil
@@ -13,6 +13,8 @@ from trl_opd.saving.checkpoints import find_fault
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import PROMPTS, make_model, make_tokenizer
+
+pytestmark = pytest.mark.processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CUT = ["cut on one", "cut on one, LoRA", "cut everywhere", "cut everywhere, LoRA"]
@@ -40,7 +42,7 @@ def read(folder: Path, name: str, processes: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with what one process and two have seen of every scenario."""
+    """A folder with the results of every scenario on one process and on two."""
     folder = tmp_path_factory.mktemp("processes")
     train(folder, ALL, [sys.executable])
     train(folder, ALL, LAUNCH)
@@ -49,14 +51,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
-    """A folder with what two processes have seen whose student FSDP2 shards."""
+    """A folder with the results of two processes whose student FSDP2 shards."""
     folder = tmp_path_factory.mktemp("sharded")
     train(folder, [*SHARDED, "--fsdp2"], LAUNCH)
     return folder
 
 
 def require_equal(one: dict, several: list[dict]) -> None:
-    """Assert that processes have moved the weights as one has, and report the same figures and statistics."""
+    """Assert that several processes train the same weights, metrics and statistics as one process."""
     assert {two["processes"] for two in several} == {len(several)}
     assert len({two["weights"] for two in several}) == 1
     for two in several:
@@ -72,19 +74,19 @@ def require_equal(one: dict, several: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("name", [*CUT, *FROZEN, *EVALUATED, "sampled"])
-def test_two_processes_that_see_unequal_things_equal_one(folder, name):
+def test_two_processes_with_unequal_batches_equal_one_process(folder, name):
     require_equal(*read(folder, name, 1), read(folder, name, 2))
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_a_student_that_fsdp2_shards_moves_as_a_whole_one_does(folder, sharded, name):
+def test_student_sharded_by_fsdp2_trains_like_an_unsharded_one(folder, sharded, name):
     several = read(sharded, name, 2)
     assert all(two["sharded"] for two in several)
     require_equal(*read(folder, name, 1), several)
 
 
 @pytest.mark.parametrize("name", ["cut on one", "cut on one, LoRA"])
-def test_a_process_whose_rollouts_were_all_cut_has_statistics_of_nothing_and_trains_along(folder, name):
+def test_process_whose_rollouts_were_all_cut_has_empty_statistics_and_trains(folder, name):
     first, second = read(folder, name, 2)
     assert first["local"]["seen"] > 0
     assert second["local"] == {"seen": 0, "count": 0}
@@ -93,7 +95,7 @@ def test_a_process_whose_rollouts_were_all_cut_has_statistics_of_nothing_and_tra
 
 
 @pytest.mark.parametrize("name", ["cut everywhere", "cut everywhere, LoRA"])
-def test_a_step_without_a_rollout_to_train_leaves_the_weights_and_says_so_on_every_process(folder, name):
+def test_step_with_only_cut_rollouts_warns_on_every_process_and_keeps_the_weights(folder, name):
     for found in read(folder, name, 2):
         assert not np.any(found["moved"])
         assert any("every rollout was cut" in text for text in found["warnings"])
@@ -101,15 +103,15 @@ def test_a_step_without_a_rollout_to_train_leaves_the_weights_and_says_so_on_eve
 
 
 @pytest.mark.parametrize("name", ["frozen on one", "frozen on one, LoRA"])
-def test_a_process_whose_positions_are_all_frozen_projects_none_and_trains_along(folder, name):
+def test_process_whose_positions_are_all_frozen_projects_none_and_trains(folder, name):
     first, second = read(folder, name, 2)
-    assert 0 < first["local"]["count"] < first["local"]["seen"]  # of its own, few are frozen
+    assert 0 < first["local"]["count"] < first["local"]["seen"]  # few of its own are frozen
     assert second["local"]["count"] == 0 < second["local"]["seen"]
     assert np.linalg.norm(second["moved"]) > 0.1
 
 
 @pytest.mark.parametrize(("name", "problems"), [("uneven", 3), ("one problem", 1)])
-def test_evaluation_counts_every_prompt_once_also_with_fewer_prompts_than_processes(folder, name, problems):
+def test_evaluation_counts_each_prompt_once_even_with_fewer_prompts_than_processes(folder, name, problems):
     (one,), (two, other) = read(folder, name, 1), read(folder, name, 2)
     for key in ("eval_loss", "eval_kl/mean", "eval_entropy", "eval_completions/repetition"):
         assert two["evaluated"].get(key) == pytest.approx(one["evaluated"].get(key), rel=1e-5), key
@@ -119,7 +121,7 @@ def test_evaluation_counts_every_prompt_once_also_with_fewer_prompts_than_proces
     assert [line["eval_accuracy"] for line in solved] == [(problems + 1) / 2] * 2
 
 
-def test_logits_that_are_not_finite_on_one_process_stop_all_with_one_sentence(folder):
+def test_logits_that_are_not_finite_on_one_process_stop_all_with_one_error(folder):
     for found in read(folder, "spoilt", 2):
         assert found["error"].startswith("Step 2: the student's logits are not finite")
         assert "\n" not in found["error"]
@@ -157,7 +159,7 @@ def script(world: Path, out: Path, **changes) -> list[str]:
     return [*LAUNCH, str(ROOT / "examples" / "opd.py"), *flags]
 
 
-def test_two_processes_go_on_from_the_newest_whole_checkpoint_to_the_bit(world, tmp_path):
+def test_two_processes_resume_bit_identically_from_the_newest_complete_checkpoint(world, tmp_path):
     """The second process had not written its random state when both were killed."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     settings = {"dataset_name": tmp_path / "prompts.jsonl", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -184,7 +186,7 @@ def test_two_processes_go_on_from_the_newest_whole_checkpoint_to_the_bit(world, 
         ("nowhere.jsonl", "error: There is no dataset file"),
     ],
 )
-def test_an_error_of_one_process_or_of_all_is_one_sentence_and_ends_the_run(world, tmp_path, dataset, sentence):
+def test_error_on_one_or_all_processes_is_printed_once_and_ends_the_run(world, tmp_path, dataset, sentence):
     run = launch(script(world, tmp_path / "out", dataset_name=world / dataset, max_steps=1), limit=120)
     assert run.returncode == 1
     assert run.stderr.count("trl-opd train: error") == 1, run.stderr[-3000:]

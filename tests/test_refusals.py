@@ -1,4 +1,4 @@
-"""Settings that contradict each other are refused with one sentence, before the work that they would spoil."""
+"""Invalid or contradicting settings are a one-line error before any work is done."""
 
 import json
 import warnings
@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import ProcessorMixin
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig
 
 from trl_opd import Controls, LMHead, OPDConfig, OPDTrainer, RockSet, token_weights, weighted_divergence
 from trl_opd.artefacts.fingerprint import fingerprint
@@ -17,16 +17,7 @@ from trl_opd.training.preflight import default_config, ids_to_suppress, warn_of_
 
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import config_kwargs, make_config, make_dataset, make_model, make_tokenizer
-
-
-def build(path, tokenizer, student=None, teacher=None, **changes):
-    return OPDTrainer(
-        model=make_model(seed=0) if student is None else student,
-        teacher_model=make_model(seed=1) if teacher is None else teacher,
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        processing_class=tokenizer,
-    )
+from tests.helpers.trainers import build
 
 
 @pytest.mark.parametrize(
@@ -50,51 +41,40 @@ def build(path, tokenizer, student=None, teacher=None, **changes):
         ({"teacher_tokenizer_name_or_path": "./nowhere"}, "'./nowhere' holds no tokenizer"),
     ],
 )
-def test_a_contradiction_is_a_sentence(tokenizer, tmp_path, changes, sentence):
+def test_contradicting_settings_are_an_error(tokenizer, tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build(tmp_path, tokenizer, **changes)
+        build(tmp_path, tokenizer=tokenizer, **changes)
 
 
-def test_a_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
+def test_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
-        build(tmp_path, tokenizer, rock_set="nowhere/rocks.json")
+        build(tmp_path, tokenizer=tokenizer, rock_set="nowhere/rocks.json")
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+def test_tokenizer_without_an_end_token_is_an_error(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tokenizer has no eos_token"):
-        build(tmp_path, tokenizer)
+        build(tmp_path, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "random"])
-def test_a_window_without_effect_is_a_warning(tmp_path, weighting):
+def test_rock_window_without_effect_is_a_warning(tmp_path, weighting):
     with pytest.warns(UserWarning, match="rock_window=3 has no effect"):
         make_config(tmp_path, rock_window=3, token_weighting=weighting, rock_set="rocks.json")
 
 
-def test_a_rock_set_may_be_given_as_a_path_object(tokenizer, tmp_path):
-    trainer = build(tmp_path, tokenizer, rock_set=Path(rock_file(tmp_path / "rocks.json", [60])))
+def test_rock_set_can_be_a_path_object(tokenizer, tmp_path):
+    trainer = build(tmp_path, tokenizer=tokenizer, rock_set=Path(rock_file(tmp_path / "rocks.json", [60])))
     assert json.loads(trainer.args.to_json_string())["rock_set"] == str(tmp_path / "rocks.json")
 
 
-def test_a_teacher_folder_that_does_not_exist_is_named(tokenizer, tmp_path):
+def test_missing_teacher_folder_is_named_in_the_error(tokenizer, tmp_path):
     with pytest.raises(OSError, match=r"There is no teacher in \./nowhere"):
-        build(tmp_path, tokenizer, teacher="./nowhere")
+        build(tmp_path, tokenizer=tokenizer, teacher="./nowhere")
 
 
-def test_there_must_be_a_teacher(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="There is no teacher"):
-        OPDTrainer(make_model(), args=make_config(tmp_path), train_dataset=make_dataset(), processing_class=tokenizer)
-
-
-def test_student_and_teacher_must_be_two_objects(tokenizer, tmp_path):
-    model = make_model()
-    with pytest.raises(ValueError, match="same object"):
-        build(tmp_path, tokenizer, student=model, teacher=model)
-
-
-def test_the_config_of_trl_is_not_enough(tokenizer, tmp_path):
+def test_config_of_trl_is_a_type_error(tokenizer, tmp_path):
     config = DistillationConfig(**config_kwargs(tmp_path))
     with pytest.raises(TypeError, match="takes an OPDConfig, got a DistillationConfig"):
         OPDTrainer(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
@@ -106,26 +86,26 @@ def test_the_config_of_trl_is_not_enough(tokenizer, tmp_path):
 def test_control_weighting_needs_matched_controls(tokenizer, tmp_path, controls):
     rocks = rock_file(tmp_path / "rocks.json", [60], controls=controls)
     with pytest.raises(ValueError, match="token_weighting='random'"):
-        build(tmp_path, tokenizer, token_weighting="control", rock_set=rocks)
+        build(tmp_path, tokenizer=tokenizer, token_weighting="control", rock_set=rocks)
 
 
-def test_a_rock_set_of_another_tokenizer_is_refused_with_both_names(tokenizer, tmp_path):
+def test_rock_set_of_another_tokenizer_is_an_error_with_both_names(tokenizer, tmp_path):
     foreign = {"name": "some/other-model", "vocab_size": 9, "fingerprint": "sha256:" + "0" * 64}
     with pytest.raises(ValueError, match=r"some/other-model.*TokenizersBackend"):
-        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
+        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
 
 
-def test_a_rock_set_of_this_tokenizer_is_taken(tokenizer, tmp_path):
+def test_rock_set_of_the_students_tokenizer_is_accepted(tokenizer, tmp_path):
     own = {"name": "own", "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer)}
-    trainer = build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5, 9], tokenizer=own))
+    trainer = build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5, 9], tokenizer=own))
     assert isinstance(trainer.rock_set, RockSet)
     assert trainer.rock_set.ids.tolist() == [5, 9]
-    assert build(tmp_path, tokenizer).rock_set is None
+    assert build(tmp_path, tokenizer=tokenizer).rock_set is None
 
 
-def test_a_rock_outside_the_shared_range_is_refused(tokenizer, tmp_path):
+def test_rock_outside_the_shared_vocabulary_is_an_error(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="token id 300, but student and teacher share only 300 ids"):
-        build(tmp_path, tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
+        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
 
 
 def test_frozen_float32_weights_on_a_gpu_are_a_warning():
@@ -137,26 +117,26 @@ def test_frozen_float32_weights_on_a_gpu_are_a_warning():
         warn_of_float32(gpu, lora, teacher.bfloat16())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_float32(gpu, student, teacher)  # a student that is trained in full keeps float32 for its updates
+        warn_of_float32(gpu, student, teacher)  # a fully trained student needs float32 for its updates
         warn_of_float32(torch.device("cpu"), lora, make_model())
 
 
-def test_a_machine_without_bfloat16_is_told_the_flags(tmp_path):
+def test_machine_without_bfloat16_gets_an_error_with_the_flags_to_pass(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=r"`fp16=True, bf16=False` on a GPU.*`use_cpu=True`"):
         OPDConfig(output_dir=str(tmp_path))
 
 
-def test_a_teacher_folder_without_a_tokenizer_is_not_compared(tokenizer, tmp_path):
+def test_teacher_folder_without_a_tokenizer_is_a_warning(tokenizer, tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "teacher")
     with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
-        build(tmp_path, tokenizer, teacher=str(tmp_path / "teacher"))
+        build(tmp_path, tokenizer=tokenizer, teacher=str(tmp_path / "teacher"))
 
 
-def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
+def test_vision_language_student_is_an_error(tokenizer, tmp_path):
     class Processor(ProcessorMixin):
-        """A processor as vision-language models have one, of which only the text half is needed to be recognised."""
+        """A processor like those of vision-language models; its text half is enough to be recognised."""
 
         attributes = ("tokenizer",)
         tokenizer_class = "AutoTokenizer"
@@ -167,39 +147,23 @@ def test_a_vision_language_student_is_refused(tokenizer, tmp_path):
     student = make_model()
     student.config.image_token_id = 1
     with pytest.raises(ValueError, match="distils text models only"):
-        build(tmp_path, Processor(tokenizer), student=student)
+        build(tmp_path, tokenizer=Processor(tokenizer), student=student)
 
 
-def test_trl_runs_its_backbones_in_float32_under_bf16(tokenizer, tmp_path):
-    """No autocast is active inside TRL's `_compute_loss`: what later corrections of ours stand on."""
-    dtypes = []
-
-    class Spy(DistillationTrainer):
-        def _get_last_hidden_state(self, *args, **kwargs):
-            hidden = super()._get_last_hidden_state(*args, **kwargs)
-            dtypes.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
-            return hidden
-
-    config = DistillationConfig(**config_kwargs(tmp_path, bf16=True))
-    trainer = Spy(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
-    trainer.train()
-    assert set(dtypes) == {(torch.float32, False)}
-
-
-def test_vllm_is_refused_for_a_student_with_ids_that_the_teacher_cannot_embed():
+def test_vllm_with_ids_that_the_teacher_cannot_embed_is_an_error():
     with pytest.raises(
         ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLLM"
     ):
         ids_to_suppress(64, 72, [2], use_vllm=True)
 
 
-def test_a_student_whose_every_end_is_suppressed_is_warned_of():
+def test_suppressing_every_end_token_is_a_warning():
     with pytest.warns(UserWarning, match="Every end of a rollout"):
         found = ids_to_suppress(64, 72, [70], use_vllm=False)
     assert found == range(64, 72)
 
 
-# What the two public functions refuse
+# Arguments of the two public functions
 
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -215,7 +179,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
         ({"rock_ids": torch.tensor([-1])}, "rock_ids are places in a vocabulary and cannot be negative, got -1"),
     ],
 )
-def test_weights_of_what_cannot_be_are_a_sentence(changes, sentence):
+def test_token_weights_raise_an_error_for_invalid_arguments(changes, sentence):
     given = {"token_ids": IDS, "rock_ids": torch.tensor([2]), "rock_weight": 0.5} | changes
     with pytest.raises(ValueError, match=sentence):
         token_weights(given.pop("token_ids"), given.pop("rock_ids"), **given)
@@ -230,7 +194,7 @@ def test_weights_of_what_cannot_be_are_a_sentence(changes, sentence):
         ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
-def test_a_divergence_of_what_cannot_be_is_a_sentence(changes, sentence):
+def test_weighted_divergence_raises_an_error_for_invalid_arguments(changes, sentence):
     given = {"student_hidden": torch.ones(3, 4), "teacher_hidden": torch.ones(3, 4), "weights": torch.ones(3)}
     given |= {"student_head": LMHead(torch.ones(5, 4)), "teacher_head": LMHead(torch.ones(5, 4))}
     given |= {"denominator": 1.0, "beta": 1.0, "temperature": 1.0} | changes
@@ -241,8 +205,8 @@ def test_a_divergence_of_what_cannot_be_is_a_sentence(changes, sentence):
 @pytest.mark.parametrize(
     "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(name_or_path="student"))]
 )
-def test_a_trainer_without_a_configuration_writes_to_a_folder_named_after_its_student(monkeypatch, student):
+def test_default_output_folder_is_named_after_the_student(monkeypatch, student):
     monkeypatch.setattr(
         "trl_opd.training.preflight.OPDConfig", lambda folder: folder
-    )  # whose default is a GPU with bfloat16
+    )  # its default needs a GPU with bfloat16
     assert default_config(student) == "student-OPD"

@@ -1,4 +1,4 @@
-"""Whole short runs: groups of rollouts, cut rollouts, what is projected, and every figure of the log by hand."""
+"""Whole short runs: groups of rollouts, cut rollouts, projected positions, and every metric of the log by hand."""
 
 import itertools
 
@@ -7,20 +7,20 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
-from trl_opd import Controls, OPDTrainer
+from trl_opd import Controls
 from trl_opd.loss.weights import random_weights
 from trl_opd.training.metrics import repetition
 
 from tests.helpers.rock_sets import rock_file
-from tests.helpers.tiny import make_config, make_dataset, make_model
-from tests.helpers.trainers import GREEDY, ROCKS, broken, measured, record
+from tests.helpers.tiny import make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, broken, build, measured, record
 
 # Several rollouts per prompt
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_generations", [1, 2, 4])
-def test_every_prompt_has_its_rollouts_in_one_generation_batch(tokenizer, tmp_path, num_generations, stream):
+def test_rollouts_of_a_prompt_are_in_one_generation_batch(tokenizer, tmp_path, num_generations, stream):
     dataset = make_dataset(chat=False)
     prompts = dataset["prompt"][:]
     if stream:
@@ -35,7 +35,7 @@ def test_every_prompt_has_its_rollouts_in_one_generation_batch(tokenizer, tmp_pa
     assert len({tuple(row) for row in trainer.batches[0][3]["completion_ids"].tolist()}) > 1
 
 
-def test_a_shuffled_stream_keeps_its_groups_and_sees_every_prompt(tokenizer, tmp_path):
+def test_shuffled_stream_keeps_groups_together_and_reads_every_prompt(tokenizer, tmp_path):
     prompts = make_dataset(8, chat=False)["prompt"][:]
     stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts))
     trainer = record(tokenizer, tmp_path, stream, num_generations=2, max_steps=4)
@@ -55,7 +55,7 @@ def test_evaluation_has_one_rollout_per_prompt(tokenizer, tmp_path):
 # Rollouts that were cut
 
 
-def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_path):
+def test_cut_rollouts_are_left_out_of_loss_denominator_and_metrics(tokenizer, tmp_path):
     changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
     student = make_model(seed=0)
     with torch.no_grad():  # an end is likely wherever its logit is positive
@@ -75,20 +75,10 @@ def test_cut_rollouts_are_out_of_loss_denominator_and_figures(tokenizer, tmp_pat
     assert line["kl/mean"] == pytest.approx(divergences.mean().item(), rel=1e-5)
 
 
-def test_a_step_of_cut_rollouts_only_changes_nothing_and_says_so(tokenizer, tmp_path):
-    before = make_model(seed=0).state_dict()
-    with pytest.warns(UserWarning, match="every rollout was cut at max_completion_length=1"):
-        trainer = record(tokenizer, tmp_path, max_completion_length=1, mask_truncated_completions=True, max_steps=1)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    line = trainer.state.log_history[0]
-    assert line["loss"] == 0.0
-    assert not {"kl/mean", "weight/zero_share", "entropy"} & line.keys()
+# Metrics
 
 
-# Figures
-
-
-def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
+def test_metrics_of_a_step_equal_those_computed_by_hand(tokenizer, tmp_path):
     controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     changes = {"token_weighting": "rock", "rock_weight": 0.5, "rock_set": rocks, "max_steps": 1, "learning_rate": 0.0}
@@ -125,11 +115,11 @@ def test_the_figures_of_a_step_are_those_counted_by_hand(tokenizer, tmp_path):
         ([5, 5, 5, 5, 9, 5, 5, 5, 5], 1 / 6),
     ],
 )
-def test_repetition_is_the_share_of_4_grams_that_stood_before(ids, share):
+def test_repetition_is_the_share_of_4_grams_that_occurred_before(ids, share):
     assert repetition(ids) == (None if share is None else pytest.approx(share))
 
 
-def test_repetition_in_the_log_is_a_mean_over_the_completions_of_the_window(tokenizer, tmp_path):
+def test_logged_repetition_is_the_mean_over_completions_since_the_last_log(tokenizer, tmp_path):
     student = make_model(seed=0)
     with torch.no_grad():  # a student that can hardly write anything but a few tokens
         student.lm_head.weight[40:44] *= 8
@@ -152,7 +142,7 @@ def test_repetition_in_the_log_is_a_mean_over_the_completions_of_the_window(toke
     assert line["eval_completions/repetition"] == pytest.approx(sum(wanted) / len(wanted))
 
 
-def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
+def test_rock_set_without_weighting_only_adds_metrics(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     trainers = [record(tokenizer, tmp_path, **changes) for changes in ({}, {"rock_set": rocks})]
     plain, shown = (trainer.state.log_history[0] for trainer in trainers)
@@ -162,7 +152,7 @@ def test_a_rock_set_without_weighting_only_adds_figures(tokenizer, tmp_path):
     assert not any(name.startswith("control/") for name in shown)
 
 
-def test_each_of_several_evaluation_sets_has_its_own_figures(tokenizer, tmp_path):
+def test_each_of_several_evaluation_sets_has_its_own_metrics(tokenizer, tmp_path):
     sets = {"a": make_dataset(2, chat=False), "b": make_dataset(5, chat=False)}
     trainer = record(tokenizer, tmp_path, eval_dataset=sets, max_steps=1)
     both = trainer.evaluate() | {k: v for line in trainer.state.log_history for k, v in line.items()}
@@ -173,43 +163,29 @@ def test_each_of_several_evaluation_sets_has_its_own_figures(tokenizer, tmp_path
     assert alone["eval_kl/mean"] == both["eval_a_kl/mean"]
 
 
-def test_a_prediction_is_the_same_twice_and_draws_nothing_from_training(tokenizer, tmp_path):
+def test_predictions_repeat_the_metrics_of_an_evaluation_and_leave_the_training_rng_unchanged(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     state = torch.get_rng_state()
-    first, second = (trainer.predict(make_dataset(3)).metrics["test_loss"] for _ in range(2))
-    assert first == second
+    evaluated = trainer.evaluate(make_dataset(3))
+    for _ in range(2):
+        predicted = trainer.predict(make_dataset(3)).metrics
+        for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
+            assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
+    assert not [name for name in predicted if name.startswith("eval_")]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_prediction_has_the_metrics_of_an_evaluation_under_its_own_prefix(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path, max_steps=1)
-    evaluated = trainer.evaluate(make_dataset(3))
-    predicted = trainer.predict(make_dataset(3)).metrics
-    for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
-        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
-    assert not [name for name in predicted if name.startswith("eval_")]
-
-
-def test_cut_rollouts_are_not_projected(tokenizer, tmp_path, projections):
-    changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
-    with pytest.warns(UserWarning, match="every rollout was cut"):
-        record(tokenizer, tmp_path, **changes)
-    assert sum(projections) == 0
-
-
-def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
+def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tokenizer, tmp_path):
     class Overflows(TrainerCallback):
         def __init__(self, until):
             self.until = until
 
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-            optimizer._is_overflow = state.global_step < self.until  # what Accelerate notes of fp16's scaler
+            optimizer._is_overflow = state.global_step < self.until  # Accelerate sets this for fp16's scaler
 
     def train(until):
-        config = make_config(tmp_path, max_steps=14)
-        models = make_model(seed=0), make_model(seed=1)
-        callbacks = [Overflows(until)]
-        trainer = OPDTrainer(*models, config, make_dataset(), None, tokenizer, callbacks)
+        trainer = build(tmp_path, max_steps=14)
+        trainer.add_callback(Overflows(until))
         trainer.train()
         return trainer.state.global_step
 
@@ -218,14 +194,14 @@ def test_ten_steps_that_the_scaler_skips_stop_the_run(tokenizer, tmp_path):
         train(until=14)
 
 
-def test_a_prediction_leaves_nothing_in_the_next_evaluation(tokenizer, tmp_path):
+def test_prediction_does_not_change_the_next_evaluation(tokenizer, tmp_path):
     trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
     predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
     losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
     assert losses[0] == losses[1] != predicted
 
 
-def test_figures_without_positions_are_absent(tokenizer, tmp_path):
+def test_metrics_without_positions_are_absent(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, rock_set=rock_file(tmp_path / "rocks.json", [1]))
     line = trainer.state.log_history[0]
     assert line["rock/token_share"] == 0.0
@@ -236,14 +212,8 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     found = []
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.0, "rock_window": 2}):
-        trainer = OPDTrainer(
-            model=make_model(seed=0),
-            teacher_model=make_model(seed=1),
-            args=make_config(tmp_path, rock_set=rocks, generation_kwargs=GREEDY, **weighting),
-            train_dataset=make_dataset(),
-            eval_dataset=make_dataset(4),
-            processing_class=tokenizer,
-        )
+        evaluated = {"eval_dataset": make_dataset(4), "generation_kwargs": GREEDY}
+        trainer = build(tmp_path, rock_set=rocks, **evaluated, **weighting)
         trainer.evaluate()
         found.append(trainer.state.log_history[-1])
     names = ("eval_loss", "eval_kl/mean", "eval_rock/mean_kl", "eval_rock/token_share", "eval_weight/zero_share")
@@ -251,10 +221,10 @@ def test_evaluation_is_never_weighted(tokenizer, tmp_path):
     assert found[0]["eval_weight/zero_share"] == 0.0
 
 
-# What is projected
+# Projected positions
 
 
-def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp_path, projections):
+def test_frozen_positions_are_projected_only_in_steps_that_measure_them(tokenizer, tmp_path, projections):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS)
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 3}
     trainer = record(tokenizer, tmp_path, make_dataset(24), token_weighting="rock", rock_set=rocks, **changes)
@@ -282,18 +252,10 @@ def test_frozen_and_masked_rows_are_projected_only_to_be_measured(tokenizer, tmp
         assert line["rock/mean_kl"] > 0
 
 
-def test_the_first_step_is_measured_when_it_logs(tokenizer, tmp_path):
-    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
-    changes = {"token_weighting": "rock", "rock_set": rocks, "logging_steps": 5, "max_steps": 2}
-    first = record(tokenizer, tmp_path, logging_first_step=True, **changes).state.log_history[0]
-    assert first["step"] == 1
-    assert first["rock/mean_kl"] > 0
-
-
 # Arms
 
 
-def test_control_weights_the_controls(tokenizer, tmp_path):
+def test_control_weighting_weights_the_control_types(tokenizer, tmp_path):
     controls = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     trainer = record(tokenizer, tmp_path, token_weighting="control", rock_weight=0.25, rock_set=rocks)
@@ -303,7 +265,7 @@ def test_control_weights_the_controls(tokenizer, tmp_path):
         assert torch.equal(batch["weights"], torch.where(chosen, 0.25, 1.0) * mask)
 
 
-def test_random_chooses_as_many_positions_as_rocks_have_and_the_same_ones_again(tokenizer, tmp_path):
+def test_random_weighting_draws_the_share_of_rocks_and_repeats_its_draw(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
     trainers = [
         record(tokenizer, tmp_path, token_weighting="random", rock_set=rocks, generation_kwargs=GREEDY, **split)
@@ -316,7 +278,7 @@ def test_random_chooses_as_many_positions_as_rocks_have_and_the_same_ones_again(
         assert torch.equal(first[3]["weights"], expected)
 
 
-def test_random_weights_are_uniform_independent_and_do_not_touch_the_random_stream():
+def test_random_weights_are_uniform_and_independent_and_leave_the_rng_unchanged():
     mask = torch.ones(200, 300, dtype=torch.bool)
     state = torch.get_rng_state()
     draws = [
@@ -345,14 +307,7 @@ def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, w
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
     rocks = {"rock_set": rock_file(tmp_path / "rocks.json", ROCKS)} if own_path else {}
-    trainer = OPDTrainer(
-        model=models["student"],
-        teacher_model=models["teacher"],
-        args=make_config(tmp_path, **rocks),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(2),
-        processing_class=tokenizer,
-    )
+    trainer = build(tmp_path, **models, eval_dataset=make_dataset(2), **rocks)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
         trainer.train()
@@ -363,25 +318,14 @@ def test_logits_that_are_not_finite_stop_the_run(tokenizer, tmp_path, culprit, w
 
 
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_greedy_rollouts_do_not_hide_logits_that_are_not_finite(tokenizer, tmp_path, culprit):
+def test_logits_that_are_not_finite_stop_a_run_with_greedy_rollouts(tokenizer, tmp_path, culprit):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], "nan")
-    config = make_config(tmp_path, generation_kwargs=GREEDY)
-    trainer = OPDTrainer(*models.values(), config, make_dataset(), processing_class=tokenizer)
+    trainer = build(tmp_path, **models, generation_kwargs=GREEDY)
     with pytest.raises(ValueError, match=f"Step 1: the {culprit}'s logits are not finite"):
         trainer.train()
 
 
-def test_a_first_step_of_unrelated_models_is_a_warning(tokenizer, tmp_path):
-    teacher = make_model(seed=1)
-    with torch.no_grad():
-        teacher.lm_head.weight *= 60
-    trainer = OPDTrainer(make_model(), teacher, make_config(tmp_path), make_dataset(), processing_class=tokenizer)
-    with pytest.warns(UserWarning, match=r"first step is \d+\.\d nats per token"):
-        trainer.train()
-    assert trainer.state.log_history[0]["kl/mean"] > 10
-
-
-def test_a_plain_text_dataset_trains_too(tokenizer, tmp_path):
+def test_plain_text_dataset_with_other_columns_trains(tokenizer, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["Add 3 and 4."] * 4, "other": [1, 2, 3, 4]})
     assert record(tokenizer, tmp_path, dataset).state.global_step == 2

@@ -1,4 +1,4 @@
-"""Weights, figures and projections over whole runs: what test_runs shows for one step, for windows, arms and cuts."""
+"""Weights, metrics and projections over whole runs: log windows, arms and cut rollouts (test_runs checks one step)."""
 
 import warnings
 from contextlib import contextmanager
@@ -10,24 +10,12 @@ from transformers import TrainerState
 from trl_opd import Controls, OPDTrainer
 
 from tests.helpers import reference
-from tests.helpers.padded_rollouts import make_inputs
 from tests.helpers.rock_sets import rock_file
-from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model
-from tests.helpers.trainers import GREEDY, ROCKS, Recorder, broken, measured, record
+from tests.helpers.tiny import AS_TRL, make_dataset, make_model
+from tests.helpers.trainers import GREEDY, ROCKS, Recorder, broken, build, measured, record
 
 CONTROLS = Controls(ids=list(range(200, 240)), mass_ratio=1.0, matched=True)
 CHOSEN = {"rock": ROCKS, "control": CONTROLS.ids, "uniform": []}
-
-
-def build(tokenizer, path, student=None, teacher=None, cls=OPDTrainer, **changes):
-    return cls(
-        model=student or make_model(seed=0),
-        teacher_model=teacher or make_model(seed=1),
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(3),
-        processing_class=tokenizer,
-    )
 
 
 def ending_student():
@@ -54,16 +42,30 @@ def loss_positions(batch) -> torch.Tensor:
     return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
 
 
+def metrics_of_groups(ids, divergences) -> dict[str, float]:
+    """Return the metrics of rocks, controls and other tokens, computed by hand."""
+    rock = torch.isin(ids, torch.tensor(ROCKS))
+    control = torch.isin(ids, torch.tensor(CONTROLS.ids))
+    return {
+        "rock/mean_kl": divergences[rock].mean().item(),
+        "rock/token_share": rock.double().mean().item(),
+        "rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
+        "control/mean_kl": divergences[control].mean().item(),
+        "control/token_share": control.double().mean().item(),
+        "other/mean_kl": divergences[~rock & ~control].mean().item(),
+    }
+
+
 def padding(batches) -> float:
     masks = [torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1) for batch in batches]
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-# Figures
+# Metrics
 
 
 @pytest.mark.parametrize("own_path", [False, True])
-def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(tokenizer, tmp_path, own_path):
+def test_metrics_between_two_logs_are_means_over_the_tokens_of_all_steps(tokenizer, tmp_path, own_path):
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
     changes = {"max_completion_length": 24, "learning_rate": 0.0, "logging_steps": 2, "max_steps": 4}
     changes |= {**rocks, "micro_batching": "trl"}
@@ -71,34 +73,26 @@ def test_the_figures_of_a_window_are_means_over_the_tokens_of_all_its_steps(toke
     lines = [line for line in trainer.state.log_history if "loss" in line]
     batches = [batch for *_, batch in trainer.batches]
     for line, window in zip(lines, (batches[:2], batches[2:]), strict=True):
-        require_figures_of(trainer, line, window, own_path)
+        require_metrics(trainer, line, window, own_path)
 
 
-def require_figures_of(trainer, line, batches, own_path):
+def require_metrics(trainer, line, batches, own_path):
     assert len({loss_positions(batch).sum().item() for batch in batches}) == 2  # a mean of means would be another one
     ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
     expected = {"kl/mean": divergences.mean().item(), "weight/zero_share": 0.0}
     expected["batch/padding_share"] = padding(batches)
     if own_path:
-        rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
-        expected |= {
-            "rock/mean_kl": divergences[rock].mean().item(),
-            "rock/token_share": rock.double().mean().item(),
-            "rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
-            "control/mean_kl": divergences[control].mean().item(),
-            "control/token_share": control.double().mean().item(),
-            "other/mean_kl": divergences[~rock & ~control].mean().item(),
-        }
+        expected |= metrics_of_groups(ids, divergences)
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert any(name.startswith(("rock/", "control/", "other/")) for name in line) == own_path
 
 
-def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_path):
+def test_metrics_of_an_evaluation_equal_those_computed_by_hand(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_window": 1, "mask_truncated_completions": True}
     trainer = build(
-        tokenizer,
         tmp_path,
         cls=Recorder,
+        eval_dataset=make_dataset(3),
         rock_set=rocks_with_controls(tmp_path),
         per_device_eval_batch_size=2,
         **weighting,
@@ -108,23 +102,14 @@ def test_the_figures_of_an_evaluation_are_those_counted_by_hand(tokenizer, tmp_p
     assert [len(batch["completion_ids"]) for batch in batches] == [2, 1]
     ids, divergences = (torch.cat(parts) for parts in zip(*(measured(trainer, b) for b in batches), strict=True))
     assert len(ids) == sum(batch["completion_mask"].sum() for batch in batches)  # cut rollouts included
-    rock, control = torch.isin(ids, torch.tensor(ROCKS)), torch.isin(ids, torch.tensor(CONTROLS.ids))
-    expected = {
-        "eval_loss": divergences.mean().item(),
-        "eval_kl/mean": divergences.mean().item(),
-        "eval_rock/mean_kl": divergences[rock].mean().item(),
-        "eval_rock/token_share": rock.double().mean().item(),
-        "eval_rock/kl_share": (divergences[rock].sum() / divergences.sum()).item(),
-        "eval_control/mean_kl": divergences[control].mean().item(),
-        "eval_other/mean_kl": divergences[~rock & ~control].mean().item(),
-        "eval_weight/zero_share": 0.0,
-        "eval_batch/padding_share": padding(batches),
-    }
-    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    mean = divergences.mean().item()
+    expected = {"loss": mean, "kl/mean": mean, "weight/zero_share": 0.0, "batch/padding_share": padding(batches)}
+    expected |= metrics_of_groups(ids, divergences)
+    assert {name: line[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weights"])
-def test_a_weighted_run_leaves_cut_rollouts_out_of_everything(tokenizer, tmp_path, normalization):
+def test_weighted_run_leaves_cut_rollouts_out_of_loss_and_metrics(tokenizer, tmp_path, normalization):
     changes = {"max_completion_length": 24, "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0}
     weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": normalization}
     trainer = record(
@@ -147,20 +132,25 @@ def test_a_weighted_run_leaves_cut_rollouts_out_of_everything(tokenizer, tmp_pat
     assert line["weight/zero_share"] == 0.0
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "weights"])
-def test_a_weighted_step_of_cut_rollouts_only_changes_nothing(tokenizer, tmp_path, normalization):
+@pytest.mark.parametrize("normalization", [None, "tokens", "weights"])
+def test_step_with_only_cut_rollouts_trains_and_projects_nothing(tokenizer, tmp_path, projections, normalization):
     before = make_model(seed=0).state_dict()
     changes = {"max_completion_length": 1, "mask_truncated_completions": True, "max_steps": 1}
-    weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path)}
-    with pytest.warns(UserWarning, match=r"Step 1: every rollout was cut .* nothing is trained"):
-        trainer = record(tokenizer, tmp_path, weight_normalization=normalization, **changes, **weighting)
+    if normalization is not None:
+        changes |= {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path)}
+        changes |= {"weight_normalization": normalization}
+    message = r"Step 1: every rollout was cut at max_completion_length=1, .* nothing is trained"
+    with pytest.warns(UserWarning, match=message):
+        trainer = record(tokenizer, tmp_path, **changes)
+    assert sum(projections) == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     line = trainer.state.log_history[0]
     assert line["loss"] == 0.0
+    assert "entropy" not in line
     assert not [name for name in line if name.startswith(("kl/", "rock/", "control/", "other/", "weight/"))]
 
 
-def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tokenizer, tmp_path):
+def test_denominator_is_the_weight_sum_of_the_whole_batch_for_any_micro_batch_size(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_weight": 0.25, "weight_normalization": "weights"}
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "generation_kwargs": GREEDY}
     before, runs = make_model(seed=0).state_dict(), []
@@ -189,10 +179,8 @@ def test_the_sum_of_the_weights_is_that_of_the_whole_batch_however_it_is_cut(tok
         ({"logging_strategy": "no", "logging_first_step": True}, [10]),
     ],
 )
-def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_otherwise(
-    tokenizer, tmp_path, changes, expected
-):
-    trainer = build(tokenizer, tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
+def test_frozen_positions_are_measured_in_steps_that_log_or_in_every_tenth(tokenizer, tmp_path, changes, expected):
+    trainer = build(tmp_path, token_weighting="rock", rock_set=rocks_with_controls(tmp_path), **changes)
     state = TrainerState()
     state.compute_steps(trainer.args, trainer.args.max_steps)  # turns a share of the run into steps, as `train` does
     found = []
@@ -202,16 +190,14 @@ def test_frozen_positions_are_measured_in_the_steps_that_log_and_in_every_tenth_
     assert found == expected
 
 
-def test_nothing_frozen_means_that_every_step_is_measured(tokenizer, tmp_path):
+def test_every_step_is_measured_if_nothing_is_frozen(tokenizer, tmp_path):
     rocks, state = rocks_with_controls(tmp_path), TrainerState(global_step=3, logging_steps=100)
     for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.01}):
-        assert build(tokenizer, tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
-    assert not build(tokenizer, tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(
-        state
-    )
+        assert build(tmp_path, rock_set=rocks, **weighting)._position_weights.measures_all(state)
+    assert not build(tmp_path, rock_set=rocks, token_weighting="control")._position_weights.measures_all(state)
 
 
-def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(tokenizer, tmp_path):
+def test_run_that_logs_by_epoch_has_no_divergence_of_frozen_steps(tokenizer, tmp_path):
     changes = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_strategy": "epoch"}
     line = record(tokenizer, tmp_path, **changes).state.log_history[0]
     assert 0 < line["weight/zero_share"] < 1
@@ -219,7 +205,7 @@ def test_a_run_that_logs_by_epoch_has_shares_of_weights_and_no_divergences(token
 
 
 @pytest.mark.parametrize("arm", ["uniform", "rock", "control", "random"])
-def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer, tmp_path, projections, arm):
+def test_masked_and_frozen_positions_are_not_projected(tokenizer, tmp_path, projections, arm):
     changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 2}
     cut = {"max_completion_length": 24, "mask_truncated_completions": True}
     weighting = {"token_weighting": arm, "rock_set": rocks_with_controls(tmp_path)}
@@ -248,32 +234,18 @@ def test_no_row_outside_the_mask_and_none_that_is_frozen_is_projected(tokenizer,
 @pytest.mark.parametrize("own_path", [False, True])
 @pytest.mark.parametrize("where", ["nan", "inf"])
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_an_evaluation_alone_finds_logits_that_are_not_finite(tokenizer, tmp_path, culprit, where, own_path):
+def test_logits_that_are_not_finite_stop_evaluation_and_prediction(tokenizer, tmp_path, culprit, where, own_path):
     models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
     broken(models[culprit], where)
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, **models, generation_kwargs=GREEDY, **rocks)
-    with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
-        trainer.evaluate()
+    trainer = build(tmp_path, **models, generation_kwargs=GREEDY, **rocks)
+    for run in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=f"Step 0: the {culprit}'s logits are not finite"):
+            run(make_dataset(2))
 
 
 @pytest.mark.parametrize("own_path", [False, True])
-@pytest.mark.parametrize("where", ["nan", "inf"])
-@pytest.mark.parametrize("culprit", ["student", "teacher"])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_every_direction_names_the_model_that_is_not_finite(tokenizer, tmp_path, beta, culprit, where, own_path):
-    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
-    broken(models[culprit], where)
-    rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, **models, beta=beta, **rocks)
-    trainer.model.train()
-    trainer.compute_loss(trainer.model, make_inputs())
-    with pytest.raises(ValueError, match=f"Step 5: the {culprit}'s logits are not finite"):
-        trainer._finite_guard.stop_if_raised(5)
-
-
-@pytest.mark.parametrize("own_path", [False, True])
-def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_path):
+def test_error_names_the_step_with_broken_logits_and_the_next_run_is_clean(tokenizer, tmp_path, own_path):
     class BreaksInStep3(OPDTrainer):
         breaks = True
 
@@ -283,7 +255,7 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
             return super().training_step(*args, **kwargs)
 
     rocks = {"rock_set": rocks_with_controls(tmp_path)} if own_path else AS_TRL
-    trainer = build(tokenizer, tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
+    trainer = build(tmp_path, cls=BreaksInStep3, max_steps=5, logging_steps=5, **rocks)
     with pytest.raises(ValueError, match="Step 3: the teacher's logits"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -292,33 +264,6 @@ def test_the_step_that_is_named_is_the_one_that_broke(tokenizer, tmp_path, own_p
     trainer.train()  # and the next run shows nothing of the broken one
     assert trainer.state.log_history[0]["step"] == 5
     assert 0.1 < trainer.state.log_history[0]["kl/mean"] < 5
-
-
-@pytest.mark.parametrize("beta", [0.5, 1.0])
-@pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_a_logit_of_minus_infinity_is_not_finite_though_no_probability_is_nan(tokenizer, tmp_path, culprit, beta):
-    models = {"student": make_model("phi", seed=0), "teacher": make_model("phi", seed=1)}
-    with torch.no_grad():
-        models[culprit].lm_head.bias[50] = float("-inf")
-    trainer = build(tokenizer, tmp_path, **models, beta=beta)
-    with pytest.raises(ValueError, match=f"the {culprit}'s logits are not finite"):
-        trainer.evaluate()
-
-
-def test_a_model_that_was_mended_after_the_error_trains(tokenizer, tmp_path):
-    teacher = make_model(seed=1)
-    trainer = build(tokenizer, tmp_path, teacher=broken(teacher, "nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        trainer.evaluate()
-    teacher.load_state_dict(make_model(seed=1).state_dict())
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
-def test_a_prediction_finds_logits_that_are_not_finite(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, teacher=broken(make_model(seed=1), "nan"))
-    with pytest.raises(ValueError, match="the teacher's logits are not finite"):
-        trainer.predict(make_dataset(2))
 
 
 # The divergence of the first step
@@ -334,23 +279,17 @@ def first_step_warnings():
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
-def test_the_warning_tells_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
+def test_warning_contains_the_mean_divergence_of_the_first_step(tokenizer, tmp_path, batch, accumulation):
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), **split)
+    trainer = build(tmp_path, teacher=far_teacher(), **split)
     with first_step_warnings() as found:
         trainer.train()
     (message,) = found
     assert f"is {trainer.state.log_history[0]['kl/mean']:.1f} nats per token" in message
 
 
-def test_a_near_teacher_is_no_reason_to_warn(tokenizer, tmp_path):
-    with first_step_warnings() as found:
-        build(tokenizer, tmp_path, max_steps=1).train()
-    assert found == []
-
-
-def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
+def test_second_run_checks_only_its_own_first_step(tokenizer, tmp_path):
+    trainer = build(tmp_path, teacher=far_teacher(3.5), max_steps=1, learning_rate=0.0)
     with first_step_warnings() as found:
         for _ in range(2):
             trainer.train()
@@ -358,19 +297,19 @@ def test_a_second_run_of_the_trainer_judges_its_own_first_step(tokenizer, tmp_pa
     assert found == []
 
 
-def test_weights_do_not_hide_the_divergence_of_the_first_step(tokenizer, tmp_path):
+def test_warning_uses_the_unweighted_divergence_of_the_first_step(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_weight": 0.01, "max_steps": 1}
     rocks = rock_file(tmp_path / "rocks.json", range(3, 300))
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
+    trainer = build(tmp_path, teacher=far_teacher(), rock_set=rocks, **weighting)
     with first_step_warnings() as found:
         trainer.train()
     assert trainer.state.log_history[0]["kl/mean"] > 10
     assert len(found) == 1
 
 
-def test_a_first_step_that_does_not_measure_frozen_positions_is_judged_by_the_others(tokenizer, tmp_path):
+def test_warning_uses_the_trained_positions_if_frozen_ones_are_not_measured(tokenizer, tmp_path):
     weighting = {"token_weighting": "rock", "rock_set": rocks_with_controls(tmp_path), "logging_steps": 2}
-    trainer = build(tokenizer, tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
+    trainer = build(tmp_path, teacher=far_teacher(), cls=Recorder, learning_rate=0.0, **weighting)
     with first_step_warnings() as found:
         trainer.train()
     teacher = far_teacher().double()

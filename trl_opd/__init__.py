@@ -1,6 +1,6 @@
-"""On-policy distillation with TRL that sees rock tokens.
+"""On-policy distillation with TRL that finds rock tokens: frequent token types that keep diverging from the teacher.
 
-Public names load on first use, so that `import trl_opd` and `trl-opd --help` stay free of torch.
+Public names are imported on first use, so that `import trl_opd` and `trl-opd --help` do not import torch.
 """
 
 from importlib import import_module

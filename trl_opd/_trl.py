@@ -1,7 +1,7 @@
-"""The only file that imports or copies from TRL's non-public modules.
+"""Imports and copies from TRL's non-public modules; no other file of this package does.
 
-TRL 1.16's seams are private: `tests/test_trl_contract.py` pins the signature and the source of each one that is used,
-overridden or copied, so a new TRL is a failing test and never a silent change.
+This package overrides and calls private methods of TRL 1.16. `tests/test_trl_contract.py` pins their signatures and
+behaviour, and the source of whatever is copied, so a change in TRL makes a test fail.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ TRL_RANGE = (Version("1.16"), Version("1.17"))
 
 
 def require_supported_trl(installed: str) -> None:
-    """Raise `ImportError` when TRL `installed` (a version string) is outside the range of this package."""
+    """Raise `ImportError` if TRL `installed` (a version string) is outside the range that this package supports."""
     low, high = TRL_RANGE
     if not SpecifierSet(f">={low},<{high}").contains(installed, prereleases=True):
         raise ImportError(
-            f"trl_opd is built on TRL {low} (its seams are private), but TRL {installed} is installed: "
-            f'install the other one with `pip install "trl>={low},<{high}"`.',
+            f"trl_opd overrides private methods of TRL {low}, but TRL {installed} is installed: "
+            f'install the supported version with `pip install "trl>={low},<{high}"`.',
             name="trl",
         )
 
@@ -39,7 +39,7 @@ from trl.trainer.utils import (  # noqa: E402
     repeat_iterable_dataset,
 )
 
-# The options of TRL's config that may be given as JSON.
+# Options of TRL's config that can be passed as JSON.
 DICT_FIELDS = tuple(DistillationConfig._VALID_DICT_FIELDS)
 
 __all__ = [
@@ -55,5 +55,5 @@ __all__ = [
 
 
 def distillation_paper() -> dict[str, str]:
-    """Return what TRL cites for its trainer: `title`, `id` and `citation`."""
+    """Return the paper that TRL cites for its trainer: `title`, `id` and `citation`."""
     return dict(DistillationTrainer._paper)

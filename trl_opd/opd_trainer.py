@@ -1,8 +1,9 @@
 """OPDTrainer: TRL's DistillationTrainer with weights per token, several rollouts per prompt and metrics per token type.
 
-Small overrides and no mathematics, in the order of a run: construction, prompts, rollouts, loss, step, log, saving.
-Two laws of the base class bind every override: no collective may run inside `_compute_loss` (it runs inside the wrapped
-forward), and the loss is divided by the token count of the whole generation batch, clamped at 1.
+The trainer contains small overrides and no mathematics, in the order of a run: construction, training, prompts,
+rollouts, loss, step and log, evaluation, saving. Two rules of the base class bind every override: no collective may run
+inside `_compute_loss` (it runs inside the wrapped forward), and the loss is divided by the token count of the whole
+generation batch, clamped at 1.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ from .training.token_sums import TokenSums
 class OPDTrainer(DistillationTrainer):
     """Trainer for on-policy distillation with weights per token and metrics per token type.
 
-    Takes what [`~trl.DistillationTrainer`] takes, with an [`OPDConfig`], and trains as it does with nothing new set.
+    Takes the arguments of [`~trl.DistillationTrainer`], with an [`OPDConfig`]; with default options it trains with
+    TRL's loss.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The teacher; `args.teacher_model_name_or_path` when omitted. Its vocabulary may be padded to another size.
+            The teacher; `args.teacher_model_name_or_path` by default. Its vocabulary may be padded to another size.
         args ([`OPDConfig`], *optional*): Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows with a `prompt`.
         others: As in [`~trl.DistillationTrainer`].
@@ -81,13 +83,13 @@ class OPDTrainer(DistillationTrainer):
     Attributes:
         rock_set ([`RockSet`] or `None`): The rock set of `args.rock_set`.
         teacher_model ([`~transformers.PreTrainedModel`]): The frozen teacher.
-        model_pair ([`ModelPair`]): Student and teacher, and the way to the hidden states of both.
-        context_length (`int`): Positions that both models have.
-        run_record ([`RunRecord`]): What is run, for report and card.
+        model_pair ([`ModelPair`]): Student and teacher, and the method that computes the hidden states of both.
+        context_length (`int`): Number of positions that both models support.
+        run_record ([`RunRecord`]): Settings and results of the run, for the report and the model card.
 
     Raises:
-        `ValueError`: for settings that contradict each other, a teacher with another vocabulary, a rock set that does
-            not fit the tokenizer, a vision-language student, and, while training, logits that are not finite.
+        `ValueError`: if settings contradict each other, the teacher has another vocabulary, the rock set does not fit
+            the tokenizer, the student is a vision-language model or, while training, logits are not finite.
     """
 
     _tag_names = ("trl-opd", "on-policy-distillation", *DistillationTrainer._tag_names)
@@ -113,11 +115,11 @@ class OPDTrainer(DistillationTrainer):
         require_prompts(eval_dataset, "evaluation dataset")
         preflight.check_devices(args)
         if args.teacher_device is not None and args.n_gpu > 1:
-            args._n_gpu = 1  # TRL takes a second visible GPU for one to replicate the student on
+            args._n_gpu = 1  # otherwise TRL would replicate the student on the second GPU
         self.rock_set = load_rock_set(args)
 
-        # TRL's constructor refuses vocabularies of unequal size, so it does not see the teacher. Loading the teacher
-        # first leaves the random stream as TRL has it: its constructor seeds before it builds the student.
+        # TRL's constructor does not get the teacher, because it raises an error for vocabularies of unequal size. The
+        # teacher is loaded first, which changes no random number: TRL's constructor seeds before it builds the student.
         teacher = load_teacher(teacher_model, model, args)
         super().__init__(
             model=model,
@@ -140,7 +142,7 @@ class OPDTrainer(DistillationTrainer):
             self.rock_set.check(self._tokenizer, self.model_pair.vocab_size)
         self._make_step_parts()
 
-    # The teacher
+    # Construction
 
     def _attach_teacher(self, teacher: PreTrainedModel) -> None:
         """Check the teacher against the student, place it, and make `model_pair` and `run_record`."""
@@ -151,7 +153,7 @@ class OPDTrainer(DistillationTrainer):
 
         self.context_length = min(context_length(self.model), context_length(teacher))
         if self.max_completion_length is None:
-            self.max_completion_length = self.context_length  # what TRL's tool loop compares with
+            self.max_completion_length = self.context_length  # TRL's tool loop compares lengths with it
         if student_rows > vocab_size:
             self._suppress(
                 preflight.ids_to_suppress(vocab_size, student_rows, self.eos_token_ids, use_vllm=self.use_vllm)
@@ -161,9 +163,9 @@ class OPDTrainer(DistillationTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
         if not sharded:
-            # As TRL leaves it. Without a registered model, an evaluation before the training prepares the student for
-            # evaluation only, the training believes that it is prepared, and gradients are not averaged over processes
-            # (transformers 5.23, `Trainer.evaluation_loop`).
+            # TRL also registers its teacher. Without a registered model, an evaluation before the training prepares the
+            # student for evaluation only, the training takes it for prepared, and gradients are not averaged over
+            # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
             self.accelerator._models.append(self.teacher_model)
 
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
@@ -187,18 +189,19 @@ class OPDTrainer(DistillationTrainer):
             device=self.accelerator.device,
             measure=measure,
         )
-        # TRL's own loss is called, equal to the bit, when nothing is weighted, grouped or cut to a shared range.
+        # TRL's own loss is called if nothing is weighted or grouped and both vocabularies have the same size. The run
+        # is then bit-identical to TRL's.
         self._uses_trl_loss = student_rows == teacher_rows and self.args.trains_as_trl()
         self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
     def _check_vocabulary(self, teacher: PreTrainedModel, student_rows: int, teacher_rows: int) -> None:
-        """Raise `ValueError` unless both models number their tokens alike; warn of turns that may end apart."""
+        """Raise `ValueError` unless both models use the same token ids; warn if they end turns differently."""
         require_reachable(self._tokenizer, self.eos_token_ids, student_rows)
         teacher_tokenizer = load_teacher_tokenizer(teacher, self.args)
 
         teacher_ends = teacher_end_ids(teacher, teacher_tokenizer)
         closing = find_turn_end(self._tokenizer, self.chat_template_kwargs)
-        # Plain prompts do not meet the template, unless the teacher ends there whatever it is asked.
+        # Plain prompts never use the template's end of a turn, unless the teacher itself ends there.
         if closing not in teacher_ends and not has_chats(self.train_dataset):
             closing = None
         warn_of_other_ends(self._tokenizer, self.eos_token_ids, teacher_ends, closing)
@@ -224,24 +227,52 @@ class OPDTrainer(DistillationTrainer):
         )
 
     def _call_in_wrapped_forward(self, wrapped: torch.nn.Module, function: Callable, *args: Any) -> Any:
-        """Call a function with the unwrapped model inside the forward of the wrapped one, where weights are whole."""
+        """Call a function with the unwrapped model inside the wrapped one's forward, where weights are gathered."""
         unwrapped = self.accelerator.unwrap_model(wrapped)
         return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args)
 
     def _make_step_parts(self) -> None:
-        """Create the objects that a training step passes its results to."""
+        """Create the objects that weight, measure and check a step."""
         pair = self.model_pair
         device = self.accelerator.device
         stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self._position_weights = PositionWeights(self.args, self.rock_set, pair.vocab_size, stop_ids, self.accelerator)
+
         groups = self._position_weights.groups
         self._metric_sums = {"train": MetricSums(groups, device), "eval": MetricSums(groups, device)}
         self._token_sums = TokenSums(pair.vocab_size, pair.measure, device, enabled=self.args.token_statistics)
         self._occurrence_writer = OccurrenceWriter(self.args, pair.occurrence_metadata(), self.accelerator)
         self._finite_guard = FiniteGuard(self.accelerator)
         self._step_timer = StepTimer(device)
-        self._micro_batches: list[dict[str, torch.Tensor]] | None = None  # what `_prepare_inputs` made last
-        self._has_new_completions = False  # see `_completions_logged_once`
+        self._micro_batches: list[dict[str, torch.Tensor]] | None = None  # the last result of `_prepare_inputs`
+        self._has_new_completions = False  # `_completions_logged_once` reads it
+
+    # Training
+
+    @property
+    def token_stats(self) -> TokenStats | None:
+        """Statistics of all training steps of this process since start or resume; `None` if they are turned off."""
+        return self._token_sums.total()
+
+    def reduced_token_stats(self) -> TokenStats | None:
+        """Return `token_stats` summed over all processes. A collective: every process calls it."""
+        return self._token_sums.total(self._sum_over_processes)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        resume_from_checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._metric_sums["train"].clear()  # an interrupted run may have left some
+        for callback in self._opd_callbacks():
+            callback.attach(self, self.model_pair)
+        self._token_sums.start(resumed=resume_from_checkpoint is not None)
+        self.run_record.start()
+
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
+        self.run_record.write_results(self.state, self.reduced_token_stats())
+        return output
+
+    def _opd_callbacks(self) -> list[OPDCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, OPDCallback)]
 
     # Prompts
 
@@ -253,10 +284,10 @@ class OPDTrainer(DistillationTrainer):
         dataset = self.train_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("There are no prompts to train on: pass `train_dataset` to the trainer.")
-        # `num_generations` times each prompt, then all of them again, once per accumulation step, as TRL has it: it
-        # makes a generation batch of the first and drops the others.
+        # Each prompt comes `num_generations` times, and all of them again for each accumulation step, as in TRL, which
+        # generates from the first repetition and drops the others.
         return EpochRepeatSampler(
-            # At the start of an epoch, and when a run is resumed within one, this is the number of complete epochs.
+            # When an epoch starts or a run is resumed within one, this is the number of complete epochs.
             epoch=lambda: int(self.state.epoch or 0),
             data_source=dataset,
             mini_repeat_count=self.args.num_generations,
@@ -283,61 +314,19 @@ class OPDTrainer(DistillationTrainer):
         )
 
     def prompt_token_ids(self, prompts: list) -> list[list[int]]:
-        """Return the token ids of prompts, texts or conversations, as they are rendered for rollouts."""
+        """Return the token ids of prompts (texts or conversations), rendered as for rollouts."""
         return self._tokenize_prompts(prompts)[0]
 
     def _tokenize_prompts(self, prompts: list):
-        prompt_ids, *rest = tokenize_prompts(super()._tokenize_prompts, prompts)
+        tokenized = tokenize_prompts(super()._tokenize_prompts, prompts)
         budget = 1 if self.args.max_completion_length is None else self.max_completion_length
-        require_fit(prompts, prompt_ids, budget, self.context_length, self.train_dataset)
-        return prompt_ids, *rest
-
-    # A run
-
-    @property
-    def token_stats(self) -> TokenStats | None:
-        """Statistics of all training steps of this process since start or resume; `None` when they are off."""
-        return self._token_sums.total()
-
-    def reduced_token_stats(self) -> TokenStats | None:
-        """Return `token_stats` summed over all processes. A collective: every process calls it."""
-        return self._token_sums.total(self._sum_over_processes)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        resume_from_checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        self._metric_sums["train"].clear()  # of a run that broke off
-        for callback in self._opd_callbacks():
-            callback.attach(self, self.model_pair)
-        self._token_sums.start(resumed=resume_from_checkpoint is not None)
-        self.run_record.start()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
-        self.run_record.write_results(self.state, self.reduced_token_stats())
-        return output
-
-    def _opd_callbacks(self) -> list[OPDCallback]:
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, OPDCallback)]
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        self._metric_sums["eval"].clear()  # of an evaluation that broke off
-        with own_random_stream(self.args.seed), self.model_pair.teacher_resident():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        self._finite_guard.stop_if_raised(self.state.global_step)
-        mean = self._metric_sums["eval"].mean_divergence(self._sum_over_processes)
-        if mean is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL's is a mean of batch means
-        metrics = self._metric_sums["eval"].take(self._sum_over_processes)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        require_fit(prompts, tokenized[0], budget, self.context_length, self.train_dataset)
+        return tokenized
 
     # Rollouts
 
     def sample_rollouts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return the rollouts of dataset rows, one of each, sampled as in an evaluation, with their loss `positions`.
+        """Return one rollout of each dataset row, sampled as in an evaluation, with their loss `positions`.
 
         Args:
             rows (`list[dict]`): Rows with a `prompt`.
@@ -347,10 +336,10 @@ class OPDTrainer(DistillationTrainer):
 
     @contextmanager
     def generation_model(self, generation_kwargs: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
-        """Give the student for `generate`: unwrapped, with the weights gathered that FSDP or DeepSpeed has sharded.
+        """Yield the student for `generate`: unwrapped, and with the weights that FSDP or DeepSpeed shards gathered.
 
         Args:
-            generation_kwargs (`dict`, *optional*): What the model's own generation settings are overridden with.
+            generation_kwargs (`dict`, *optional*): Settings that override the model's own generation settings.
         """
         with (
             unwrap_model_for_generation(
@@ -369,8 +358,9 @@ class OPDTrainer(DistillationTrainer):
         require_embeddable(prompt_ids, self.model_pair.vocab_size, self._tokenizer)
         if self.args.max_completion_length is None:
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
-        stop = name_student_in_sampling_error(self.state.global_step + 1)
-        with stop, sampling_mode(self.model), positions_from_mask(self.model):
+
+        name_student = name_student_in_sampling_error(self.state.global_step + 1)
+        with name_student, sampling_mode(self.model), positions_from_mask(self.model):
             if not self.args.use_transformers_continuous_batching:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             with self.generation_model(self.generation_kwargs) as model:
@@ -379,14 +369,14 @@ class OPDTrainer(DistillationTrainer):
                 )
 
     def _limit_completions(self, tokens: int) -> None:
-        """Let rollouts be at most `tokens` tokens long."""
+        """Limit rollouts to `tokens` tokens."""
         self.generation_config.max_new_tokens = tokens
         self.generation_kwargs["max_new_tokens"] = tokens
 
     def _suppress(self, ids: range) -> None:
-        """Leave `ids` out of the rollouts, beside those that the user or the model leaves out already."""
+        """Keep `ids` out of the rollouts, in addition to those that the user or the model suppresses."""
         own = self.generation_kwargs.get("suppress_tokens", self.model.generation_config.suppress_tokens)
-        suppressed = sorted({*(own or ()), *ids})
+        suppressed = sorted(set(ids).union(own or ()))
         self.generation_config.suppress_tokens = suppressed
         self.generation_kwargs["suppress_tokens"] = suppressed
 
@@ -397,12 +387,14 @@ class OPDTrainer(DistillationTrainer):
         with self._step_timer.time("generate", on=training):
             batch = super()._generate_and_score_completions(inputs)
         self._has_new_completions = True
+
         if not training:
             mask_repeated(batch, self.accelerator)
-        self._metric_sums["train" if training else "eval"].add_completions(completions_of(batch))
+        self._current_sums().add_completions(completions_of(batch))
         if training:  # evaluation is never weighted, and counts every position
             self._position_weights.mask_and_weigh(batch, self.state.global_step)
             self._occurrence_writer.number_rollouts(batch)
+
         if self._teacher_runs_ahead:
             with self._step_timer.time("teacher", on=training):
                 batch["teacher_hidden"] = self.model_pair.teacher_states.compute_states(batch)
@@ -415,7 +407,8 @@ class OPDTrainer(DistillationTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return locate_loss_positions(inputs)
-        # Another list in the buffer means that TRL has just generated and split a new batch.
+
+        # If the buffer holds another list, TRL has just generated and split a new batch.
         if self._buffered_inputs is not self._micro_batches:
             batches = self._buffered_inputs
             if self.args.micro_batching == "tight":
@@ -429,11 +422,13 @@ class OPDTrainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._uses_trl_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # As TRL's, without its mean entropy, which waits for the device in every micro-batch: ours comes with the log.
+
+        # As in TRL, but without its mean entropy, which synchronises with the device in every micro-batch; ours is
+        # computed once per log.
         if self.model.training and inputs.get("num_items_in_batch") is not None:
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        # Bound to its arguments, because FSDP2 casts what is passed through the wrapper to bfloat16; the denominator
-        # would lose 0.2 %.
+        # FSDP2 casts arguments that pass through the wrapper to bfloat16, which would change the denominator by 0.2 %.
+        # So the arguments are bound beforehand.
         weighted_loss = partial(self.weighted_loss, inputs=inputs, num_items_in_batch=num_items_in_batch)
         loss = self._call_in_wrapped_forward(model, weighted_loss)
         return (loss, None) if return_outputs else loss
@@ -444,19 +439,18 @@ class OPDTrainer(DistillationTrainer):
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
-        """Return the loss of a micro-batch (scalar), and add what it says of each position to the sums of the run.
+        """Return the loss of a micro-batch (scalar), and add its measurements to the sums of the run.
 
-        No collective may run in here: it runs inside of the wrapped forward.
+        No collective may run here, because this method runs inside the wrapped forward.
 
         Args:
             student (`torch.nn.Module`): The unwrapped student.
             inputs (`dict[str, torch.Tensor]`): A micro-batch.
             num_items_in_batch (`torch.Tensor` or `float`, *optional*):
-                What the sum over positions is divided by; the positions of the micro-batch by default.
+                Denominator of the sum over positions; by default the number of positions in the micro-batch.
         """
         inputs = inputs if "positions" in inputs else locate_loss_positions(inputs)
         weights = inputs["position_weights"]
-        training = self.model.training
         measure_frozen = "weights" not in inputs or self._position_weights.measures_all(self.state)
         denominator = len(weights) if num_items_in_batch is None else num_items_in_batch
 
@@ -471,10 +465,10 @@ class OPDTrainer(DistillationTrainer):
             chunk_bytes=self.args.divergence_chunk_bytes,
         )
 
-        sums = self._metric_sums["train" if training else "eval"]
+        sums = self._current_sums()
         sums.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
         sums.add_signals(signals, measure_frozen)
-        if training:
+        if self.model.training:
             self._token_sums.update(signals)
             self._occurrence_writer.add(inputs, signals, self.state)
         self._finite_guard.note(signals.entropy, signals.divergence, measure_frozen | (weights != 0))
@@ -482,7 +476,7 @@ class OPDTrainer(DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         loss, entropy_sum, positions = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        sums = self._metric_sums["train" if self.model.training else "eval"]
+        sums = self._current_sums()
         sums.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
         denominator = positions.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         sums.add_totals(loss.detach() * denominator, entropy_sum, positions)
@@ -490,7 +484,7 @@ class OPDTrainer(DistillationTrainer):
         return loss, entropy_sum, positions
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
-        # TRL calls the backbone beside the forward that Accelerate has put under autocast (bf16 is TRL's default).
+        # TRL calls the backbone outside the forward that Accelerate runs under autocast (bf16 is TRL's default).
         with self.accelerator.autocast(), positions_from_mask(unwrapped_model):
             return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
@@ -499,30 +493,34 @@ class OPDTrainer(DistillationTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._step_timer.time("student"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self._step_timer.end_step()
-            self._occurrence_writer.end_step(self.state.global_step + 1)
-            self._finite_guard.end_step(self.state.global_step + 1)
-            if self.state.global_step == 0:
-                preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
+        if not self.accelerator.sync_gradients:
+            return loss
+
+        step = self.state.global_step + 1
+        self._step_timer.end_step()
+        self._occurrence_writer.end_step(step)
+        self._finite_guard.end_step(step)
+        if step == 1:
+            preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if mode == "train":  # those of an evaluation are in `logs` already, under its own prefix
+        if mode == "train":  # `logs` already has the metrics of an evaluation, with its prefix
             logs.update(self._metric_sums["train"].take(self._sum_over_processes))
             logs.update(self._step_timer.take(self.accelerator.gather))
         self._token_sums.flush()
-        self._metrics[mode].pop("entropy", None)  # TRL's is a mean of batch means; ours is over tokens
+
+        self._metrics[mode].pop("entropy", None)  # TRL averages batch means; ours is a mean over tokens
         with self._completions_logged_once():
             super().log(logs, start_time)
 
     @contextmanager
     def _completions_logged_once(self) -> Iterator[None]:
-        """Let a log show completions only when some were sampled since the log before.
+        """Show completions in a log only if some were sampled since the previous log.
 
-        With `log_completions` TRL shows the last ones in every log, so those of the last step a second time in the
-        line that ends a training.
+        With `log_completions`, TRL shows the latest completions in every log, so the last log of a training would show
+        those of the last step a second time.
         """
         configured = self.log_completions
         self.log_completions = configured and self._has_new_completions
@@ -532,22 +530,43 @@ class OPDTrainer(DistillationTrainer):
             self.log_completions = configured
             self._has_new_completions = False
 
-    # What a run leaves
+    # Evaluation
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._metric_sums["eval"].clear()  # an interrupted evaluation may have left some
+        with own_random_stream(self.args.seed), self.model_pair.teacher_resident():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._finite_guard.stop_if_raised(self.state.global_step)
+
+        sums = self._metric_sums["eval"]
+        mean = sums.mean_divergence(self._sum_over_processes)
+        if mean is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = mean  # TRL averages batch means
+        for name, value in sums.take(self._sum_over_processes).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # Here the file is in the checkpoint before the Trainer pushes it. `push_to_hub` saves the model elsewhere, and
-        # that closes no window.
+        # Written here, the file is in the checkpoint before the Trainer pushes it. `push_to_hub` saves the model to
+        # another folder, which closes no window.
         if _internal_call and output_dir is not None and checkpoints.is_checkpoint(output_dir):
             self._token_sums.write_window(output_dir, self._sum_over_processes, is_main=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
         save = partial(super()._save, state_dict=state_dict)
-        # A checkpoint keeps the adapter, and has a manifest of its own.
+        # A checkpoint keeps the adapter, and `_save_checkpoint` writes its manifest.
         if not self.args.should_save or checkpoints.is_checkpoint(folder):
             save(folder)
             return
+
         merge = self.accelerator.unwrap_model(self.model) if self.args.merge_adapter else None
         save_student(folder, save, merge=merge)
 
@@ -563,7 +582,8 @@ class OPDTrainer(DistillationTrainer):
         self.run_record.write_results(self.state, self.reduced_token_stats())
         if self.is_world_process_zero():
             add_report(self.args.output_dir)
-        with hub_errors(f"push {self.args.output_dir} to {self.hub_model_id or self.args.hub_model_id or 'the Hub'}"):
+        repository = self.hub_model_id or self.args.hub_model_id or "the Hub"
+        with hub_errors(f"push {self.args.output_dir} to {repository}"):
             return super().push_to_hub(*args, **kwargs)
 
     def _finish_current_push(self) -> None:
@@ -576,6 +596,11 @@ class OPDTrainer(DistillationTrainer):
         self.run_record.dataset_name = dataset_name or self.run_record.dataset_name
         self.run_record.write_or_warn(self.state)
         write_card(self.args.output_dir, name=model_name, repo_id=self.hub_model_id, tags=tags)
+
+    # Helpers
+
+    def _current_sums(self) -> MetricSums:
+        return self._metric_sums["train" if self.model.training else "eval"]
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

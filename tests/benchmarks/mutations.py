@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation(
         "a window of statistics is not closed by its checkpoint",
         "training/token_sums.py",
-        "window, self._window = self._window, self._new()\n        self._closed.merge(window)",
+        "window = self._window\n        self._window = self._new()\n        self._closed.merge(window)",
         "window = self._window",
         "tests/training/test_token_sums.py",
     ),

@@ -62,7 +62,7 @@ def test_a_mixture_of_fused_experts_is_refused_before_its_weights_are_read(tmp_p
     [
         ({"teacher_quantization": "3bit"}, "teacher_quantization must be one of"),
         ({"teacher_placement": "away"}, "teacher_placement must be one of"),
-        ({"teacher_placement": "parked", "teacher_quantization": "8bit"}, "cannot move a teacher in 8 bits"),
+        ({"teacher_placement": "parked", "teacher_quantization": "8bit"}, "cannot move an 8-bit teacher"),
         (
             {"teacher_quantization": "4bit", "teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}},
             "choose one",
@@ -89,7 +89,7 @@ def test_a_teacher_that_exists_already_is_not_quantised(tmp_path):
 def test_a_sharded_teacher_is_not_moved(tmp_path, monkeypatch, changes, sharding):
     config = make_config(tmp_path, **changes)
     monkeypatch.setenv(f"ACCELERATE_USE_{sharding}", "true")
-    with pytest.raises(ValueError, match=f"does not go with {sharding}"):
+    with pytest.raises(ValueError, match=f"does not work with {sharding}"):
         OPDTrainer("no such student", "no such teacher", config, make_dataset())
 
 

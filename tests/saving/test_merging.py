@@ -117,7 +117,7 @@ def test_a_student_without_an_adapter_is_not_merged(tokenizer, tmp_path):
 
 def test_sharded_weights_are_not_merged(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="merge_adapter does not go with FSDP"):
+    with pytest.raises(ValueError, match="merge_adapter does not work with FSDP"):
         run(tokenizer, tmp_path, LoraConfig(r=4, target_modules="all-linear"))
 
 

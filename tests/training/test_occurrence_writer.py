@@ -48,7 +48,7 @@ def test_training_writes_the_rollouts_of_every_nth_step(tmp_path, micro_batching
     assert (metadata["step"], metadata["num_rollouts"], metadata["vocab_size"]) == (2, 4, 300)
 
 
-def test_a_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
+def test_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
     from tests.helpers.rock_sets import rock_file
 
     rocks = rock_file(tmp_path / "rocks.json", range(60, 180))
@@ -62,7 +62,7 @@ def test_a_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
     assert main(["detect", str(tmp_path / "occurrences" / "step-1.parquet"), "--output", str(tmp_path / "r.json")]) == 1
 
 
-def test_what_a_broken_step_left_is_not_written(tmp_path):
+def test_signals_of_an_interrupted_step_are_not_written(tmp_path):
     settings = {"save_occurrences": 1, "max_steps": 1}
     trainer = build(tmp_path / "whole", **settings)
     trainer.train()
@@ -86,8 +86,8 @@ def test_files_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert steps(tmp_path) == whole
 
 
-def test_occurrences_of_another_divergence_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"which is what is trained with beta=1\.0 only, got beta=0\.5"):
+def test_occurrences_with_another_beta_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"which is computed only with beta=1\.0, got beta=0\.5"):
         build(tmp_path, save_occurrences=1, beta=0.5)
     with pytest.raises(ValueError, match="save_occurrences must be a whole number of at least 1"):
         build(tmp_path, save_occurrences=0)

@@ -1,4 +1,4 @@
-"""The callback that keeps rollouts: its figures against the reference, its file through resumes, and no trace."""
+"""The callback that saves rollouts: its values equal the reference, its file survives resumes, and no run changes."""
 
 import pickle
 
@@ -48,7 +48,7 @@ class Batches(OPDCallback):
 
 
 def by_reference(batch, student, teacher, temperature=1.0) -> dict[int, dict[str, list]]:
-    """Return for each rollout what both models think of its tokens, in float64, from whole logits."""
+    """Return both models' probabilities of each rollout's tokens, in float64, from whole logits."""
     found = {}
     for row in range(len(batch["completion_ids"])):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
@@ -73,7 +73,7 @@ def by_reference(batch, student, teacher, temperature=1.0) -> dict[int, dict[str
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, AS_TRL, {"micro_batching": "trl"}])
-def test_the_file_holds_what_both_models_think_of_every_token(tokenizer, tmp_path, changes):
+def test_file_has_both_models_probabilities_of_every_token(tokenizer, tmp_path, changes):
     batches = Batches()
     trainer = build(tokenizer, tmp_path, RolloutSamples(3), batches, max_steps=4, logging_steps=2, **changes)
     trainer.train()
@@ -99,7 +99,7 @@ def test_the_file_holds_what_both_models_think_of_every_token(tokenizer, tmp_pat
             assert all(row["kl_pre"] is None and row["weight"] == 1.0 for row in mine)
 
 
-def test_before_the_distillation_is_the_student_without_its_adapter(tokenizer, tmp_path):
+def test_divergence_before_distillation_is_that_of_the_student_without_adapter(tokenizer, tmp_path):
     batches = Batches()
     trainer = build(tokenizer, tmp_path, RolloutSamples(2), batches, peft_config=LORA, max_steps=1)
     trainer.train()
@@ -136,7 +136,7 @@ def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, fami
     assert runs[0].token_stats.kl_sum.equal(runs[1].token_stats.kl_sum)
 
 
-def test_prompts_and_models_stand_in_the_metadata(tokenizer, tmp_path):
+def test_metadata_has_the_prompts_and_models(tokenizer, tmp_path):
     trainer = build(tokenizer, tmp_path, RolloutSamples(4), max_steps=2, num_generations=2)
     trainer.train()
     metadata = read_metadata(tmp_path / FILE_NAME)
@@ -148,7 +148,7 @@ def test_prompts_and_models_stand_in_the_metadata(tokenizer, tmp_path):
     assert all(row["prompt"] == row["rollout"] // 2 for row in rows)
 
 
-def test_a_run_that_was_interrupted_and_resumed_has_every_step_once(tokenizer, tmp_path):
+def test_resumed_run_has_samples_of_every_step_once(tokenizer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = build(tokenizer, tmp_path / "whole", RolloutSamples(2), **settings)
     whole.train()
@@ -165,7 +165,7 @@ def test_a_run_that_was_interrupted_and_resumed_has_every_step_once(tokenizer, t
     assert not (tmp_path / "broken" / PARTS).exists()
 
 
-def test_a_finished_run_that_goes_on_keeps_its_steps_and_a_new_one_begins_anew(tokenizer, tmp_path):
+def test_extended_run_keeps_its_samples_and_a_new_run_starts_over(tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=4, **settings).train()
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=5, **settings).train(
@@ -173,13 +173,13 @@ def test_a_finished_run_that_goes_on_keeps_its_steps_and_a_new_one_begins_anew(t
     )
     places = pq.read_table(tmp_path / FILE_NAME, columns=["step", "rollout", "position"]).to_pylist()
     assert sorted({place["step"] for place in places}) == [1, 2, 3, 4, 5]
-    assert len({tuple(place.values()) for place in places}) == len(places), "a step stands there twice"
+    assert len({tuple(place.values()) for place in places}) == len(places), "a step is there twice"
     assert set(read_metadata(tmp_path / FILE_NAME)["prompts"]) == {f"{step}/0" for step in range(1, 6)}
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=1, **settings).train()
     assert set(pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()) == {1}
 
 
-def test_steps_after_the_checkpoint_that_are_not_done_again_are_forgotten(tokenizer, tmp_path):
+def test_samples_of_steps_after_the_checkpoint_are_dropped_on_resume(tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     broken = build(tokenizer, tmp_path, RolloutSamples(1), Stop(5), max_steps=6, **settings)
     with pytest.raises(KeyboardInterrupt):
@@ -190,12 +190,12 @@ def test_steps_after_the_checkpoint_that_are_not_done_again_are_forgotten(tokeni
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "4"])
-def test_a_number_of_rollouts_that_cannot_be_is_refused(n):
+def test_invalid_number_of_rollouts_is_an_error(n):
     with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
         RolloutSamples(n)
 
 
-def test_another_trainer_is_told_at_once(tokenizer, tmp_path):
+def test_callback_with_another_trainer_is_an_error_before_the_first_step(tokenizer, tmp_path):
     from trl import DistillationConfig
 
     trainer = DistillationTrainer(
@@ -210,13 +210,13 @@ def test_another_trainer_is_told_at_once(tokenizer, tmp_path):
         trainer.train()
 
 
-def test_more_rollouts_than_a_step_has_are_all_of_them(tokenizer, tmp_path):
+def test_asking_for_more_rollouts_than_a_step_has_keeps_all_of_them(tokenizer, tmp_path):
     build(tokenizer, tmp_path, RolloutSamples(100), max_steps=1).train()
     rollouts = pq.read_table(tmp_path / FILE_NAME, columns=["rollout"]).column(0).to_pylist()
     assert sorted(set(rollouts)) == [0, 1, 2, 3]
 
 
-def test_a_token_is_not_pickled_with_the_arguments_and_stays_in_a_copy(tmp_path):
+def test_hub_token_is_not_pickled_with_the_arguments_and_is_kept_by_a_copy(tmp_path):
     import copy
 
     args = make_config(tmp_path, hub_token="hf_secretsecretsecret")

@@ -1,4 +1,4 @@
-"""The teacher phase: scored once in groups of like length, equal to TRL's scoring, parked or not, and timed."""
+"""The teacher scores each batch once, in groups of similar length, as TRL does, parked or not, and is timed."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_left_aligned_rollouts_are_prompt_and_completion_without_a_gap(lengths):
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "gpt2", "gemma2", "opt"])
 @pytest.mark.parametrize("tokens", [1, 20, 16_384])
 @pytest.mark.parametrize("tools", [False, True])
-def test_the_states_are_those_of_each_rollout_alone(tmp_path, monkeypatch, family, tokens, tools):
+def test_teacher_states_equal_those_of_each_rollout_alone(tmp_path, monkeypatch, family, tokens, tools):
     monkeypatch.setattr(teacher_states, "GROUP_TOKENS", tokens)
     teacher = make_model(family, seed=1).eval()
     trainer = build(tmp_path, teacher=teacher)
@@ -120,7 +120,7 @@ def test_a_group_is_no_longer_than_its_longest_rollout(tmp_path, forwards, monke
     assert forwards == [(len(group), totals[group[0]]) for group in groups]
 
 
-def test_one_forward_per_micro_batch_as_under_sharding_gives_the_same(tmp_path):
+def test_scoring_each_micro_batch_gives_the_same_result_as_scoring_the_batch(tmp_path):
     found = []
     for sharded in (False, True):
         trainer = build(tmp_path)
@@ -136,7 +136,7 @@ def test_one_forward_per_micro_batch_as_under_sharding_gives_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "phi"])
-def test_a_run_with_a_parked_teacher_is_the_run_with_a_resident_one(tmp_path, family):
+def test_run_with_a_parked_teacher_equals_the_run_with_a_resident_one(tmp_path, family):
     lines = []
     for placement in ({}, PARKED):
         trainer = build(tmp_path, make_model(family, seed=0), make_model(family, seed=1), **GREEDY, **placement)
@@ -170,7 +170,7 @@ def test_a_qlora_student_and_a_four_bit_teacher_train_evaluate_and_train_again(t
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
+def test_evaluation_loads_a_parked_teacher_once(tmp_path, monkeypatch):
     trainer = build(tmp_path, per_device_eval_batch_size=1, **PARKED)
     left, original = [], Parking.offload
     monkeypatch.setattr(Parking, "offload", lambda self: (left.append(1), original(self)))
@@ -183,7 +183,7 @@ def test_an_evaluation_fetches_a_parked_teacher_once(tmp_path, monkeypatch):
 # Time
 
 
-def test_the_log_says_how_long_each_phase_took(tmp_path):
+def test_log_has_the_seconds_of_each_phase(tmp_path):
     trainer = build(tmp_path, max_steps=4, logging_steps=2)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -196,15 +196,15 @@ def test_the_log_says_how_long_each_phase_took(tmp_path):
     assert not [name for name in last if "phase" in name]
 
 
-def test_an_evaluation_does_not_count_in_the_phases_of_training(tmp_path, monkeypatch):
+def test_evaluation_does_not_count_in_the_phases_of_training(tmp_path, monkeypatch):
     trainer = build(tmp_path, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
     trainer.train()
-    assert len(trainer._step_timer._events) == 0
+    assert len(trainer._step_timer._phases) == 0
     line = next(line for line in trainer.state.log_history if "loss" in line)
     assert line["phase/teacher_s"] < line["step_time"]
 
 
-def test_a_teacher_that_runs_with_trls_loss_has_no_time_of_its_own(tmp_path):
+def test_teacher_inside_trls_loss_has_no_separate_time(tmp_path):
     trainer = build(tmp_path, **AS_TRL)
     trainer.train()
     line = trainer.state.log_history[0]

@@ -1,4 +1,4 @@
-"""Sums of a run: what they count, which window a checkpoint holds, and that a resumed run agrees."""
+"""Statistics of a run: the positions they count, the window in a checkpoint, and resumed runs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.helpers.token_statistics import MEASURE, ROWS, V, equal, signals, sta
 from tests.helpers.trainers import ROCKS, measured, record
 
 
-def test_the_statistics_are_the_sums_over_every_rollout(tokenizer, tmp_path):
+def test_statistics_are_sums_over_all_rollouts(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, learning_rate=0.0)
     stats = trainer.token_stats
     seen, sums = {}, {}
@@ -35,13 +35,13 @@ def test_the_statistics_are_the_sums_over_every_rollout(tokenizer, tmp_path):
     assert float(stats.entropy_sum.sum()) == pytest.approx(entropy, rel=1e-6)
 
 
-def test_statistics_change_no_number_of_a_run(tokenizer, tmp_path):
+def test_statistics_do_not_change_the_trained_weights(tokenizer, tmp_path):
     runs = [record(tokenizer, tmp_path / str(on), token_statistics=on) for on in (True, False)]
     for one, two in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
-def test_without_statistics_there_are_none(tokenizer, tmp_path):
+def test_no_statistics_are_kept_or_saved_if_turned_off(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, token_statistics=False, save_strategy="steps", save_steps=1)
     assert trainer.token_stats is None
     assert trainer.reduced_token_stats() is None
@@ -49,17 +49,8 @@ def test_without_statistics_there_are_none(tokenizer, tmp_path):
     assert not list(tmp_path.rglob("token_stats*"))
 
 
-def test_a_model_saved_outside_of_a_checkpoint_closes_no_window(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path / "run")
-    seen = trainer.token_stats.seen
-    trainer.save_model(str(tmp_path / "elsewhere"), _internal_call=True)  # as `push_to_hub` does
-    assert not list((tmp_path / "elsewhere").glob("token_stats*"))
-    trainer.save_model(str(tmp_path / "checkpoint-9"), _internal_call=True)
-    assert torch.equal(TokenStats.load(tmp_path / "checkpoint-9").seen, seen)
-
-
 @pytest.mark.parametrize("changes", [{}, {"mask_truncated_completions": True}], ids=["all", "without cut rollouts"])
-def test_a_frozen_position_is_seen_always_and_counted_in_the_steps_that_log(tokenizer, tmp_path, changes):
+def test_frozen_position_is_seen_in_every_step_and_measured_in_steps_that_log(tokenizer, tmp_path, changes):
     settings = {"token_weighting": "rock", "rock_set": rock_file(tmp_path / "rocks.json", ROCKS), "logging_steps": 3}
     student = make_model(seed=0)
     with torch.no_grad():
@@ -78,14 +69,14 @@ def test_a_frozen_position_is_seen_always_and_counted_in_the_steps_that_log(toke
     assert 0 < counted[ROCKS].sum() < seen[ROCKS].sum()
 
 
-def test_evaluation_leaves_the_statistics_alone(tokenizer, tmp_path):
+def test_evaluation_does_not_change_the_statistics(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, eval_dataset=make_dataset(3, chat=False), max_steps=1)
     before = trainer.token_stats
     trainer.evaluate()
     assert equal(trainer.token_stats, before)
 
 
-def test_a_checkpoint_holds_the_window_since_the_last_one(tokenizer, tmp_path):
+def test_checkpoint_holds_the_statistics_since_the_previous_checkpoint(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=5, save_strategy="steps", save_steps=2)
     windows = [TokenStats.load(tmp_path / f"checkpoint-{step}") for step in (2, 4, 5)]
     positions = [int(batch["completion_mask"].sum()) for *_, batch in trainer.batches]
@@ -96,7 +87,7 @@ def test_a_checkpoint_holds_the_window_since_the_last_one(tokenizer, tmp_path):
     assert equal(trainer.reduced_token_stats(), trainer.token_stats)
 
 
-def test_saving_without_a_checkpoint_closes_no_window(tokenizer, tmp_path):
+def test_saving_outside_a_checkpoint_closes_no_window(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path / "run", max_steps=1)
     stats = trainer.token_stats
     trainer.save_model(_internal_call=True)  # as `push_to_hub` does
@@ -108,19 +99,19 @@ def test_saving_without_a_checkpoint_closes_no_window(tokenizer, tmp_path):
     assert equal(TokenStats.load(tmp_path / "checkpoint-1"), stats)
 
 
-def test_a_checkpoint_that_is_saved_again_keeps_its_window(tokenizer, tmp_path):
+def test_checkpoint_that_is_saved_again_keeps_its_statistics(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
     folder = tmp_path / "run" / "checkpoint-2"
     first = TokenStats.load(folder)
     trainer.save_model(str(folder), _internal_call=True)
     assert equal(TokenStats.load(folder), first)
-    trainer.train()  # a run of its own: it replaces the window
+    trainer.train()  # a new run replaces the window
     assert int(TokenStats.load(folder).seen.sum()) == sum(
         int(b["completion_mask"].sum()) for *_, b in trainer.batches[2:]
     )
 
 
-def test_a_resumed_run_writes_the_windows_of_an_unbroken_one(tokenizer, tmp_path):
+def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, tmp_path):
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     record(tokenizer, tmp_path / "whole", **changes)
     broken = record(tokenizer, tmp_path / "broken", **(changes | {"max_steps": 3}))
@@ -137,7 +128,7 @@ def test_a_resumed_run_writes_the_windows_of_an_unbroken_one(tokenizer, tmp_path
     assert int(windows[0].seen.sum()) > 0
     assert equal(*windows)
     assert equal(resumed.token_stats, windows[0])
-    # The same trainer object, resumed, forgets what it trained beyond the checkpoint.
+    # The same trainer object drops on resume the sums of steps after the checkpoint.
     broken.args.max_steps = 4
     broken.train(resume_from_checkpoint=checkpoint)
     assert equal(broken.token_stats, windows[0])
@@ -151,7 +142,7 @@ def test_a_second_run_of_a_trainer_adds_to_its_statistics(tokenizer, tmp_path):
     assert int(first.seen.sum()) < int(trainer.token_stats.seen.sum()) == second
 
 
-def test_the_measure_says_what_was_measured(tokenizer, tmp_path):
+def test_statistics_contain_the_measure_of_the_run(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1, temperature=0.7)
     expected = {
         "divergence": "reverse_kl",
@@ -166,7 +157,7 @@ def test_the_measure_says_what_was_measured(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("beta", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl"), (0.5, "jsd"), (0.9, "jsd")])
-def test_beta_has_a_name(tokenizer, tmp_path, beta, name):
+def test_measure_names_the_divergence_and_the_dropout(tokenizer, tmp_path, beta, name):
     student = make_model(seed=0)
     student.model.layers[0].self_attn.attention_dropout = 0.1
     args = make_config(tmp_path, beta=beta)
@@ -174,7 +165,7 @@ def test_beta_has_a_name(tokenizer, tmp_path, beta, name):
     assert (measure["divergence"], measure["beta"], measure["dropout"]) == (name, beta, 0.1)
 
 
-def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_path):
+def test_statistics_include_frozen_control_types(tokenizer, tmp_path):
     controls = Controls(list(range(180, 240)), 1.0, True)
     rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
     trainer = record(tokenizer, tmp_path, token_weighting="control", rock_set=rocks, logging_steps=10, max_steps=1)
@@ -184,7 +175,7 @@ def test_controls_are_part_of_the_statistics_like_any_other_type(tokenizer, tmp_
     assert torch.equal(stats.count[60:180], stats.seen[60:180])
 
 
-def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer, tmp_path):
+def test_waiting_signals_are_added_at_the_next_log(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1)
     before = trainer.token_stats
     trainer._token_sums._waits = True  # as on MPS, which has no float64
@@ -193,7 +184,7 @@ def test_signals_that_wait_on_a_device_are_added_up_when_a_log_is_due(tokenizer,
     assert int(trainer.token_stats.seen.sum()) > int(before.seen.sum())
 
 
-# The windows of a run. No device is touched for "mps": its signals are added up on the host.
+# Windows. "mps" needs no such device, because its signals are added up on the CPU.
 
 
 DEVICES = ["cpu", "mps"]
@@ -223,7 +214,7 @@ def test_windows_merge_to_the_total(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_total_is_a_copy_of_the_moment(device):
+def test_total_is_a_copy(device):
     stats = run_stats(device)
     stats.update(signals(ROWS))
     total = stats.total()
@@ -235,7 +226,7 @@ def test_a_total_is_a_copy_of_the_moment(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("flushes", [0, 1, 3])
-def test_a_flush_counts_a_position_once(device, flushes):
+def test_flushing_repeatedly_counts_each_position_once(device, flushes):
     stats = run_stats(device)
     stats.update(signals(ROWS))
     for _ in range(flushes):
@@ -245,7 +236,7 @@ def test_a_flush_counts_a_position_once(device, flushes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_resumed_run_starts_at_zero_and_another_one_goes_on_in_a_new_window(device):
+def test_start_drops_all_sums_on_resume_and_otherwise_opens_a_window(device):
     stats = run_stats(device)
     stats.update(signals(ROWS[:2]))
     stats.start(resumed=False)
@@ -258,7 +249,7 @@ def test_a_resumed_run_starts_at_zero_and_another_one_goes_on_in_a_new_window(de
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_reduced_total_is_summed_and_leaves_the_local_one(device):
+def test_reduced_total_is_summed_and_local_total_is_unchanged(device):
     stats = run_stats(device)
     stats.update(signals(ROWS[:3]))
     stats.close_window()
@@ -269,7 +260,7 @@ def test_a_reduced_total_is_summed_and_leaves_the_local_one(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_checkpoint_holds_its_window_summed_over_processes(device, tmp_path):
+def test_window_in_a_checkpoint_is_summed_over_processes(device, tmp_path):
     stats, folder = run_stats(device), tmp_path / "checkpoint-7"
     folder.mkdir()
     stats.update(signals(ROWS[:3]))
@@ -281,7 +272,7 @@ def test_a_checkpoint_holds_its_window_summed_over_processes(device, tmp_path):
     assert equal(stats.close_window(), TokenStats(V, MEASURE))
 
 
-def test_only_the_main_process_writes_and_all_take_part(tmp_path):
+def test_only_the_main_process_writes_the_reduced_window(tmp_path):
     stats, calls = run_stats("cpu"), []
     stats.update(signals(ROWS))
     (tmp_path / "checkpoint-1").mkdir()
@@ -292,7 +283,7 @@ def test_only_the_main_process_writes_and_all_take_part(tmp_path):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_statistics_that_are_off_hold_and_write_nothing(device, tmp_path):
+def test_disabled_token_sums_return_and_write_nothing(device, tmp_path):
     stats = run_stats(device, enabled=False)
     (tmp_path / "checkpoint-1").mkdir()
     stats.update(signals(ROWS))

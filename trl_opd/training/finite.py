@@ -1,11 +1,11 @@
-"""Logits that are not finite stop a run, with the step and the model that they came from."""
+"""Stops a run when logits are not finite, with an error that names the step and the model."""
 
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 
-# A scaler that starts at 2^16 and halves needs about this many steps to find a scale that fits.
+# A gradient scaler starts at 2^16 and halves at each overflow, so it may need about this many steps to find its scale.
 SKIPPED_LIMIT = 10
 _ADVICE = {
     "student": "lower learning_rate or max_grad_norm, use bf16 instead of fp16, and check the checkpoint",
@@ -14,10 +14,10 @@ _ADVICE = {
 
 
 class FiniteGuard:
-    """Two flags on the device, raised by values that are not finite and read once per optimizer step.
+    """Two flags on the device, one per model, set by values that are not finite and read once per optimizer step.
 
     Args:
-        accelerator (`accelerate.Accelerator`): Holds the device, and sums the flags over processes so that all stop.
+        accelerator (`accelerate.Accelerator`): Sums the flags over processes, so that all of them stop.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -26,16 +26,16 @@ class FiniteGuard:
         self._skipped = 0
 
     def note(self, entropy: torch.Tensor, divergence: torch.Tensor, projected: torch.Tensor | bool = True) -> None:
-        """Look at the values of projected positions, of any shape, without a synchronisation."""
+        """Set the flags if values at projected positions, of any shape, are not finite; without synchronisation."""
         if isinstance(projected, torch.Tensor):
             projected = projected.to(entropy.device, non_blocking=True)
-        # The entropy is the student's alone: where it is finite and the divergence is not, the teacher is at fault.
+        # The entropy depends on the student only: if it is finite and the divergence is not, the teacher is at fault.
         student = (~torch.isfinite(entropy) & projected).any()
         teacher = (~torch.isfinite(divergence) & projected).any() & ~student
         self._flags += torch.stack([student, teacher]).to(self._flags)
 
     def stop_if_raised(self, step: int) -> None:
-        """Raise `ValueError` on every process when one has seen a value that is not finite in optimizer step `step`."""
+        """Raise `ValueError` on every process if any process met a value that is not finite in step `step`."""
         flags = self._accelerator.reduce(self._flags, reduction="sum").tolist()
         self._flags.zero_()
         for model, flag in zip(_ADVICE, flags, strict=True):
@@ -43,32 +43,33 @@ class FiniteGuard:
                 raise not_finite_error(model, step)
 
     def end_step(self, step: int) -> None:
-        """Raise `ValueError` when something was not finite in optimizer step `step`, or fp16 has skipped ten in a row.
+        """Raise `ValueError` if a value was not finite in step `step`, or fp16 has skipped ten steps in a row.
 
-        A single gradient that overflows in float16 is left to the scaler, which skips the step and lowers its scale.
-        Called once in every optimizer step, before the gradients are clipped.
+        One gradient that overflows in float16 raises nothing: the scaler skips the step and lowers its scale. Called
+        once in every optimizer step, before the gradients are clipped.
         """
         self.stop_if_raised(step)
         self._skipped = self._skipped + 1 if self._accelerator.optimizer_step_was_skipped else 0
         if self._skipped >= SKIPPED_LIMIT:
             raise ValueError(
-                f"Step {step}: the gradients of the last {self._skipped} steps overflowed in float16 and nothing was "
+                f"Step {step}: the gradients of the last {self._skipped} steps overflowed in float16, so nothing was "
                 "trained: use bf16 instead of fp16, or lower learning_rate."
             )
 
 
 def not_finite_error(model: str, step: int) -> ValueError:
-    """Return the error that says which model's logits are not finite, in which optimizer step, and what to check."""
+    """Return the error for a model (student or teacher) whose logits are not finite in an optimizer step."""
     return ValueError(f"Step {step}: the {model}'s logits are not finite (NaN or infinite): {_ADVICE[model]}.")
 
 
 @contextmanager
 def name_student_in_sampling_error(step: int):
-    """Raise `ValueError` where sampling fails because the student's logits are not finite."""
+    """Raise a `ValueError` that names the student if sampling fails because its logits are not finite."""
     try:
         yield
     except RuntimeError as error:
-        # How torch.multinomial says NaN, on the CPU and on CUDA.
-        if any(sign in str(error) for sign in ("probability tensor contains", "device-side assert")):
+        # torch.multinomial reports NaN with the first message on the CPU, and with the second on CUDA.
+        message = str(error)
+        if "probability tensor contains" in message or "device-side assert" in message:
             raise not_finite_error("student", step) from error
         raise

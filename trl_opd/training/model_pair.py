@@ -1,6 +1,6 @@
-"""ModelPair: the student and its frozen teacher, and the way to the hidden states of both.
+"""ModelPair: the student, its frozen teacher, and the method that computes the hidden states of both.
 
-A training step and the studies of a student take this handle where they would otherwise reach into the trainer.
+Training steps and the studies of a student use it, so that they need no attributes of the trainer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .teacher_states import CallInWrappedForward, LastHiddenState, ShardedTeache
 
 @dataclass(frozen=True)
 class ModelPair:
-    """The two models of a distillation and what their distributions are compared with.
+    """The two models of a distillation and the settings of the divergence between them.
 
     Args:
         student (`torch.nn.Module`): The student, unwrapped.
@@ -34,8 +34,8 @@ class ModelPair:
         vocab_size (`int`): The range of ids that student and teacher share.
         beta (`float`): Direction of the divergence that is trained: 0 forward KL, 1 reverse KL.
         temperature (`float`): Softmax temperature of both distributions.
-        device (`torch.device`): Where batches lie.
-        measure (`dict`): Divergence, models and tokenizer by name, as [`TokenStats`] takes it.
+        device (`torch.device`): Device of the batches.
+        measure (`dict`): Names of divergence, models and tokenizer, as [`TokenStats`] takes them.
     """
 
     student: torch.nn.Module
@@ -49,17 +49,17 @@ class ModelPair:
     measure: dict[str, Any]
 
     def hidden_states(self, inputs: dict[str, torch.Tensor], *, student: torch.nn.Module | None = None) -> HiddenStates:
-        """Return the hidden states that predict the tokens of a micro-batch's loss mask, `(N, H)` of each model.
+        """Return the hidden states that predict the tokens of a micro-batch's loss mask, `(N, H)` for each model.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`, `(N,)`.
-            student (`torch.nn.Module`, *optional*): Another student to compare, unwrapped; `self.student` by default.
+            student (`torch.nn.Module`, *optional*): Another student, unwrapped; `self.student` by default.
         """
         student = self.student if student is None else student
         positions = inputs["positions"]
         hidden = self.last_hidden_state(student, *forward_inputs(inputs, self.vocab_size))
-        # Only now: FSDP2 gathers the head with the final norm, and averages the gradient of what it has gathered. A
-        # head that is read while it is sharded would have the gradient of this process's tokens alone.
+        # The head is read after the forward, because FSDP2 gathers it with the final norm and averages the gradient of
+        # the gathered weights. A head read while it is sharded would get the gradient of this process's tokens alone.
         student_head = lm_head(student)
         device = student_head.weight.device
         teacher_hidden, teacher_head = self.teacher_states.at_loss_positions(inputs)
@@ -72,9 +72,16 @@ class ModelPair:
         return self.teacher_states.resident()
 
     def occurrence_metadata(self) -> dict[str, Any]:
-        """Return what a file of rollouts, scored token by token, says of the models that it was measured with."""
-        names = ("student", "teacher", "tokenizer", "temperature", "beta")
-        return {"vocab_size": self.vocab_size, "reference": None, **{name: self.measure[name] for name in names}}
+        """Return the metadata of a file of occurrences: the models, the tokenizer and the measure."""
+        return {
+            "vocab_size": self.vocab_size,
+            "reference": None,
+            "student": self.measure["student"],
+            "teacher": self.measure["teacher"],
+            "tokenizer": self.measure["tokenizer"],
+            "temperature": self.measure["temperature"],
+            "beta": self.measure["beta"],
+        }
 
 
 def describe_measure(
@@ -99,6 +106,10 @@ def describe_measure(
 
 def _largest_dropout(model: PreTrainedModel) -> float:
     """Return the largest dropout probability of a model in training mode."""
-    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    rates += [getattr(module, "attention_dropout", 0.0) for module in model.modules()]
-    return max((float(rate) for rate in rates if isinstance(rate, (int, float))), default=0.0)
+    largest = 0.0
+    for module in model.modules():
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        rate = getattr(module, name, 0.0)
+        if isinstance(rate, (int, float)):
+            largest = max(largest, float(rate))
+    return largest

@@ -1,4 +1,4 @@
-"""What is refused, or warned of, before the work that it would spoil."""
+"""Checks that raise an error or a warning before a run wastes its work."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ FIRST_STEP_LIMIT = 10.0
 
 
 def prompts_per_step(args: OPDConfig) -> int:
-    """Return the different prompts of an optimizer step, over all processes.
+    """Return the number of different prompts in an optimizer step, over all processes.
 
     Raises:
-        `ValueError`: unless its rollouts divide into groups of `num_generations`.
+        `TypeError`: if `args` is not an `OPDConfig`.
+        `ValueError`: if the rollouts do not divide into groups of `num_generations`.
     """
     if not isinstance(args, OPDConfig):
-        raise TypeError(f"OPDTrainer takes an OPDConfig, got a {type(args).__name__}: change that name too.")
+        raise TypeError(f"OPDTrainer takes an OPDConfig, got a {type(args).__name__}: pass an OPDConfig instead.")
     rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     if rollouts % args.num_generations:
         raise ValueError(
             f"The {rollouts} rollouts of an optimizer step (per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x {args.world_size} processes x gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps}) do not divide into groups of num_generations={args.num_generations}."
+            f"{args.gradient_accumulation_steps}) do not divide into groups of num_generations={args.num_generations}: "
+            "change one of these numbers."
         )
     return rollouts // args.num_generations
 
 
 def default_config(model: str | PreTrainedModel) -> OPDConfig:
-    """Return the configuration of a trainer that was given none, named after its student as TRL names it."""
+    """Return the configuration of a trainer without `args`; its output folder is named after the student, as in TRL."""
     name = model if isinstance(model, str) else model.config.name_or_path
     return OPDConfig(f"{name.split('/')[-1]}-OPD")
 
@@ -50,31 +52,32 @@ def check_devices(args: OPDConfig) -> None:
 
 
 def require_placeable(args: OPDConfig) -> None:
-    """Raise `ValueError` for a teacher that is to be parked, or to lie elsewhere, with FSDP or DeepSpeed."""
+    """Raise `ValueError` for a parked or moved teacher, or a merged adapter, with FSDP or DeepSpeed."""
     sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
     sharding += [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
     if sharding and args.merge_adapter:
         raise ValueError(
-            f"merge_adapter does not go with {sharding[0].upper()}, which shards the weights: save the adapter, and "
+            f"merge_adapter does not work with {sharding[0].upper()}, which shards the weights: save the adapter, and "
             "merge it in one process afterwards."
         )
     moved = [name for name in ("teacher_placement", "teacher_device") if getattr(args, name) not in (None, "resident")]
     if sharding and moved:
         raise ValueError(
-            f"{moved[0]}={getattr(args, moved[0])!r} does not go with {sharding[0].upper()}, which needs the teacher "
-            "on every GPU in every micro-batch: leave it out."
+            f"{moved[0]}={getattr(args, moved[0])!r} does not work with {sharding[0].upper()}, which needs the "
+            "teacher on every GPU in every micro-batch: leave it out."
         )
     if args.teacher_device is None:
         return
     device = torch.device(args.teacher_device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
-            f"teacher_device={args.teacher_device!r}: there are {torch.cuda.device_count()} CUDA devices here."
+            f"teacher_device={args.teacher_device!r}: there are {count} CUDA devices here. Pass one of them, or 'cpu'."
         )
 
 
 def require_mergeable(args: OPDConfig, model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a student without an adapter that is to be merged."""
+    """Raise `ValueError` if `merge_adapter` is set and the student has no adapter."""
     if args.merge_adapter and not is_peft_model(model):
         raise ValueError("merge_adapter is for a student with a LoRA adapter, and this one has none: leave it out.")
 
@@ -83,7 +86,8 @@ def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` for a vision-language student, and for a tokenizer that cannot end a rollout."""
     if vision:
         raise ValueError(
-            "OPDTrainer distils text models only for now; use trl.DistillationTrainer for the vision-language student."
+            "OPDTrainer distils text models only, and the student is a vision-language model: use "
+            "trl.DistillationTrainer for it."
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -93,20 +97,21 @@ def require_text(vision: bool, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def require_step(state: TrainerState, dataset, prompts: int) -> None:
-    """Raise `ValueError` for a run that ended before its first step, for want of `prompts` prompts."""
+    """Raise `ValueError` if a run ended before its first step, because the dataset has fewer than `prompts` rows."""
     if state.global_step > 0 or state.max_steps <= 0:
         return
     rows = f"{len(dataset)} rows" if isinstance(dataset, Dataset) else "fewer rows"
     raise ValueError(
         f"Nothing was trained: an optimizer step needs {prompts} prompts (per_device_train_batch_size x processes x "
-        f"gradient_accumulation_steps / num_generations) and the dataset has {rows}. Lower them, or add prompts."
+        f"gradient_accumulation_steps / num_generations) and the dataset has {rows}. Lower "
+        "these settings, or add prompts."
     )
 
 
 def ids_to_suppress(vocab_size: int, rows: int, end_ids: Sequence[int], *, use_vllm: bool) -> range:
-    """Return the ids that the student has and the teacher lacks, which sampling must avoid.
+    """Return the ids that the student has and the teacher lacks, which must not be sampled.
 
-    Warns when no end of a rollout is left.
+    Warns if they include every token that ends a rollout.
 
     Args:
         vocab_size (`int`): The range of ids that student and teacher share.
@@ -115,13 +120,13 @@ def ids_to_suppress(vocab_size: int, rows: int, end_ids: Sequence[int], *, use_v
         use_vllm (`bool`): Whether vLLM samples.
 
     Raises:
-        `ValueError`: if the engine cannot avoid them.
+        `ValueError`: with vLLM, which cannot suppress them.
     """
     ids = range(vocab_size, rows)
     if use_vllm:
         raise ValueError(
-            f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot be kept "
-            "from sampling them: use generation by transformers, or a student of the teacher's vocabulary size."
+            f"The student has {len(ids)} vocabulary entries that the teacher cannot embed, and vLLM cannot suppress "
+            "them: generate with transformers (use_vllm=False), or use a student of the teacher's vocabulary size."
         )
     if set(end_ids) <= set(ids):
         warnings.warn(
@@ -133,38 +138,39 @@ def ids_to_suppress(vocab_size: int, rows: int, end_ids: Sequence[int], *, use_v
 
 
 def warn_of_one_process(args: OPDConfig) -> None:
-    """Warn when a launcher prepared several processes on the CPU and this is the only one.
+    """Warn if a launcher was asked for several processes on the CPU and started only this one.
 
-    `accelerate launch --cpu --num_processes 2` does so in accelerate 1.15: it names a meeting place and starts one.
+    Works around accelerate 1.15: `accelerate launch --cpu --num_processes 2` sets the address of the main process, and
+    then starts one process. Can go when that command starts two.
     """
-    prepared = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if prepared and "WORLD_SIZE" not in os.environ and args.world_size == 1:
+    asked = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if asked and "WORLD_SIZE" not in os.environ and args.world_size == 1:
         warnings.warn(
-            "The launcher was asked for several processes on the CPU and has started one. Start them with "
+            "The launcher was asked for several processes on the CPU and started only one. Start them with "
             "`python -m torch.distributed.run --nproc_per_node N SCRIPT` instead of `accelerate launch --cpu`.",
             stacklevel=2,
         )
 
 
 def warn_of_float32(device: torch.device, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Warn when weights that are never trained lie in float32 on an accelerator."""
+    """Warn if weights that are never trained are in float32 on an accelerator."""
     if device.type == "cpu":
         return
     for name, model in (("student", student), ("teacher", teacher)):
         frozen = name == "teacher" or is_peft_model(model)
         if frozen and any(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters()):
             warnings.warn(
-                f"The frozen weights of the {name} are in float32 on a GPU, twice the memory of bfloat16 for nothing: "
-                "pass `--dtype bfloat16`, or `dtype` in its init kwargs.",
+                f"The frozen weights of the {name} are in float32 on a GPU, which needlessly takes twice the memory of "
+                "bfloat16: pass `--dtype bfloat16`, or `dtype` in its init kwargs.",
                 stacklevel=2,
             )
 
 
 def warn_of_first_step(mean_divergence: float | None) -> None:
-    """Warn when the first step's mean divergence (nats per token) is that of unrelated models."""
+    """Warn if the first step's mean divergence (nats per token) is as large as between unrelated models."""
     if mean_divergence is not None and mean_divergence > FIRST_STEP_LIMIT:
         warnings.warn(
             f"The divergence of the first step is {mean_divergence:.1f} nats per token, as between unrelated models: "
-            "is it the right teacher, and does it have the student's tokenizer and chat template?",
+            "check that it is the right teacher, with the student's tokenizer and chat template.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""A callback that keeps some rollouts of the steps that log, with what both models thought of every token."""
+"""A callback that saves some rollouts of the steps that log, with both models' probabilities of every token."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ..rollouts.sampling import sampling_mode
 from .callbacks import OPDCallback
 from .position_weights import ends_in_log
 
-PROMPT_TOKENS = 512  # of a prompt that are kept, the last ones
+PROMPT_TOKENS = 512  # at most so many last tokens of a prompt are saved
 
 
 class RolloutSamples(OPDCallback):
     """Keeps `n` rollouts of every optimizer step that ends in a log, for `trl-opd report`.
 
-    They go to `output_dir/rollout_samples.parquet`: for each token the divergence, before the distillation too with a
-    LoRA student, the entropy, the weight, and the five likeliest tokens of both models. Everything is measured before
-    the step's update, without dropout, and no random number is drawn: the run is the one without this callback. The
-    cost is a forward of the student over `n` rollouts (two with LoRA) in each of those steps.
+    They are written to `output_dir/rollout_samples.parquet`: for each token the divergence (with a LoRA student also
+    the divergence before the distillation), the entropy, the weight, and the five likeliest tokens of both models.
+    Everything is measured before the step's update, without dropout, and no random number is drawn, so the callback
+    does not change the run. It costs a forward of the student over `n` rollouts (two with LoRA) in each of those steps.
 
     Args:
-        n (`int`, *optional*, defaults to `4`): Rollouts of a step, of the first process, spread over its prompts.
+        n (`int`, *optional*, defaults to `4`): Rollouts per step, of the first process, spread over its prompts.
 
     Raises:
-        `ValueError`: if `n` is no whole number of at least 1.
+        `ValueError`: if `n` is not a whole number of at least 1.
     """
 
     def __init__(self, n: int = 4):
@@ -42,7 +42,7 @@ class RolloutSamples(OPDCallback):
         self._batch: dict[str, torch.Tensor] | None = None
 
     def on_generation_batch(self, batch: dict[str, torch.Tensor]) -> None:
-        """Take the generation batch of which some rollouts are kept."""
+        """Store the generation batch, of which some rollouts are kept."""
         self._batch = batch
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -53,16 +53,17 @@ class RolloutSamples(OPDCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not ends_in_log(args, state):
             return
-        # Every process measures its own: with sharded models a forward takes all of them.
+        # Every process measures, because a forward of sharded models needs all of them.
         columns, prompts = self._measure(self._batch, num_generations=args.num_generations)
-        if state.is_world_process_zero and len(columns["token_id"]):
-            step = state.global_step + 1
-            columns["step"] = np.full(len(columns["token_id"]), step)
-            metadata = {
-                **self.model_pair.occurrence_metadata(),
-                "prompts": {f"{step}/{i}": ids for i, ids in prompts.items()},
-            }
-            write_part(Path(args.output_dir), step, columns, metadata)
+        tokens = len(columns["token_id"])
+        if not state.is_world_process_zero or not tokens:
+            return
+
+        step = state.global_step + 1
+        columns["step"] = np.full(tokens, step)
+        metadata = self.model_pair.occurrence_metadata()
+        metadata["prompts"] = {f"{step}/{prompt}": ids for prompt, ids in prompts.items()}
+        write_part(Path(args.output_dir), step, columns, metadata)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -76,28 +77,28 @@ class RolloutSamples(OPDCallback):
         rows = torch.linspace(0, count - 1, min(self._n, count)).round().long()
         inputs = locate_loss_positions(take_rollouts(batch, rows))
         with torch.no_grad(), sampling_mode(self.trainer.model):
-            # Through the wrapper, as in a step: FSDP and DeepSpeed gather the weights in its forward.
+            # FSDP and DeepSpeed gather the weights only inside the wrapper's forward.
             columns = self.model_pair.call_in_wrapped_forward(self.trainer.model_wrapped, self._measure_tokens, inputs)
         reshard(self.model_pair.student)
 
-        token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]
-        width = inputs["completion_ids"].shape[1]
-        places = inputs["positions"].cpu().numpy()
-        rollout = rows.numpy()[places // width]
+        completion_ids = inputs["completion_ids"].cpu().numpy()
+        positions = inputs["positions"].cpu().numpy()
+        row, position = np.divmod(positions, completion_ids.shape[1])
+        rollout = rows.numpy()[row]
         columns["rollout"] = rollout
         columns["prompt"] = rollout // num_generations
-        columns["position"] = places % width
-        columns["token_id"] = token_ids.cpu().numpy()
+        columns["position"] = position
+        columns["token_id"] = completion_ids[row, position]
         columns["weight"] = inputs["position_weights"].numpy()
-        columns.setdefault("kl_pre", np.full(len(places), np.nan, np.float32))
-        prompts = {
-            int(row) // num_generations: tokens[mask.bool()].tolist()[-PROMPT_TOKENS:]
-            for row, tokens, mask in zip(rows, inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        }
+        columns.setdefault("kl_pre", np.full(len(positions), np.nan, np.float32))
+
+        prompts = {}
+        for index, tokens, mask in zip(rows.tolist(), inputs["prompt_ids"], inputs["prompt_mask"], strict=True):
+            prompts[index // num_generations] = tokens[mask.bool()].tolist()[-PROMPT_TOKENS:]
         return columns, prompts
 
     def _measure_tokens(self, student: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Return what both models, and the student without its adapter, think of the tokens of a micro-batch."""
+        """Return the columns that both models, and the student without its adapter, give for a micro-batch's tokens."""
         pair = self.model_pair
         token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]
         states = pair.hidden_states(inputs, student=student)
@@ -111,10 +112,10 @@ class RolloutSamples(OPDCallback):
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the weights that FSDP2 has gathered for a forward without a backward.
+    """Free the weights that FSDP2 has gathered for a forward without a backward.
 
-    It keeps the final norm and the head for the backward that should come: the next forward would read them as they
-    were before the optimizer step.
+    FSDP2 keeps the final norm and the head for the backward, so the next forward would read their values from before
+    the optimizer step.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -122,7 +123,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def describe_tokens(states: HiddenStates, token_ids: torch.Tensor, *, temperature: float) -> dict[str, np.ndarray]:
-    """Return what two models think of tokens, float32, `(N,)` each, and their likeliest tokens, `(N, 5)`.
+    """Return two models' probabilities of tokens, float32, `(N,)` each, and their five likeliest tokens, `(N, 5)`.
 
     `kl` is KL(student ‖ teacher) in nats, `entropy` the student's, `student_p` and `teacher_p` the probability of the
     token, `*_top_ids` and `*_top_p` the five likeliest; all over the vocabulary that the two share.
@@ -134,7 +135,10 @@ def describe_tokens(states: HiddenStates, token_ids: torch.Tensor, *, temperatur
     """
     chunks: list[dict[str, torch.Tensor]] = []
     for rows, student_logits, teacher_logits in logit_chunks(states, temperature=temperature):
-        chunk = {"kl": reverse_kl(student_logits, teacher_logits), "entropy": entropy(student_logits)}
+        chunk = {
+            "kl": reverse_kl(student_logits, teacher_logits),
+            "entropy": entropy(student_logits),
+        }
         for who, logits in (("student", student_logits), ("teacher", teacher_logits)):
             log_p = logits.log_softmax(-1)
             top = log_p.topk(min(TOP, log_p.shape[-1]))
@@ -142,4 +146,9 @@ def describe_tokens(states: HiddenStates, token_ids: torch.Tensor, *, temperatur
             chunk[f"{who}_top_ids"] = top.indices
             chunk[f"{who}_top_p"] = top.values.exp()
         chunks.append(chunk)
-    return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
+
+    columns = {}
+    for name in chunks[0]:
+        column = torch.cat([chunk[name] for chunk in chunks])
+        columns[name] = column.cpu().numpy()
+    return columns

@@ -1,7 +1,7 @@
-"""The teacher's part of a step: a whole generation batch is scored at once, in groups of rollouts of like length.
+"""Scores a whole generation batch with the teacher at once, in groups of rollouts of similar length.
 
-TRL runs its teacher once per micro-batch; with a 4-bit teacher each run dequantises every weight again. What is kept
-are the teacher's last hidden states at the positions of the loss, never logits.
+TRL runs its teacher once per micro-batch, and a 4-bit teacher dequantises every weight in each run. Only the teacher's
+last hidden states at the positions of the loss are kept, never logits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..loss.lm_head import LMHead, lm_head
 from ..models.parking import Parking
 from ..rollouts.batches import at_positions, forward_inputs, left_aligned, length_groups, loss_mask
 
-# Tokens of a forward, padding included: enough to fill a GPU, and few enough for its activations.
+# Tokens of a forward, padding included: enough to keep a GPU busy, and few enough that the activations fit.
 GROUP_TOKENS = 16_384
-# The states of a generation batch stay on the student's GPU up to this part of its free memory.
+# The states of a generation batch stay on the student's GPU if they need at most this share of its free memory.
 ON_DEVICE_SHARE = 0.125
 
 _HOST = torch.device("cpu")
@@ -32,14 +32,14 @@ CallInWrappedForward = Callable[..., Any]
 
 
 class TeacherStates:
-    """Hidden states of a teacher that lies on one process whole: each generation batch is scored once.
+    """Hidden states of a teacher that every process holds whole: each generation batch is scored once.
 
     Args:
-        teacher (`torch.nn.Module`): The frozen teacher, placed.
+        teacher (`torch.nn.Module`): The frozen teacher, on its device.
         last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
         vocab_size (`int`): The range of ids that student and teacher share.
-        device (`torch.device`): Where the student's head lies; states are compared there.
-        parked (`bool`): Whether the teacher leaves its device while nobody needs it.
+        device (`torch.device`): Device of the student's head, where states are compared.
+        parked (`bool`): Whether the teacher leaves its device while it does not score.
     """
 
     def __init__(
@@ -67,17 +67,18 @@ class TeacherStates:
             self._parking.offload()
 
     def resident(self) -> AbstractContextManager[None]:
-        """Return a context in which the teacher stays on its device, as in an evaluation of many batches."""
+        """Return a context in which the teacher stays on its device, for an evaluation of many batches."""
         return nullcontext() if self._parking is None else self._parking.on_device()
 
     def at_loss_positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, LMHead]:
         """Return the states that predict the tokens of a micro-batch's loss mask, `(N, H)`, and the teacher's head.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A micro-batch, with `teacher_hidden` if it was scored already.
+            inputs (`dict[str, torch.Tensor]`): A micro-batch, with `teacher_hidden` if it is already scored.
         """
         states = inputs["teacher_hidden"] if "teacher_hidden" in inputs else self.compute_states(inputs)
-        return torch.cat([rows.to(self._device, non_blocking=True) for rows in states]), self._head
+        hidden = torch.cat([rows.to(self._device, non_blocking=True) for rows in states])
+        return hidden, self._head
 
     @torch.no_grad()
     def compute_states(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -86,29 +87,31 @@ class TeacherStates:
         Args:
             batch (`dict[str, torch.Tensor]`): Prompts `(B, P)`, padded left, and completions `(B, C)`, padded right.
         """
-        prompt_lengths = batch["prompt_mask"].sum(1).tolist()
-        completion_lengths = batch["completion_mask"].sum(1).tolist()
-        lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+        prompt_lengths = batch["prompt_mask"].sum(1)
+        lengths = (prompt_lengths + batch["completion_mask"].sum(1)).tolist()
+        prompt_lengths = prompt_lengths.tolist()
         mask = loss_mask(batch).cpu()
         device = self._teacher.get_input_embeddings().weight.device
         home = self._home(int(mask.sum()))
+
         kept = [None] * len(lengths)
         with self.resident():
             self._teacher.eval()
             for rows in length_groups(lengths, GROUP_TOKENS):
-                longest = max(2, *(lengths[row] for row in rows))
+                longest = max(2, max(lengths[row] for row in rows))
                 ids, attention = left_aligned(batch, rows, longest)
-                ids = ids.clamp(max=self._vocab_size - 1)  # the padding id may be one that the teacher lacks
+                ids = ids.clamp(max=self._vocab_size - 1)  # the teacher may lack the padding id
                 hidden = self._last_hidden_state(self._teacher, ids.to(device), attention.to(device), longest - 1)
+
                 for place, row in enumerate(rows):
-                    # A token is predicted where the one before it is read.
+                    # A token is predicted at the position of the token before it.
                     positions = mask[row].nonzero()[:, 0] + prompt_lengths[row] - 1
                     states = hidden[place][positions.to(hidden.device)].to(self._teacher.dtype)
                     kept[row] = _to(states, home)
         return kept
 
     def _home(self, positions: int) -> torch.device:
-        """Return where the states are kept: on the student's GPU while they are small beside its free memory."""
+        """Return the device that keeps the states: the student's GPU if they take a small part of its free memory."""
         if self._device.type != "cuda":
             return self._device
         size = positions * self._head.weight.shape[1] * self._teacher.dtype.itemsize
@@ -121,9 +124,9 @@ class TeacherStates:
 
 
 class ShardedTeacherStates:
-    """Hidden states of a teacher that FSDP or DeepSpeed shards: it runs once per micro-batch, as with TRL.
+    """Hidden states of a teacher that FSDP or DeepSpeed shards: it runs once per micro-batch, as in TRL.
 
-    Every process needs the same number of forwards there, so generation batches cannot be scored in groups.
+    Every process must run the same number of forwards, so generation batches cannot be scored in groups.
 
     Args:
         teacher (`torch.nn.Module`): The wrapped teacher.
@@ -146,7 +149,7 @@ class ShardedTeacherStates:
         self._last_hidden_state = last_hidden_state
         self._call_in_wrapped_forward = call_in_wrapped_forward
         self._vocab_size = vocab_size
-        logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as with TRL.")
+        logger.warning("With FSDP or DeepSpeed the teacher runs once per micro-batch, as in TRL.")
 
     def resident(self) -> AbstractContextManager[None]:
         """Return a context that does nothing: a sharded teacher never leaves its devices."""
@@ -159,14 +162,14 @@ class ShardedTeacherStates:
         Args:
             inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`.
         """
-        self._teacher.eval()  # a call of its own, because `DeepSpeedEngine.eval()` returns None
+        self._teacher.eval()  # a separate call, because `DeepSpeedEngine.eval()` returns None
         forward = forward_inputs(inputs, self._vocab_size)
         heads: list[LMHead] = []
 
         def states_and_head(teacher: torch.nn.Module) -> torch.Tensor:
             hidden = self._last_hidden_state(teacher, *forward)
             head = lm_head(teacher)
-            # Detached: ZeRO-3 empties the parameter at the end of the forward, not what lies in it.
+            # ZeRO-3 empties the parameter at the end of the forward, but not a detached tensor of its values.
             bias = None if head.bias is None else head.bias.detach()
             heads.append(LMHead(head.weight.detach(), bias, head.logit_scale, head.softcap))
             return hidden
@@ -176,8 +179,8 @@ class ShardedTeacherStates:
 
 
 def gather_head_with(model: torch.nn.Module) -> None:
-    """Let DeepSpeed's ZeRO-3 gather the head with the whole model: it is read, and its own forward never runs."""
-    import deepspeed  # as TRL does: it is an optional package
+    """Make DeepSpeed's ZeRO-3 gather the head with the whole model, because the head's own forward never runs."""
+    import deepspeed  # imported here, as in TRL, because it is an optional package
 
     for parameter in model.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model, parameter)
