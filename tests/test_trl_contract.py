@@ -11,8 +11,9 @@ import textwrap
 from importlib.metadata import version
 
 import pytest
+import torch
 import trl
-from trl import DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer
 from trl.kernels import chunked_divergence
 from trl.models import utils as model_utils
 from trl.trainer import distillation_trainer
@@ -20,6 +21,7 @@ from trl.trainer import utils as trainer_utils
 
 from trl_opd import OPDConfig, OPDTrainer, _trl
 
+from tests.helpers.tiny import config_kwargs, make_dataset, make_model, make_tokenizer
 from tests.helpers.trainers import build
 
 EXPECTED_TRL = "1.16.0"
@@ -240,3 +242,19 @@ def test_unsupported_trl_is_an_import_error_with_both_versions(installed):
     assert caught.value.name == "trl"
     assert "\n" not in str(caught.value)
     assert 'pip install "trl>=1.16,<1.17"' in str(caught.value)
+
+
+def test_no_autocast_is_active_inside_trls_loss(tmp_path):
+    """Our override of `_get_last_hidden_state` adds the autocast that is missing there."""
+    seen = set()
+
+    class Spy(DistillationTrainer):
+        def _get_last_hidden_state(self, *args, **kwargs):
+            hidden = super()._get_last_hidden_state(*args, **kwargs)
+            seen.add((hidden.dtype, torch.is_autocast_enabled("cpu")))
+            return hidden
+
+    config = DistillationConfig(**config_kwargs(tmp_path, bf16=True))
+    trainer = Spy(make_model(), make_model(seed=1), config, make_dataset(), processing_class=make_tokenizer())
+    trainer.train()
+    assert seen == {(torch.float32, False)}
