@@ -123,9 +123,9 @@ def test_texts_are_those_of_the_tokenizer(tokenizer):
 @pytest.mark.parametrize(
     ("rocks", "sentence"),
     [
-        ([-1], "Rock id -1 is none of the 3 vocabulary entries"),
-        ([3], "Rock id 3 is none of the 3"),
-        ([0, 0], "A rock id stands twice"),
+        ([-1], "Rock id -1 is outside the 3 vocabulary entries"),
+        ([3], "Rock id 3 is outside the 3"),
+        ([0, 0], "contain an id twice"),
         ([0.7], "must be ids"),
         (torch.tensor([True, False, False]), "must be ids"),
         (torch.tensor([[0]]), "must be ids"),
