@@ -173,7 +173,7 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_discordant_pairs(better, wors
 
 
 @given(values=st.lists(st.sampled_from([-1.5, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=9))
-def test_few_sign_flips_are_all_of_them(values):
+def test_few_sign_flips_are_enumerated_completely(values):
     flips = [
         abs(sum(s * v for s, v in zip(signs, values, strict=True)))
         for signs in itertools.product((1, -1), repeat=len(values))
@@ -199,7 +199,7 @@ def test_means_of_resamples_are_those_of_drawing_problems():
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_an_effect_tells_what_changed(binary):
+def test_effect_reports_estimate_counts_interval_and_p(binary):
     baseline = [1.0] * 50 + [0.0] * 50
     arm = [0.0 if binary else 0.4] * 20 + baseline[20:90] + [1.0] * 2 + [0.0] * 8
     found = effect_of(arm, baseline, seed=0)

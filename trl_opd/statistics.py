@@ -1,4 +1,4 @@
-"""Intervals, paired tests, corrections for many tests, and power, on SciPy."""
+"""Confidence intervals, paired tests, corrections for multiple tests, and statistical power, based on SciPy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-# Resamples behind an interval of a mean: the smallest two-sided p of a bootstrap is then 2e-4.
+# Number of resamples for the interval of a mean; the smallest two-sided p of a bootstrap is then 2e-4.
 RESAMPLES = 10_000
-# Resamples behind an interval of a share of tokens: it is printed with three digits, and nothing is decided by it.
+# Number of resamples for the interval of a share of tokens, which is only printed, with three digits.
 SHARE_RESAMPLES = 2_000
-# Draws of random signs: the smallest p is then 1e-5, below the first threshold of Holm for thousands of tests.
+# Number of draws of random signs; the smallest p is then 1e-5, below Holm's first threshold for thousands of tests.
 FLIPS = 100_000
 # A token gets a label at this level, and when forbidding it moves the mean reward by this much (arXiv:2605.09253).
 ALPHA = 0.05
@@ -106,14 +106,14 @@ def interval_text(interval: Sequence[float] | None, form: str) -> str:
 
 @dataclass(frozen=True)
 class Effect:
-    """What an arm changed.
+    """Effect of an arm on the mean reward, compared with a baseline on the same problems.
 
     Args:
         estimate (`float`): Mean reward of the arm less that of the baseline.
         ci95 (`tuple[float, float]`, *optional*): Paired bootstrap over problems; `None` where nothing changed.
-        better, worse (`int`): Problems whose reward rose, and fell.
+        better, worse (`int`): Number of problems whose reward rose, and whose reward fell.
         p (`float`): Two-sided: McNemar's exact test, or sign flips.
-        p_bootstrap (`float`): Two-sided, of the paired bootstrap: for the label as published only.
+        p_bootstrap (`float`): Two-sided p of the paired bootstrap, used only for the label as the paper defines it.
     """
 
     estimate: float
@@ -166,7 +166,7 @@ def sign_flips(differences: np.ndarray, *, seed: int) -> float:
     moved = differences[differences != 0]
     if len(moved) == 0:
         return 1.0
-    # Sums that are equal on paper differ by rounding.
+    # Sums that are equal in exact arithmetic differ by rounding.
     found = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
     if 2 ** len(moved) <= FLIPS:
         signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
@@ -229,24 +229,31 @@ def minimal_effect(problems: int, tests: int, discordance: float) -> float:
 
 
 def problems_for(effect: float, tests: int, discordance: float) -> int:
-    """Return how many problems an effect needs to be found with power 0.8."""
+    """Return the number of problems that are needed to find an effect with power 0.8."""
     return math.ceil((minimal_effect(1, tests, discordance) / effect) ** 2)
 
 
 def rocks_against_controls(rocks: Sequence[float], controls: Sequence[float]) -> float | None:
-    """Return the two-sided p of Mann and Whitney's test between rocks' and controls' effects; `None` without both."""
+    """Return the two-sided p of Mann and Whitney's test of rocks' against controls' effects; `None` without both."""
     if not len(rocks) or not len(controls):
         return None
     return float(stats.mannwhitneyu(rocks, controls, alternative="two-sided").pvalue)
 
 
 def correlation(effects: Sequence[float], values: Sequence[float | None]) -> dict[str, float | int] | None:
-    """Return Spearman's correlation of effects with values of the tokens where they are known; `None` below three."""
-    pairs = [(effect, value) for effect, value in zip(effects, values, strict=True) if value is not None]
-    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+    """Return Spearman's correlation of effects with the known values of tokens; `None` for fewer than three pairs."""
+    known_effects = []
+    known_values = []
+    for effect, value in zip(effects, values, strict=True):
+        if value is not None:
+            known_effects.append(effect)
+            known_values.append(value)
+
+    # The correlation with a constant is undefined.
+    if len(known_values) < 3 or len(set(known_effects)) < 2 or len(set(known_values)) < 2:
         return None
-    found = stats.spearmanr(*zip(*pairs, strict=True))
-    return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}
+    found = stats.spearmanr(known_effects, known_values)
+    return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(known_values)}
 
 
 def _paired_differences(what: str, values: Sequence[float], baseline: Sequence[float]) -> np.ndarray:

@@ -48,7 +48,7 @@ def test_controls_are_a_walk_that_skips_and_stops_as_promised(seen, rocks, seed)
     assert found.matched == (0.95 <= found.mass_ratio <= 1.05)
 
 
-def test_a_type_that_would_exceed_the_mass_is_skipped_and_the_walk_goes_on():
+def test_type_that_would_exceed_the_mass_is_skipped_and_the_walk_continues():
     # The rocks' mass is 20: 21 fits alone, 22 never does, and 19 is enough.
     for seed in range(20):
         assert mass_matched_controls(counted(20, 22, 21), [0], seed) == Controls([2], 1.05, True, seed)
@@ -123,20 +123,20 @@ def test_texts_are_those_of_the_tokenizer(tokenizer):
 @pytest.mark.parametrize(
     ("rocks", "sentence"),
     [
-        ([-1], "Rock id -1 is none of the 3 vocabulary entries"),
-        ([3], "Rock id 3 is none of the 3"),
-        ([0, 0], "A rock id stands twice"),
+        ([-1], "Rock id -1 is outside the 3 vocabulary entries"),
+        ([3], "Rock id 3 is outside the 3"),
+        ([0, 0], "contain an id twice"),
         ([0.7], "must be ids"),
         (torch.tensor([True, False, False]), "must be ids"),
         (torch.tensor([[0]]), "must be ids"),
     ],
 )
-def test_what_is_no_rock_id_is_refused(rocks, sentence):
+def test_invalid_rock_ids_are_an_error(rocks, sentence):
     with pytest.raises(ValueError, match=sentence):
         mass_matched_controls(counted(10, 10, 10), rocks, 0)
 
 
 @pytest.mark.parametrize("seed", [-1, None, 1.5, True, 2**70])
-def test_a_seed_that_a_rock_set_could_not_hold_is_refused(seed):
+def test_invalid_seed_is_an_error(seed):
     with pytest.raises(ValueError, match="seed must be a whole number"):
         mass_matched_controls(counted(10, 10, 10), [0], seed)

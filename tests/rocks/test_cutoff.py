@@ -61,7 +61,7 @@ def test_draws_are_disjoint_and_of_rollouts(monkeypatch):
     assert all(not one & other for one, other in pairs)
 
 
-def test_a_sweep_that_cannot_be_is_a_sentence():
+def test_too_few_rollouts_or_types_for_a_sweep_are_an_error():
     with pytest.raises(ValueError, match="the half that selects has 99: collect more prompts"):
         sweep_cutoffs([steep_world(300, 99)], total, seed=0)
     with pytest.raises(ValueError, match="needs at least 50 token types, and there are 40"):

@@ -188,7 +188,7 @@ def test_planted_rocks_are_found_among_decoys_of_the_same_total_and_the_aggregat
     assert max(aggregate) < 0.5
 
 
-def test_without_a_reference_student_the_learned_are_told_by_how_few_of_them_are_left(worlds, tmp_path):
+def test_rocks_are_found_without_a_reference_student(worlds, tmp_path):
     _, world = worlds[0]
     import pyarrow.parquet as pq
 

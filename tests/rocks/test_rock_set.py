@@ -208,7 +208,7 @@ def test_ids_and_counts_are_whole_numbers_of_at_least_0(tmp_path, place, value):
 
 @pytest.mark.parametrize("place", NUMBER)
 @pytest.mark.parametrize("value", [True, "0.5", [0.5], {"a": 0.5}, 10**400, -(10**400)])
-def test_figures_are_numbers(tmp_path, place, value):
+def test_numbers_must_be_finite_numbers(tmp_path, place, value):
     reason = refused(write(tmp_path, edited(place, value)))
     assert shown(place) in reason
     assert "not a finite number" in reason
@@ -216,7 +216,7 @@ def test_figures_are_numbers(tmp_path, place, value):
 
 @pytest.mark.parametrize("place", TEXT)
 @pytest.mark.parametrize("value", [True, 3, ["text"], {"a": "text"}])
-def test_texts_are_texts(tmp_path, place, value):
+def test_text_fields_must_be_strings(tmp_path, place, value):
     reason = refused(write(tmp_path, edited(place, value)))
     assert shown(place) in reason
     assert "not a text" in reason
@@ -229,7 +229,7 @@ def test_matched_is_true_or_false(tmp_path, value):
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize("place", [*WHOLE, *NUMBER, "version", "method.min_persistence", "corpus.of_another_program"])
-def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(tmp_path, place, number):
+def test_non_finite_number_is_an_error_in_every_field(tmp_path, place, number):
     text = json.dumps(edited(place, "HERE")).replace('"HERE"', number)
     assert refused(write(tmp_path, text))
 

@@ -1,4 +1,4 @@
-"""Occurrences of one half of the prompts, in memory: the half that selects rocks; the other half judges them."""
+"""In-memory occurrences of the prompts that select the rocks, and the rocks' shares on the other prompts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 from ..artefacts.occurrences import Occurrences
 from ..statistics import ratio_interval
 
-# No neighbour there: the window ends with the completion.
+# Value of a missing neighbour, because a window ends with its completion.
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Columns of occurrences in the order of (rollout, position), each of shape `(N,)`.
+    """Columns of a file of occurrences, ordered by (rollout, position), each of shape `(N,)`.
 
     Args:
-        rollout, position, token_id (`np.ndarray`): As in the file, int32.
+        rollout, position, token_id (`np.ndarray`): The columns of the file, int32.
         kl (`np.ndarray`): Divergence, nats, float32.
-        kl_pre (`np.ndarray`, *optional*): The same under the reference student.
+        kl_pre (`np.ndarray`, *optional*): Divergence under the reference student, nats, float32.
     """
 
     rollout: np.ndarray
@@ -36,29 +36,36 @@ class Corpus:
 
     @property
     def starts(self) -> np.ndarray:
-        """First row of every rollout."""
+        """First row of every rollout, `(rollouts,)`."""
         if len(self.rollout) == 0:
             return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(np.concatenate([[True], self.rollout[1:] != self.rollout[:-1]]))
+        is_new = self.rollout[1:] != self.rollout[:-1]
+        return np.flatnonzero(np.append(True, is_new))
 
     def take(self, places: np.ndarray) -> Corpus:
-        """Return the corpus of the rollouts at some places, in ascending order."""
+        """Return the corpus of the rollouts at `places` (0 for the first rollout), in ascending order."""
         places = np.sort(places)
         starts = self.starts
         ends = np.append(starts[1:], len(self.rollout))
         rows = np.concatenate([np.arange(starts[place], ends[place]) for place in places])
-        columns = (self.rollout, self.position, self.token_id, self.kl)
-        return Corpus(*(column[rows] for column in columns), None if self.kl_pre is None else self.kl_pre[rows])
+        return Corpus(
+            rollout=self.rollout[rows],
+            position=self.position[rows],
+            token_id=self.token_id[rows],
+            kl=self.kl[rows],
+            kl_pre=None if self.kl_pre is None else self.kl_pre[rows],
+        )
 
     def windows(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Return the tokens around some rows, `(len(rows), 2 * width)`: the left ones from near to far, then the right.
+        """Return the tokens around each row, `(len(rows), 2 * width)`: the left ones from near to far, then the right.
 
-        `NO_TOKEN` beyond the ends of the completion, and where a position between is missing.
+        An entry is `NO_TOKEN` beyond the ends of the completion and across a missing position.
         """
         found = np.full((len(rows), 2 * width), NO_TOKEN, dtype=np.int32)
         for place, offset in enumerate(window_offsets(width)):
             other = rows + offset
             inside = (other >= 0) & (other < len(self.token_id))
+            # A neighbour outside the arrays is replaced by the row itself, which the test of the position drops.
             other = np.where(inside, other, rows)
             inside &= self.rollout[other] == self.rollout[rows]
             inside &= self.position[other] == self.position[rows] + offset
@@ -72,29 +79,32 @@ def window_offsets(width: int) -> list[int]:
 
 
 def split_units(occurrences: Occurrences) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompts (rollouts, where there is no prompt) that select rocks and those that judge them.
+    """Return the prompts that select rocks and those that judge them; rollouts if the file has no prompts.
 
-    In ascending order, counted from 0: the even ones select.
-
-    Raises:
-        `ValueError`: if there is one rollout only.
+    The prompts are numbered from 0 in ascending order: the even ones select, the odd ones judge.
     """
     units = occurrences.units()
     return units[::2], units[1::2]
 
 
 def read_selection(occurrences: Occurrences, units: np.ndarray) -> Corpus:
-    """Return the rows of some prompts; every row of the file is checked on the way.
+    """Return the rows of the prompts `units`, after checks of every row of the file.
 
     Raises:
-        `ValueError`: as [`Occurrences.batches`] does, and if the file has one rollout only.
+        `ValueError`: if [`Occurrences.batches`] finds a faulty row, or the file has only one rollout.
     """
-    names = ["rollout", "position", "token_id", "kl", *(["kl_pre"] if occurrences.has_pre else [])]
-    # Room for all rows: what is never written to takes no memory.
-    columns = {name: np.empty(occurrences.rows, np.float32 if name.startswith("kl") else np.int32) for name in names}
-    first, several, count = None, False, 0
+    types = {"rollout": np.int32, "position": np.int32, "token_id": np.int32, "kl": np.float32}
+    if occurrences.has_pre:
+        types["kl_pre"] = np.float32
+    # The columns have room for all rows; pages that are never written to take no memory.
+    columns = {name: np.empty(occurrences.rows, type) for name, type in types.items()}
+
+    first = None
+    several = False
+    count = 0
     for batch in occurrences.batches():
-        first = batch["rollout"][0] if first is None else first
+        if first is None:
+            first = batch["rollout"][0]
         several |= bool(batch["rollout"][-1] != first)
         chosen = is_among(batch["unit"], units)
         end = count + int(chosen.sum())
@@ -103,36 +113,55 @@ def read_selection(occurrences: Occurrences, units: np.ndarray) -> Corpus:
         count = end
     if not several:
         raise ValueError(
-            f"{occurrences.path} has one rollout only: nothing could be told apart from chance. Collect more prompts."
+            f"{occurrences.path} has one rollout only, so rocks cannot be distinguished from chance. Collect more "
+            "prompts."
         )
     return Corpus(**{name: column[:count] for name, column in columns.items()})
 
 
 def heldout_shares(occurrences: Occurrences, units: np.ndarray, rocks: np.ndarray, seed: int) -> dict | None:
-    """Return the rocks' share of the tokens and of the divergence in some prompts, with bootstrap intervals over them.
+    """Return the rocks' share of the tokens and of the divergence in the prompts `units`; `None` if there are none.
 
-    `None` without a prompt.
+    The intervals come from a bootstrap over the prompts.
     """
     if len(units) == 0:
         return None
-    sums = np.zeros((4, len(units)))  # rocks' tokens, tokens, rocks' divergence, divergence
+    rock_tokens = np.zeros(len(units))
+    tokens = np.zeros(len(units))
+    rock_kl = np.zeros(len(units))
+    all_kl = np.zeros(len(units))
     for batch in occurrences.batches():
         chosen = is_among(batch["unit"], units)
         place = np.searchsorted(units, batch["unit"][chosen])
-        is_rock, kl = np.isin(batch["token_id"][chosen], rocks), batch["kl"][chosen].astype(np.float64)
-        for row, weights in enumerate((is_rock, np.ones(len(place)), is_rock * kl, kl)):
-            sums[row] += np.bincount(place, weights, len(units))
-    found = {}
-    for name, (part, whole) in (("token_share", sums[:2]), ("kl_share", sums[2:])):
-        total = whole.sum()
-        found[name] = float(part.sum() / total) if total > 0 else 0.0
-        interval = ratio_interval(part, whole, seed=seed)
-        found[f"{name}_ci95"] = interval and list(interval)
-    return found | {"prompts": len(units)}
+        is_rock = np.isin(batch["token_id"][chosen], rocks)
+        kl = batch["kl"][chosen].astype(np.float64)
+        rock_tokens += np.bincount(place, is_rock, len(units))
+        tokens += np.bincount(place, minlength=len(units))
+        rock_kl += np.bincount(place, is_rock * kl, len(units))
+        all_kl += np.bincount(place, kl, len(units))
+
+    token_share, token_interval = _share(rock_tokens, tokens, seed)
+    kl_share, kl_interval = _share(rock_kl, all_kl, seed)
+    return {
+        "token_share": token_share,
+        "token_share_ci95": token_interval,
+        "kl_share": kl_share,
+        "kl_share_ci95": kl_interval,
+        "prompts": len(units),
+    }
+
+
+def _share(parts: np.ndarray, wholes: np.ndarray, seed: int) -> tuple[float, list[float] | None]:
+    """Return `sum(parts) / sum(wholes)`, 0 for an empty whole, and its bootstrap interval."""
+    total = wholes.sum()
+    share = float(parts.sum() / total) if total > 0 else 0.0
+    interval = ratio_interval(parts, wholes, seed=seed)
+    return share, interval and list(interval)
 
 
 def is_among(values: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return which values stand in a sorted array."""
+    """Return which values are in the sorted array `units`, bool, shape of `values`."""
     if len(units) == 0:
         return np.zeros(len(values), dtype=bool)
-    return units[np.searchsorted(units, values).clip(max=len(units) - 1)] == values
+    places = np.searchsorted(units, values).clip(max=len(units) - 1)
+    return units[places] == values

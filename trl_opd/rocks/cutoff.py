@@ -1,4 +1,4 @@
-"""How many types are rocks: ranks, and the sweep of the cutoff K over coverage and stability."""
+"""Number of rocks: ranks of the types, and the sweep of the cutoff K over coverage and stability."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ import numpy as np
 
 from .corpus import Corpus
 
-STEP, MOST = 10, 300
-SIZES, DRAWS = (50, 100, 200), 10
+# The sweep tries K = 10, 20, ... up to 300, or up to a fifth of the types.
+STEP = 10
+MOST = 300
+# Numbers of rollouts in each of the two draws that are compared, and the number of draws for each.
+SIZES = (50, 100, 200)
+DRAWS = 10
+# A cutoff is stable when the lists of two draws overlap by at least this much.
 LEAST_JACCARD = 0.7
 
-# Corpora -> score of every type, `(V,)`.
+# Function from corpora to the score of every type, `(V,)`.
 Score = Callable[[Sequence[Corpus]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What each cutoff would mean.
+    """Coverage and stability of each cutoff K.
 
     Args:
         cutoffs (`list[int]`): Values of K.
-        coverage (`list[float]`): Share of the divergence that the top K carry, for each.
+        coverage (`list[float]`): Share of the divergence that falls on the top K types, for each K.
         stability (`dict[int, list[float]]`):
-            For n rollouts, the mean overlap (Jaccard) of the top K of n with that of n others, for each K.
-        top_k (`int`, *optional*): The largest K up to which every overlap is at least 0.7; `None` where there is none.
+            For each number n of rollouts and each K, the mean overlap (Jaccard) of the top K types of n rollouts with
+            those of n other rollouts.
+        top_k (`int`, *optional*):
+            The largest K up to which every overlap at the largest n is at least 0.7; `None` if there is no such K.
     """
 
     cutoffs: list[int]
@@ -36,24 +43,26 @@ class Sweep:
 
 
 def rank_ids(score: np.ndarray) -> np.ndarray:
-    """Return the ids of positive score, the highest first, ties by id."""
+    """Return the ids of positive score, the highest score first, ties by id, `(K,)`."""
     ids = np.flatnonzero(score > 0)
-    return ids[np.argsort(-score[ids], kind="stable")]
+    order = np.argsort(-score[ids], kind="stable")
+    return ids[order]
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     """Return the share of the ids in either list that are in both; 0 for two empty lists."""
     both = len(np.intersect1d(one, other))
-    return both / max(len(one) + len(other) - both, 1)
+    either = len(one) + len(other) - both
+    return both / max(either, 1)
 
 
 def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Sweep:
-    """Return the sweep: n rollouts against n others of the same corpus, drawn ten times for each n that is available.
+    """Return the sweep over K: n rollouts against n others of the same corpus, ten draws for each n that is available.
 
-    A list from n rollouts is never compared with one from all of them: it is part of it.
+    A list from n rollouts is never compared with the list from all rollouts, because these contain the n.
 
     Args:
-        corpora (`Sequence[Corpus]`): The selection half of each file; the first one's divergence is what is covered.
+        corpora (`Sequence[Corpus]`): The selection half of each file; the coverage is that of the first one.
         score (`Score`): Scores the types.
         seed (`int`): Seed of the draws.
 
@@ -64,33 +73,54 @@ def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Swee
     if rollouts < 2 * SIZES[0]:
         raise ValueError(
             f"--top_k auto compares {SIZES[0]} rollouts with {SIZES[0]} others, and the half that selects has "
-            f"{rollouts}: collect more prompts, or name a number."
+            f"{rollouts}: collect more prompts, or pass a number as --top_k."
         )
     types = len(np.unique(corpora[0].token_id))
     cutoffs = list(range(STEP, min(MOST, types // 5) + 1, STEP))
     if not cutoffs:
-        raise ValueError(f"--top_k auto needs at least {5 * STEP} token types, and there are {types}: name a number.")
+        raise ValueError(
+            f"--top_k auto needs at least {5 * STEP} token types, and there are {types}: pass a number as --top_k."
+        )
+
     rng = np.random.default_rng(seed)
     stability = {}
     for size in SIZES:
         if 2 * size <= rollouts:
             draws = [_overlaps(corpora, score, size, cutoffs, rng) for _ in range(DRAWS)]
             stability[size] = np.mean(draws, axis=0).tolist()
-    order = rank_ids(score(corpora))
-    total = np.bincount(corpora[0].token_id, corpora[0].kl)
+
+    coverage = _coverage(corpora[0], rank_ids(score(corpora)), cutoffs)
+    largest = max(stability)
+    top_k = None
+    for cutoff, overlap in zip(cutoffs, stability[largest], strict=True):
+        if overlap < LEAST_JACCARD:
+            break
+        top_k = cutoff
+    return Sweep(cutoffs=cutoffs, coverage=coverage, stability=stability, top_k=top_k)
+
+
+def _coverage(corpus: Corpus, order: np.ndarray, cutoffs: list[int]) -> list[float]:
+    """Return the share of the corpus's divergence that falls on the first K types in order, for each K."""
+    if len(order) == 0:
+        return [0.0] * len(cutoffs)
+    total = np.bincount(corpus.token_id, corpus.kl)
+    # The floor avoids 0 / 0 where no token diverges.
     covered = np.cumsum(total[order]) / max(total.sum(), np.finfo(float).tiny)
-    coverage = [float(covered[min(cutoff, len(order)) - 1]) if len(order) else 0.0 for cutoff in cutoffs]
-    stable = np.array(stability[max(stability)]) >= LEAST_JACCARD
-    known = int(np.argmin(stable)) if not stable.all() else len(cutoffs)
-    return Sweep(cutoffs, coverage, stability, cutoffs[known - 1] if known else None)
+    last = np.minimum(cutoffs, len(order)) - 1
+    return covered[last].tolist()
 
 
 def _overlaps(
     corpora: Sequence[Corpus], score: Score, size: int, cutoffs: list[int], rng: np.random.Generator
 ) -> list[float]:
-    """Return the overlap at each cutoff of the lists of two disjoint draws of rollouts."""
-    drawn = [rng.permutation(corpus.rollouts)[: 2 * size] for corpus in corpora]
-    pairs = zip(corpora, drawn, strict=True)
-    halves = [(corpus.take(places[:size]), corpus.take(places[size:])) for corpus, places in pairs]
-    one, other = (rank_ids(score([pair[side] for pair in halves])) for side in (0, 1))
-    return [jaccard(one[:cutoff], other[:cutoff]) for cutoff in cutoffs]
+    """Return the overlap, at each cutoff, of the ranked lists from two disjoint draws of rollouts."""
+    one = []
+    other = []
+    for corpus in corpora:
+        drawn = rng.permutation(corpus.rollouts)
+        one.append(corpus.take(drawn[:size]))
+        other.append(corpus.take(drawn[size : 2 * size]))
+
+    first = rank_ids(score(one))
+    second = rank_ids(score(other))
+    return [jaccard(first[:cutoff], second[:cutoff]) for cutoff in cutoffs]

@@ -1,11 +1,11 @@
-"""The family of a token by its text: one table of rules, the first that fits decides, for any tokenizer."""
+"""Families of tokens by their text, for any tokenizer: the first rule of a table that matches decides."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# Words that open or turn a thought, in lower case: what the rock-token paper calls discourse markers.
+# Words that open or turn a thought, in lower case; the rock-token paper calls them discourse markers.
 _DISCOURSE_TEXT = """
 actually additionally again alright also alternatively anyway because besides but consequently conversely finally
 first firstly furthermore hence however indeed instead lastly let let's likewise maybe meanwhile moreover namely
@@ -25,17 +25,17 @@ neither both all any some none few many much more most less least several such s
 just too very
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_TEXT.split())
-# White space is Markdown's: line breaks and indentation are its form.
+# White space counts as Markdown, because line breaks and indentation are part of its syntax.
 _MARKDOWN = re.compile(r"\s*|(?:[*~`#]+|_+|-|•|\||[-=]{3,}|\|[-:|\s]+\||\[[ xX]\])[,.:;]?")
-# LaTeX: a command, also without its backslash where a tokenizer parts the two (then no space stands before it).
+# A LaTeX command. Some tokenizers split off the backslash; the command then has no space before it.
 _COMMAND = re.compile(r"\s*\\[a-zA-Z]+|(?:frac|sqrt|boxed|cdot|text|left|right|times|pm|circ|theta|pi|mathrm|mathbf)")
 
 
 def family_of(text: str | None) -> str | None:
-    """Return the family of a token: one of `FAMILIES`; `None` where the text is not known.
+    """Return the family of a token, one of `FAMILIES`; `None` if the text is not known.
 
     Args:
-        text (`str`, *optional*): The token as its tokenizer decodes it.
+        text (`str`, *optional*): Text of the token, as its tokenizer decodes it.
     """
     if text is None:
         return None
@@ -49,18 +49,20 @@ def _is_digit(text: str, core: str) -> bool:
 def _is_math(text: str, core: str) -> bool:
     if _COMMAND.fullmatch(text):
         return True
-    kinds = [unicodedata.category(sign) for sign in core]
-    # Signs only, and one of them of mathematics (+ = < → ∑) or of LaTeX.
-    return all(kind[0] in "PS" for kind in kinds) and ("Sm" in kinds or any(sign in "$\\^{}" for sign in core))
+    categories = [unicodedata.category(sign) for sign in core]
+    # The text has punctuation and symbols only, and at least one belongs to mathematics (+ = < → ∑) or to LaTeX.
+    if any(category[0] not in "PS" for category in categories):
+        return False
+    return "Sm" in categories or not set(core).isdisjoint("$\\^{}")
 
 
 def _is_punctuation(text: str, core: str) -> bool:
     return bool(core) and all(unicodedata.category(sign)[0] in "PS" for sign in core)
 
 
-# In order. A text is what the tokenizer decodes, its core is the text without the white space around it.
+# The rules in order. The text is what the tokenizer decodes; its core is the text without the white space around it.
 RULES = (
-    ("other", lambda text, core: not text or "\ufffd" in text),  # nothing, or a part of a character
+    ("other", lambda text, core: not text or "\ufffd" in text),  # an empty text, or a part of a character
     ("markdown", lambda text, core: bool(_MARKDOWN.fullmatch(core))),
     ("math", _is_math),
     ("digit", _is_digit),

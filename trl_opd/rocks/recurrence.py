@@ -1,40 +1,44 @@
-"""Which occurrences of a token stay hard in the same surroundings: O_PH, rho and CCR (arXiv:2605.09253, stage B).
+"""Context filter: which occurrences of a token diverge strongly again and again in the same surroundings.
 
-An occurrence is persistently high when its divergence reaches a threshold under the student and under the reference
-student. Its surroundings are the tokens at the offsets -w..-1 and 1..w, as a vector with an entry `1 / |offset|` for
-each pair (offset, token), normalised. Two occurrences of one type are similar when the product of these vectors reaches
-gamma; rho is the share of the type's other persistently high occurrences that are, and one whose rho reaches eta is a
-rock occurrence. CCR is their number over all occurrences of the type.
+This is stage B of arXiv:2605.09253, with its O_PH, rho and CCR. An occurrence is persistently high (in O_PH) when its
+divergence reaches a threshold under the student and another one under the reference student. Its surroundings are the
+tokens at the offsets -w..-1 and 1..w, as a normalised vector with an entry `1 / |offset|` for each pair (offset,
+token). Two occurrences of one type are similar when the dot product of their vectors reaches gamma. rho is the share of
+the type's other persistently high occurrences that are similar, and an occurrence whose rho reaches eta is a rock
+occurrence. CCR is the number of rock occurrences over the number of all occurrences of the type.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from .corpus import NO_TOKEN, Corpus, window_offsets
 
-# Entries of a block of comparisons: its three temporaries stay in the processor's cache.
+# Pairs of occurrences that are compared at once: the three temporary arrays then fit in the processor's cache.
 BLOCK = 2**18
-# Products of float32 that are equal on paper differ by this at most.
+# Float32 products that are equal in exact arithmetic differ by at most this much.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Parameters of the filter; docs/detection.md has the measurements behind the defaults.
+    """Parameters of the context filter; docs/detection.md has the measurements behind the defaults.
 
     Args:
         tau_pre, tau_post (`float` or `str`):
-            Least divergence under the reference student and under the student: nats, or "q0.8" for the quantile 0.8 of
-            all occurrences.
-        window (`int`): Tokens on each side.
-        gamma (`float`): Least similarity, in (0, 1].
-        eta (`float`): Least share of similar occurrences, in [0, 1].
-        max_occurrences (`int`): Persistent occurrences of a type that are compared; of more, a seeded sample.
-        seed (`int`): Seed of the sample, and of everything else that a detection draws.
+            Smallest divergence of a persistently high occurrence under the reference student and under the student: in
+            nats, or "q0.8" for the quantile 0.8 of all occurrences.
+        window (`int`): Number of tokens on each side, w.
+        gamma (`float`): Smallest similarity, in (0, 1].
+        eta (`float`): Smallest share of similar occurrences, in [0, 1].
+        max_occurrences (`int`):
+            Largest number of persistently high occurrences of a type that are compared; if there are more, a seeded
+            sample of this size is.
+        seed (`int`): Seed of the sample, and of every other random draw of a detection.
     """
 
     tau_pre: float | str = "q0.7"
@@ -48,17 +52,18 @@ class ContextSettings:
 
 @dataclass(frozen=True)
 class TypeStatistics:
-    """Statistics of every token type, shape `(V,)` each, and the thresholds in nats behind them.
+    """Statistics of every token type, shape `(V,)` each, and the thresholds that they depend on.
 
     Args:
-        count (`np.ndarray`): Occurrences, int64.
-        kl_sum (`np.ndarray`): R(v), nats, float64.
-        kl_pre_sum (`np.ndarray`, *optional*): The same under the reference student.
-        persistent (`np.ndarray`): Occurrences in O_PH, int64.
-        rock_occurrences (`np.ndarray`): |R_v|, float64: estimated where a type was sampled.
-        sampled (`np.ndarray`): Ids of the types that were sampled.
+        count (`np.ndarray`): Number of occurrences, int64.
+        kl_sum (`np.ndarray`): R(v), the sum of the divergences, nats, float64.
+        kl_pre_sum (`np.ndarray`, *optional*): The same sum under the reference student.
+        persistent (`np.ndarray`): |O_PH(v)|, the number of persistently high occurrences, int64.
+        rock_occurrences (`np.ndarray`): |R_v|, the number of rock occurrences, float64; an estimate for sampled types.
+        sampled (`np.ndarray`): Ids of the types of which only a sample was compared.
         tau_pre, tau_post (`float`, *optional*):
-            The thresholds; `tau_pre` is `None` without a reference student, both where no surroundings were compared.
+            The thresholds in nats. `tau_pre` is `None` without a reference student, and both are `None` if no
+            surroundings were compared.
     """
 
     count: np.ndarray
@@ -69,6 +74,11 @@ class TypeStatistics:
     sampled: np.ndarray
     tau_pre: float | None
     tau_post: float | None
+
+    @property
+    def types(self) -> int:
+        """Number of types that occur."""
+        return int(np.count_nonzero(self.count))
 
     @cached_property
     def ccr(self) -> np.ndarray:
@@ -90,35 +100,37 @@ def measure_types(
         corpus (`Corpus`): The occurrences.
         settings (`ContextSettings`): Parameters of the filter.
         vocab_size (`int`): V; above every id.
-        context (`bool`, *optional*, defaults to `True`): Whether surroundings are compared; else what they give is 0.
+        context (`bool`, *optional*, defaults to `True`):
+            Whether surroundings are compared. Otherwise `persistent` and `rock_occurrences` are 0.
     """
     count = _sums(corpus.token_id, vocab_size).astype(np.int64)
     kl_sum = _sums(corpus.token_id, vocab_size, corpus.kl)
     kl_pre_sum = None if corpus.kl_pre is None else _sums(corpus.token_id, vocab_size, corpus.kl_pre)
-    if not context:
-        return TypeStatistics(
-            count=count,
-            kl_sum=kl_sum,
-            kl_pre_sum=kl_pre_sum,
-            persistent=np.zeros(vocab_size, dtype=np.int64),
-            rock_occurrences=np.zeros(vocab_size),
-            sampled=np.empty(0, dtype=np.int64),
-            tau_pre=None,
-            tau_post=None,
-        )
-
-    tau_post = threshold(settings.tau_post, corpus.kl)
-    tau_pre = None if corpus.kl_pre is None else threshold(settings.tau_pre, corpus.kl_pre)
-    is_high = corpus.kl >= tau_post
-    if tau_pre is not None:
-        is_high &= corpus.kl_pre >= tau_pre
-    rows = np.flatnonzero(is_high)
-    persistent = np.bincount(corpus.token_id[rows], minlength=vocab_size)
-    counted, sampled = rock_occurrences(corpus, rows, persistent, settings)
-    return TypeStatistics(
+    statistics = TypeStatistics(
         count=count,
         kl_sum=kl_sum,
         kl_pre_sum=kl_pre_sum,
+        persistent=np.zeros(vocab_size, dtype=np.int64),
+        rock_occurrences=np.zeros(vocab_size),
+        sampled=np.empty(0, dtype=np.int64),
+        tau_pre=None,
+        tau_post=None,
+    )
+    if not context:
+        return statistics
+
+    tau_post = threshold(settings.tau_post, corpus.kl)
+    tau_pre = None
+    is_high = corpus.kl >= tau_post
+    if corpus.kl_pre is not None:
+        tau_pre = threshold(settings.tau_pre, corpus.kl_pre)
+        is_high &= corpus.kl_pre >= tau_pre
+
+    rows = np.flatnonzero(is_high)
+    persistent = np.bincount(corpus.token_id[rows], minlength=vocab_size)
+    counted, sampled = rock_occurrences(corpus, rows, persistent, settings)
+    return replace(
+        statistics,
         persistent=persistent,
         rock_occurrences=counted,
         sampled=sampled,
@@ -128,16 +140,19 @@ def measure_types(
 
 
 def _sums(ids: np.ndarray, vocab_size: int, values: np.ndarray | None = None) -> np.ndarray:
-    """Return the sum of the values of every id (or how often it stands there), float64, `(V,)`."""
-    total, step = np.zeros(vocab_size), max(2**16, vocab_size)
-    for first in range(0, len(ids), step):  # in parts, because NumPy makes wider copies of what it counts
+    """Return the sum of the values of every id, or its number of occurrences without values, float64, `(V,)`."""
+    total = np.zeros(vocab_size)
+    step = max(2**16, vocab_size)
+    # The sum goes over parts of the rows, because NumPy copies its inputs to 64 bits.
+    for first in range(0, len(ids), step):
         part = slice(first, first + step)
-        total += np.bincount(ids[part], None if values is None else values[part], vocab_size)
+        weights = None if values is None else values[part]
+        total += np.bincount(ids[part], weights, vocab_size)
     return total
 
 
 def threshold(value: float | str, divergences: np.ndarray) -> float:
-    """Return a threshold in nats; "q0.8" is the quantile 0.8 of the divergences."""
+    """Return a threshold in nats; "q0.8" means the quantile 0.8 of the divergences."""
     if isinstance(value, str) and value.startswith("q"):
         return float(np.quantile(divergences, float(value[1:])))
     return float(value)
@@ -146,34 +161,48 @@ def threshold(value: float | str, divergences: np.ndarray) -> float:
 def rock_occurrences(
     corpus: Corpus, rows: np.ndarray, persistent: np.ndarray, settings: ContextSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return |R_v| of every type, `(V,)`, and the ids of the types of which a sample was compared.
+    """Return |R_v| of every type, `(V,)`, and the ids of the types of which only a sample was compared.
 
     Args:
         corpus (`Corpus`): The occurrences.
-        rows (`np.ndarray`): Rows in O_PH.
+        rows (`np.ndarray`): Rows of the persistently high occurrences, ascending.
         persistent (`np.ndarray`): |O_PH(v)|, `(V,)`.
         settings (`ContextSettings`): Parameters of the filter.
     """
-    rows = rows[np.argsort(corpus.token_id[rows], kind="stable")]
+    by_type = np.argsort(corpus.token_id[rows], kind="stable")
+    rows = rows[by_type]
     ends = np.cumsum(persistent)
+    starts = ends - persistent
+
     several = np.flatnonzero(persistent > 1)
     sampled = several[persistent[several] > settings.max_occurrences]
+
+    # Types of similar size share a block, so that little of it is padding.
+    by_size = np.argsort(persistent[several], kind="stable")
+    several = several[by_size]
+    totals = persistent[several]
+    sizes = np.minimum(totals, settings.max_occurrences)
+
     found = np.zeros(len(persistent))
-    # Like sizes together: so little of a block is padding.
-    several = several[np.argsort(persistent[several], kind="stable")]
-    sizes = np.minimum(persistent[several], settings.max_occurrences)
-    start = 0
-    while start < len(several):
-        # As many types as a block holds when padded to the largest of them.
-        stop = start + 1
-        while stop < len(several) and (stop + 1 - start) * int(sizes[stop]) ** 2 <= BLOCK:
-            stop += 1
-        types = several[start:stop]
-        members = [_members(rows[ends[type] - persistent[type] : ends[type]], type, settings) for type in types]
+    for block in _blocks(sizes):
+        members = []
+        for type in several[block]:
+            own = rows[starts[type] : ends[type]]
+            members.append(_members(own, type, settings))
         kept = _kept(corpus, members, settings)
-        found[types] = kept * persistent[types] / sizes[start:stop]
-        start = stop
+        found[several[block]] = kept * totals[block] / sizes[block]
     return found, sampled
+
+
+def _blocks(sizes: np.ndarray) -> Iterator[slice]:
+    """Yield slices of types whose comparisons fit in a block, padded to the largest type; `sizes` ascends."""
+    start = 0
+    for stop in range(1, len(sizes)):
+        if (stop + 1 - start) * int(sizes[stop]) ** 2 > BLOCK:
+            yield slice(start, stop)
+            start = stop
+    if len(sizes):
+        yield slice(start, len(sizes))
 
 
 def _members(rows: np.ndarray, type: int, settings: ContextSettings) -> np.ndarray:
@@ -181,25 +210,33 @@ def _members(rows: np.ndarray, type: int, settings: ContextSettings) -> np.ndarr
     if len(rows) <= settings.max_occurrences:
         return rows
     rng = np.random.default_rng([settings.seed, int(type)])
-    return rows[rng.choice(len(rows), settings.max_occurrences, replace=False)]
+    places = rng.choice(len(rows), settings.max_occurrences, replace=False)
+    return rows[places]
 
 
 def _kept(corpus: Corpus, members: list[np.ndarray], settings: ContextSettings) -> np.ndarray:
-    """Return how many of the rows of each type have a rho of at least eta, `(T,)`."""
+    """Return how many rows of each type have a rho of at least eta, `(T,)`."""
+    offsets = np.array(window_offsets(settings.window))
+    squares = (1.0 / offsets**2).astype(np.float32)
     sizes = np.array([len(rows) for rows in members])
-    longest, slots = sizes.max(), 2 * settings.window
-    windows = np.full((len(members), slots, longest), NO_TOKEN, dtype=np.int32)
+    longest = sizes.max()
+    windows = np.full((len(members), len(offsets), longest), NO_TOKEN, dtype=np.int32)
     for place, rows in enumerate(members):
-        windows[place, :, : len(rows)] = corpus.windows(rows, settings.window).T
-    squares = np.array([1.0 / offset**2 for offset in window_offsets(settings.window)], dtype=np.float32)
+        around = corpus.windows(rows, settings.window)
+        windows[place, :, : len(rows)] = around.T
+
     norms = np.sqrt(np.einsum("tsn,s->tn", windows != NO_TOKEN, squares))
-    # An empty window, and padding, is similar to nothing.
+    # An infinite norm makes an empty window, and padding, similar to nothing.
     norms = np.where(norms == 0, np.inf, norms).astype(np.float32)
     similar = _similar(windows, norms, squares, settings.gamma - ROUNDING)
-    similar -= np.isfinite(norms)  # to itself
-    inside = np.arange(longest) < sizes[:, None]
-    # rho = similar / (n - 1) >= eta; without the division no rounding decides.
-    return (inside & (similar >= settings.eta * (sizes - 1)[:, None] - ROUNDING)).sum(axis=1)
+    # Each window that is not empty was found similar to itself.
+    similar -= np.isfinite(norms)
+
+    others = (sizes - 1)[:, None]
+    # This is rho = similar / others >= eta without the division, which could round to the wrong side of eta.
+    reaches_eta = similar >= settings.eta * others - ROUNDING
+    is_row = np.arange(longest) < sizes[:, None]
+    return (is_row & reaches_eta).sum(axis=1)
 
 
 def _similar(windows: np.ndarray, norms: np.ndarray, squares: np.ndarray, least: float) -> np.ndarray:
@@ -207,26 +244,35 @@ def _similar(windows: np.ndarray, norms: np.ndarray, squares: np.ndarray, least:
 
     Args:
         windows (`np.ndarray`): Tokens `(T, slots, n)`.
-        norms (`np.ndarray`): `(T, n)`.
-        squares (`np.ndarray`): What an equal token adds to the product, for each slot.
-        least (`float`): Least similarity.
+        norms (`np.ndarray`): Norm of every window's vector, `(T, n)`.
+        squares (`np.ndarray`): What an equal token adds to the dot product, `(slots,)`.
+        least (`float`): Smallest similarity.
     """
     types, slots, count = windows.shape
-    others = np.where(windows == NO_TOKEN, NO_TOKEN - 1, windows)  # what is missing equals nothing
+    # Another number for a missing token on one side makes it unequal to a missing token on the other side.
+    others = np.where(windows == NO_TOKEN, NO_TOKEN - 1, windows)
     step = max(1, BLOCK // (types * count))
-    equal = np.empty((types, step, count), dtype=bool)
-    part, product = np.empty((2, types, step, count), dtype=np.float32)
+    shape = (types, step, count)
+    equal = np.empty(shape, dtype=bool)
+    part = np.empty(shape, dtype=np.float32)
+    product = np.empty(shape, dtype=np.float32)
     found = np.empty((types, count), dtype=np.int64)
+
     for first in range(0, count, step):
-        rows = slice(first, min(first + step, count))
-        size = rows.stop - rows.start
-        block, term, same = product[:, :size], part[:, :size], equal[:, :size]
+        rows = slice(first, first + step)
+        norm = norms[:, rows, None]
+        size = norm.shape[1]
+        same = equal[:, :size]
+        term = part[:, :size]
+        block = product[:, :size]
         block[:] = 0
         for slot in range(slots):
             np.equal(windows[:, slot, rows, None], others[:, slot, None, :], out=same)
             np.multiply(same, squares[slot], out=term)
             block += term
-        np.multiply(norms[:, rows, None], np.float32(least) * norms[:, None, :], out=term)
+
+        # Cosine >= least, multiplied by both norms.
+        np.multiply(norm, np.float32(least) * norms[:, None, :], out=term)
         np.greater_equal(block, term, out=same)
         found[:, rows] = same.sum(axis=2)
     return found

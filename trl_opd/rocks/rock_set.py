@@ -1,6 +1,6 @@
-"""RockSet: the token types that did not converge, with their statistics, their controls and where they come from.
+"""RockSet: the token types that did not converge, with their statistics, their controls and their origin.
 
-The file is JSON in the format `trl_opd.rock_set`, version 1. What is read comes from outside and is checked before use.
+The file is JSON in the format `trl_opd.rock_set`, version 1. It may come from another program, so `load` checks it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "trl_opd.rock_set"
 VERSION = 1
-# Far above any rock set (300 types are 100 kB): a larger file is a mistake, and is refused before it fills the memory.
+# Far above any rock set (300 types are 100 kB): a larger file is a mistake and raises an error before it is read.
 MAX_BYTES = 64 * 2**20
 
 
@@ -50,7 +50,7 @@ class Rock:
 
 @dataclass(frozen=True)
 class Controls:
-    """Token types that are no rocks and together occur as often as the rocks: `mass_ratio` = theirs / the rocks'."""
+    """Token types that are not rocks; `mass_ratio` is their number of occurrences divided by that of the rocks."""
 
     ids: list[int]
     mass_ratio: float
@@ -61,7 +61,7 @@ class Controls:
 
 @dataclass(frozen=True)
 class RockSet:
-    """Rocks in rank order, with what measured them.
+    """Rocks in rank order, with the method and the rollouts that they were found with.
 
     Args:
         rocks (`list[Rock]`): The rocks, highest score first.
@@ -98,8 +98,8 @@ class RockSet:
         """Return the rock set in a file, in a folder's `rock_set.json`, or in a Hub repository's.
 
         Raises:
-            `ValueError`: if the file is no rock set of a known version, with the file and the reason.
-            `OSError`: if there is no such file or repository, or the Hub cannot be reached.
+            `ValueError`: if the file is not a rock set of a known version; the message names the file and the reason.
+            `OSError`: if the file or repository does not exist, or the Hub cannot be reached.
         """
         path = _find(path_or_repo)
         what = "a rock set"
@@ -123,12 +123,12 @@ class RockSet:
         Args:
             repo_id (`str`): `"user/name"`: a model repository, which is created if there is none.
             private (`bool`, *optional*): Whether a repository that is created is private.
-            token (`str`, *optional*): One that may write; defaults to HF_TOKEN, or that of `hf auth login`.
+            token (`str`, *optional*): Token with write access; defaults to HF_TOKEN or the one of `hf auth login`.
             commit_message (`str`, *optional*): Defaults to the client's, which names the file.
 
         Raises:
-            `ValueError`: if the set is none that `load` would read; nothing is uploaded then.
-            `OSError`: if the Hub refuses it or cannot be reached.
+            `ValueError`: if `load` could not read the set; nothing is uploaded then.
+            `OSError`: if the Hub rejects the upload or cannot be reached.
         """
         content = self._json().encode()
         from huggingface_hub import HfApi
@@ -143,7 +143,7 @@ class RockSet:
     def _json(self) -> str:
         content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
         content["rocks"] = [asdict(rock) for rock in self.rocks]
-        if self.controls is not None:  # seed and texts are left out where they are not known
+        if self.controls is not None:  # an unknown seed or unknown texts are left out
             content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
         _parse(content)
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -166,7 +166,8 @@ class RockSet:
             raise ValueError(
                 f"The rock set holds token id {outside[0]}, but student and teacher share only {vocab_size} ids."
             )
-        known, size = self.tokenizer.get("fingerprint"), self.tokenizer.get("vocab_size")
+        known = self.tokenizer.get("fingerprint")
+        size = self.tokenizer.get("vocab_size")
         source = f"tokenizer {self.tokenizer.get('name') or '(unnamed)'} of {size} tokens"
         if known is None and size in (None, len(tokenizer)):
             warnings.warn(
