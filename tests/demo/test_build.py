@@ -48,8 +48,8 @@ def test_training_rows_teach_answers_and_not_questions():
 
 
 def test_building_writes_models_that_load(tmp_path, monkeypatch, capsys):
-    for name in ("TEACHER", "STUDENT"):
-        monkeypatch.setattr(build, name, getattr(build, name) | {"steps": 1})
+    for name in ("teacher", "student"):
+        monkeypatch.setitem(build.TRAINING[name], "steps", 1)
     monkeypatch.setattr("sys.argv", ["build", "--output_dir", str(tmp_path)])
     build.main()
     for name, shipped in (("teacher", arms.load("teacher")[0]), ("student", arms.load("student")[0])):
