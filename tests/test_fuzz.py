@@ -11,8 +11,8 @@ from tests.helpers import hostile_files
 from tests.helpers.hostile_files import CHECKS, MARKER, broken_file, good_files, large_files, read
 
 # Of every kind; a report draws plots, so those are few.
-FILES = {"rock_set": 140, "occurrences": 100, "prompts": 60, "token_stats": 90, "recipe": 90}
-FILES |= {"run": 6, "knockout": 8, "gradients": 3, "samples": 3}
+FILES = {"rock_set": 130, "occurrences": 100, "prompts": 60, "token_stats": 90, "recipe": 90}
+FILES |= {"run": 6, "knockout": 8, "gradients": 3, "samples": 3, "summary": 10}
 
 
 @pytest.mark.parametrize("kind", CHECKS)

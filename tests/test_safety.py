@@ -1,4 +1,4 @@
-"""Nothing of a stranger's is executed, nothing is told to strangers, and no secret is written down."""
+"""The package never runs code from a file, opens no connection on its own, and writes no secret to output or files."""
 
 import ast
 import json
@@ -95,7 +95,7 @@ def is_text(node: ast.expr | None) -> bool:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_executes_what_a_file_holds(path):
+def test_no_module_executes_the_content_of_a_file(path):
     assert unsafe(path.read_text(encoding="utf-8")) == []
 
 
@@ -114,7 +114,7 @@ def test_no_module_executes_what_a_file_holds(path):
         "kwargs = {'trust_remote_code': True}",
     ],
 )
-def test_the_look_at_the_source_sees_what_it_is_for(source):
+def test_unsafe_source_is_found(source):
     assert unsafe(source)
 
 
@@ -243,8 +243,10 @@ def run_all(world: Path, tmp_path: Path, evil: Path, stdin: str) -> dict[str, li
     return json.loads(result.read_text())
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(("evil", "stdin"), [("evil", "terminal"), ("evil_tokenizer", "pipe"), ("evil_known", "pipe")])
-def test_code_in_a_models_folder_is_not_executed_whatever_is_answered(world, tmp_path, evil, stdin):
+def test_code_in_a_model_folder_is_never_executed_even_if_the_user_answers_yes(world, tmp_path, evil, stdin):
     found = run_all(world, tmp_path, world / evil, stdin)
     assert {name: executed for name, (_, _, executed) in found.items() if executed} == {}
     assert not (tmp_path / "modules" / "transformers_modules").exists() or not list(
@@ -258,6 +260,8 @@ def test_code_in_a_models_folder_is_not_executed_whatever_is_answered(world, tmp
         assert {name for name, (code, _, _) in found.items() if code == 0} <= {"report"}
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evil", "load"),
     [
@@ -265,7 +269,7 @@ def test_code_in_a_models_folder_is_not_executed_whatever_is_answered(world, tmp
         ("evil_tokenizer", "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"),
     ],
 )
-def test_the_folders_leave_their_mark_where_they_are_trusted(world, tmp_path, evil, load):
+def test_code_in_a_model_folder_runs_if_it_is_trusted(world, tmp_path, evil, load):
     code = f"import sys; from transformers import AutoConfig, AutoTokenizer; {load}"
     marker = tmp_path / "marker"
     environment = {**os.environ, "MARKER": str(marker), "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -274,7 +278,7 @@ def test_the_folders_leave_their_mark_where_they_are_trusted(world, tmp_path, ev
     assert marker.exists()
 
 
-# Nobody is told
+# No connection is opened
 
 
 NO_NETWORK = """
@@ -295,6 +299,8 @@ json.dump([codes, tried], open(sys.argv[2], "w"))
 """
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_importing_fitting_detecting_and_reporting_open_no_connection(world, tmp_path):
     rocks = str(tmp_path / "rock_set.json")
     models = flags(world, tmp_path, teacher_model_name_or_path=world / "teacher")[:4]
@@ -316,7 +322,9 @@ def test_importing_fitting_detecting_and_reporting_open_no_connection(world, tmp
 # Secrets
 
 
-def test_no_token_is_in_the_output_or_a_file_of_a_run_that_says_all_it_can(world, tmp_path):
+@pytest.mark.processes
+@pytest.mark.slow
+def test_no_token_is_in_the_output_or_files_of_a_run_at_debug_level(world, tmp_path):
     of_environment, of_flag = "hf_" + "environmentSecret0123456789abcdefg", "hf_" + "flagSecret0123456789abcdefghijklmn"
     loud = {"log_level": "debug", "hub_token": of_flag, "log_completions": True, "save_steps": 1}
     verbose = {f"{name}_VERBOSITY": "debug" for name in ("TRANSFORMERS", "DATASETS", "HF_HUB", "DIFFUSERS")}
@@ -325,6 +333,7 @@ def test_no_token_is_in_the_output_or_a_file_of_a_run_that_says_all_it_can(world
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Trained 1 steps" in done.stdout
+    assert "report: " not in done.stderr, "a progress bar in spite of disable_tqdm"
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"opd_run.json", "report.html", "README.md", "training_args.bin"} <= {path.name for path in files}
     for secret in (of_environment, of_flag):

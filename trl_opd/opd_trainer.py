@@ -581,7 +581,7 @@ class OPDTrainer(DistillationTrainer):
     def push_to_hub(self, *args, **kwargs):
         self.run_record.write_results(self.state, self.reduced_token_stats())
         if self.is_world_process_zero():
-            add_report(self.args.output_dir)
+            add_report(self.args.output_dir, show_progress=not self.args.disable_tqdm)
         repository = self.hub_model_id or self.args.hub_model_id or "the Hub"
         with hub_errors(f"push {self.args.output_dir} to {repository}"):
             return super().push_to_hub(*args, **kwargs)

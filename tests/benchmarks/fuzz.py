@@ -34,7 +34,7 @@ MEMORY, ADDRESSES = 2**30, 4 * 2**30  # above what the process starts with
 BATCH = 40
 # A report draws plots: a tenth of the files.
 SHARES = {"rock_set": 22, "occurrences": 24, "prompts": 10, "token_stats": 16, "recipe": 18}
-SHARES |= {"run": 3, "knockout": 3, "gradients": 2, "samples": 2}
+SHARES |= {"run": 3, "knockout": 3, "gradients": 2, "samples": 2, "summary": 0}  # at least one file of each kind
 PACKAGE = str(Path(trl_opd.__file__).parent)
 LONGEST = 1500  # characters of a sentence, with a path and a list of columns in it
 

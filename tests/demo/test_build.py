@@ -1,4 +1,4 @@
-"""The models of the demo: those that ship with it, what they are taught, and building them."""
+"""The demo's models: the shipped ones, the batches that they were trained on, and building them again."""
 
 import random
 
@@ -9,7 +9,7 @@ from trl_opd.demo import arms, build
 from trl_opd.demo.arithmetic import PLANTED_ROCKS, draw_problems, make_tokenizer, ruled_marks, worked_answer
 
 
-def test_the_shipped_models_are_small_and_as_able_as_the_page_says():
+def test_shipped_models_are_small_and_have_the_documented_accuracy():
     files = list(arms.MODELS.rglob("*.safetensors"))
     assert len(files) == 2
     assert sum(file.stat().st_size for file in arms.MODELS.rglob("*") if file.is_file()) <= 2_000_000
@@ -18,7 +18,7 @@ def test_the_shipped_models_are_small_and_as_able_as_the_page_says():
     assert 0.02 <= accuracy["student"] <= 0.25
 
 
-def test_the_teacher_follows_its_rule_whatever_marks_stood_before():
+def test_teacher_follows_its_rule_after_random_marks():
     teacher, tokenizer = arms.load("teacher")
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     rocks = torch.tensor(tokenizer.convert_tokens_to_ids(list(PLANTED_ROCKS)))
@@ -33,7 +33,7 @@ def test_the_teacher_follows_its_rule_whatever_marks_stood_before():
     assert (seen == wanted)[marks].float().mean() < 0.4
 
 
-def test_training_rows_teach_answers_and_not_questions():
+def test_labels_cover_answers_and_not_questions():
     tokenizer = make_tokenizer()
     problems = draw_problems(64, 7, held_out=False)
     for ruled in (False, True):
@@ -48,8 +48,8 @@ def test_training_rows_teach_answers_and_not_questions():
 
 
 def test_building_writes_models_that_load(tmp_path, monkeypatch, capsys):
-    for name in ("TEACHER", "STUDENT"):
-        monkeypatch.setattr(build, name, getattr(build, name) | {"steps": 1})
+    for name in ("teacher", "student"):
+        monkeypatch.setitem(build.TRAINING[name], "steps", 1)
     monkeypatch.setattr("sys.argv", ["build", "--output_dir", str(tmp_path)])
     build.main()
     for name, shipped in (("teacher", arms.load("teacher")[0]), ("student", arms.load("student")[0])):

@@ -1,4 +1,4 @@
-"""Whole short demos: what they write, going on after an interruption, and what they leave alone."""
+"""Whole short demos: what they write, how they resume after an interruption, and which files they leave alone."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_summary_is_as_promised(finished):
+def test_summary_has_the_documented_fields_and_ranges(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() == SUMMARY
     assert summary["version"] == 1
@@ -56,7 +56,7 @@ def test_the_summary_is_as_promised(finished):
     assert 0 < rocks["kl_share"] < 1
 
 
-def test_the_accuracies_are_those_of_the_students_on_disk(finished):
+def test_accuracy_is_that_of_the_saved_student(finished):
     summary = json.loads((finished / "summary.json").read_text())
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(finished / "rock", dtype=torch.float32)
@@ -67,7 +67,7 @@ def test_the_accuracies_are_those_of_the_students_on_disk(finished):
     )
 
 
-def test_the_rock_set_comes_from_the_last_windows_and_its_controls_match(finished):
+def test_rock_set_is_from_the_last_windows_with_matching_controls(finished):
     rock_set = RockSet.load(finished / "rock_set.json")
     windows = [TokenStats.load(finished / "uniform" / f"checkpoint-{step}") for step in range(1, 9)]
     assert rock_set.corpus["tokens"] == int((windows[6].seen + windows[7].seen).sum())
@@ -81,14 +81,14 @@ def test_the_rock_set_comes_from_the_last_windows_and_its_controls_match(finishe
     rock_set.check(make_tokenizer(), 149)
 
 
-def test_the_plots_are_pictures(finished):
+def test_plots_are_png_files(finished):
     for name in ("accuracy.png", "divergence.png"):
         content = (finished / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 10_000
 
 
-def test_a_finished_demo_is_not_run_again(finished, capsys):
+def test_finished_demo_is_not_run_again(finished, capsys):
     before = {arm: (finished / arm / "result.json").stat().st_mtime_ns for arm in ALL_ARMS}
     assert demo(finished) == 0
     assert before == {arm: (finished / arm / "result.json").stat().st_mtime_ns for arm in ALL_ARMS}
@@ -102,7 +102,8 @@ def test_a_finished_demo_is_not_run_again(finished, capsys):
     assert any("no interval" in line for line in lines)
 
 
-def test_an_interrupted_demo_goes_on_and_ends_alike(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_interrupted_demo_resumes_with_the_same_result(finished, tmp_path, monkeypatch, capsys):
     whole, run_arm = {arm: arms.read_result(finished / arm) for arm in ALL_ARMS}, run.run_arm
 
     def interrupted(arm, *args, **kwargs):
@@ -124,7 +125,8 @@ def test_an_interrupted_demo_goes_on_and_ends_alike(finished, tmp_path, monkeypa
         assert (result.correct, result.curve) == (whole[arm].correct, whole[arm].curve)
 
 
-def test_other_settings_run_anew(tmp_path):
+@pytest.mark.slow
+def test_other_settings_run_again(tmp_path):
     settings = ["demo", "--output_dir", str(tmp_path), "--arms", "uniform"]
     assert main([*settings, "--steps", "1"]) == 0
     assert main([*settings, "--steps", "2"]) == 0
@@ -132,7 +134,7 @@ def test_other_settings_run_anew(tmp_path):
     assert sorted(path.name for path in (tmp_path / "uniform").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_a_result_that_cannot_be_read_counts_as_none(tmp_path):
+def test_unreadable_result_counts_as_missing(tmp_path):
     assert arms.read_result(tmp_path) is None
     good = {"settings": {}, "correct": [True] * 500, "curve": [[0, 0.1]], "seconds": 1.0, "frozen_token_share": 0.0}
     (tmp_path / "result.json").write_text(json.dumps(good))
@@ -144,7 +146,7 @@ def test_a_result_that_cannot_be_read_counts_as_none(tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["rock", "control"])
-def test_arms_that_have_nothing_to_freeze_are_left_out_with_a_reason(arm):
+def test_arm_with_nothing_to_freeze_is_skipped_with_a_reason(arm):
     nothing = RockSet([], {}, {}, {}, {"tokens": 1, "kl_sum": 0.0})
     assert run._cannot_run(arm, nothing) == f"{arm}: not run, no rocks were found."
     assert run._rock_summary(nothing) == {
@@ -153,7 +155,7 @@ def test_arms_that_have_nothing_to_freeze_are_left_out_with_a_reason(arm):
     }
 
 
-def test_an_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):
+def test_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):
     (tmp_path / arms.MARKER).touch()
     (tmp_path / "rock_set.json").write_text("{}")
     arms._clear(tmp_path)
@@ -163,7 +165,7 @@ def test_an_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):
 # Wrong input
 
 
-def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
+def test_folder_with_other_files_is_an_error_and_stays_unchanged(tmp_path, capsys):
     own = tmp_path / "uniform" / "checkpoint-1000" / "model.safetensors"
     own.parent.mkdir(parents=True)
     own.write_text("mine")

@@ -34,6 +34,7 @@ from trl_opd.studies.gradients import read_rollouts
 
 from tests.helpers.file_mutations import NUMBERS, REALS, mutated_json, mutated_safetensors, mutated_yaml
 from tests.helpers.parquet_mutations import field, footer_of, mutated_parquet, pages_of, with_footer, with_page
+from tests.helpers.report_folders import SUMMARY
 from tests.helpers.rock_sets import FILE
 from tests.helpers.run_records import record
 from tests.helpers.tiny import make_tokenizer
@@ -50,6 +51,7 @@ FILES = {
     "knockout": "knockout.json",
     "gradients": "gradients.parquet",
     "samples": FILE_NAME,
+    "summary": "summary.json",
 }
 
 
@@ -176,7 +178,7 @@ RECIPE = {
 
 def good_files(kind: str) -> list[bytes]:
     """Return good files of a kind."""
-    trees = {"rock_set": FILE, "run": record(), "knockout": KNOCKOUT}
+    trees = {"rock_set": FILE, "run": record(), "knockout": KNOCKOUT, "summary": SUMMARY}
     if kind in trees:
         return [json.dumps(trees[kind]).encode()]
     if kind == "recipe":
@@ -452,11 +454,16 @@ def check_recipe(path: Path) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Write the report of a folder that holds the file."""
+    """Write the report of a folder that holds the file; an error must name the file."""
     if path.name == FILE_NAME:
         path.with_name("opd_run.json").write_bytes(good_files("run")[0])
     page = path.with_name("report.html")
-    write_report(path.parent, page)
+    try:
+        write_report(path.parent, page)
+    except ValueError as error:
+        if path.name not in str(error):
+            raise AssertionError(f"The error does not name the file: {error}") from error
+        raise
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     assert text.rstrip().endswith("</html>")
@@ -468,7 +475,7 @@ CHECKS = {
     "prompts": check_prompts,
     "token_stats": check_token_stats,
     "recipe": check_recipe,
-    **dict.fromkeys(("run", "knockout", "gradients", "samples"), check_report),
+    **dict.fromkeys(("run", "knockout", "gradients", "samples", "summary"), check_report),
 }
 
 

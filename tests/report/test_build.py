@@ -1,10 +1,8 @@
-"""A folder -> its report: every part shows what the files hold, and a bad file is an error of one sentence."""
+"""Writing the report of a folder: each section shows what the files hold, and wrong input is a one-line error."""
 
 import json
 import re
 import shutil
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +21,10 @@ from trl_opd.report.sections.rocks import find_types
 from trl_opd.report.sections.rollouts import rollouts
 from trl_opd.report.sections.run import what_was_run
 from trl_opd.rocks.families import family_of
+from trl_opd.saving.student import add_report
 
 from tests.helpers.full_disk import full_disk
+from tests.helpers.html_tree import Html
 from tests.helpers.report_folders import SUMMARY, knockout
 from tests.helpers.report_sections import of_kind, table
 from tests.helpers.tiny import make_config, make_dataset, make_model
@@ -33,52 +33,18 @@ from tests.helpers.trainers import Stop
 ALL_PARTS = ["What was run", "Training", "Rocks", "Rollouts"]
 
 
-class Parsed(HTMLParser):
-    """What a page holds: labels of its figures and rows of its tables by section, its articles, its JSON."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.figures, self.tables, self.articles, self.data = {}, {}, [], []
-        self._section = self._tag = self._text = self._is_json = None
-        self.feed(Path(path).read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        attrs, self._tag, self._text = dict(attrs), tag, ""
-        if tag == "section":
-            self._section = attrs["id"]
-            self.figures[self._section], self.tables[self._section] = [], []
-        elif attrs.get("class") == "plot":
-            self.figures[self._section].append(attrs["aria-label"])
-        elif tag == "table":
-            self.tables[self._section].append([])
-        elif tag == "tr":
-            self.tables[self._section][-1].append([])
-        self._is_json = attrs.get("type") == "application/json"
-
-    def handle_data(self, data):
-        self._text = (self._text or "") + data
-
-    def handle_endtag(self, tag):
-        if tag in ("th", "td"):
-            self.tables[self._section][-1][-1].append(self._text)
-        elif tag in ("h3", "h4") and self._text.startswith("Rollout "):
-            self.articles.append(int(self._text.removeprefix("Rollout ")))
-        elif tag == "script" and self._is_json:
-            self.data += json.loads(self._text)["rollouts"]
-
-
 @pytest.fixture(scope="module")
 def page(run_folder, tmp_path_factory):
-    """The page of that run, parsed."""
+    """The page of that run as a tree."""
     path = tmp_path_factory.mktemp("page") / "page.html"
     write_report(run_folder, path)
-    return Parsed(path)
+    return Html(path.read_text(encoding="utf-8")).root
 
 
 # What a run left
 
 
-def test_the_page_of_a_run_has_these_figures(page, run_folder):
+def test_page_of_a_run_has_these_plots(page, run_folder):
     record = json.loads((run_folder / "opd_run.json").read_text())
     accuracy = [line["eval_accuracy"] for line in record["log"] if "eval_accuracy" in line][-1]
     starts = {
@@ -95,25 +61,32 @@ def test_the_page_of_a_run_has_these_figures(page, run_folder):
         "rocks": ["Mean KL over count of ", "Mean KL of each type after over before", "Share of the", "Families"],
         "rollouts": [],
     }
-    assert page.figures.keys() == starts.keys()
-    for part, found in page.figures.items():
-        assert len(found) == len(starts[part])
-        assert all(label.startswith(start) for label, start in zip(found, starts[part], strict=True))
+    assert [section.attributes["id"] for section in page.all("section")] == list(starts)
+    for section in page.all("section"):
+        plots = [one.attributes for one in section if one.attributes.get("class") == "plot"]
+        for plot, start in zip(plots, starts[section.attributes["id"]], strict=True):
+            assert plot["aria-label"].startswith(start)
 
 
-def test_the_rows_of_the_page_are_the_rock_set(page, run_folder, tokenizer):
-    (rows,) = page.tables["rocks"]
-    assert rows[0] == ["rank", "token", "id", "family", "count", "mean KL", "score"]
-    for rank, (row, rock) in enumerate(zip(rows[1:], RockSet.load(run_folder).rocks, strict=True), 1):
+def test_table_of_the_page_has_the_rows_of_the_rock_set(page, run_folder, tokenizer):
+    (section,) = [one for one in page.all("section") if one.attributes["id"] == "rocks"]
+    head, *rows = [[cell.text for cell in row.all("th", "td")] for row in section.all("tr")]
+    assert head == ["rank", "token", "id", "family", "count", "mean KL", "score"]
+    for rank, (row, rock) in enumerate(zip(rows, RockSet.load(run_folder).rocks, strict=True), 1):
         family = family_of(tokenizer.decode([rock.id]))
         assert [row[0], *row[2:]] == [str(rank), str(rock.id), family, str(rock.count), f"{rock.mean_kl:.4f}", "10"]
 
 
-def test_the_figures_of_tokens_in_the_page_are_the_rows_of_the_file(page, run_folder):
+def test_metrics_of_tokens_in_the_page_are_the_rows_of_the_file(page, run_folder):
     rows = pq.read_table(run_folder / FILE_NAME).to_pandas()
     groups = list(rows.groupby(["step", "rollout"]))
-    assert page.articles == [rollout for (_, rollout), _ in groups]
-    for found, (_, mine) in zip(page.data, groups, strict=True):
+    headings = [one.text for one in page.all("h3", "h4") if one.text.startswith("Rollout ")]
+    assert headings == [f"Rollout {rollout}" for (_, rollout), _ in groups]
+    data = []
+    for script in page.all("script"):
+        if script.attributes.get("type") == "application/json":
+            data += json.loads(script.text)["rollouts"]
+    for found, (_, mine) in zip(data, groups, strict=True):
         assert found["id"] == mine["token_id"].tolist()
         for name in ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p"):
             np.testing.assert_allclose(found[name], mine[name], rtol=1e-3)
@@ -121,17 +94,26 @@ def test_the_figures_of_tokens_in_the_page_are_the_rows_of_the_file(page, run_fo
         np.testing.assert_allclose(found["teacher_top_p"], np.concatenate(mine["teacher_top_p"].to_list()), rtol=1e-3)
 
 
-def test_a_run_has_every_part_that_it_has_data_for(run_folder, tmp_path):
-    assert write_report(run_folder, tmp_path / "page.html") == ALL_PARTS
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for part in ("run", "training", "rocks", "rollouts"):
-        assert f'<section id="{part}"' in text
-    assert 'id="evidence"' not in text
+def test_report_of_a_run_is_small_and_requests_nothing(run_folder, tmp_path, capsys):
+    path = tmp_path / "page.html"
+    assert main(["report", str(run_folder), "--output", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "report: " in captured.err, "the progress bar"
+    line = captured.out.strip().splitlines()[-1]
+    assert line.startswith(f"{', '.join(ALL_PARTS)}: the report is in {path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    text = path.read_text(encoding="utf-8")
     assert len(text) < 5 * 2**20
-    assert not re.search(r'(?:src|href)="(?!#|data:,)', text), "nothing is requested from anywhere"
+    assert not re.search(r'(?:src|href)="(?!#|data:,)', text)
 
 
-def test_a_run_that_was_killed_shows_its_parts(tokenizer, tmp_path):
+def test_report_after_a_training_without_bars_shows_none(copy, capsys):
+    add_report(copy, show_progress=False)
+    assert (copy / "report.html").is_file()
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupted_run_shows_what_it_has(tokenizer, tmp_path):
     trainer = OPDTrainer(
         model=make_model(seed=0),
         teacher_model=make_model(seed=1),
@@ -148,7 +130,7 @@ def test_a_run_that_was_killed_shows_its_parts(tokenizer, tmp_path):
     assert [one.step for one in block.rollouts] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_went_on_from_before_its_first_rollouts_has_none(copy):
+def test_run_resumed_from_before_its_first_rollouts_shows_none(copy):
     table = pq.read_table(copy / FILE_NAME)
     pq.write_table(table.filter(pa.compute.greater(table["step"], 4)), copy / FILE_NAME)
     keep_up_to(copy, 2)
@@ -163,7 +145,7 @@ def test_a_run_that_went_on_from_before_its_first_rollouts_has_none(copy):
         ("opd_run.json", ["Rocks"]),
     ],
 )
-def test_a_part_without_data_is_left_out(copy, gone, left):
+def test_section_without_data_is_left_out(copy, gone, left):
     (copy / gone).unlink()
     assert write_report(copy, copy / "report.html") == left
 
@@ -171,7 +153,7 @@ def test_a_part_without_data_is_left_out(copy, gone, left):
 # Arms and collections
 
 
-def test_arms_are_told_apart_and_compared(run_folder, tmp_path):
+def test_arms_are_shown_apart_and_compared(run_folder, tmp_path):
     for arm in ("uniform", "rock"):
         shutil.copytree(run_folder, tmp_path / arm)
     shutil.copy(run_folder / "rock_set.json", tmp_path)
@@ -181,17 +163,13 @@ def test_arms_are_told_apart_and_compared(run_folder, tmp_path):
     assert list(contents.runs) == ["uniform", "rock"]
     first, second = table(evidence(contents))
     assert (first["arm"], first["accuracy"], first["difference to uniform"]) == ("uniform", 0.75, None)
-    assert (second["arm"], second["difference to uniform"], second["from "], second["tokens frozen"]) == (
-        "rock",
-        -0.25,
-        None,
-        0.25,
-    )
+    names = ["arm", "difference to uniform", "from ", "tokens frozen"]
+    assert [second[name] for name in names] == ["rock", -0.25, None, 0.25]
     assert "student at the start 0.125" in of_kind(what_was_run(contents), Note)[0].text
     assert len(of_kind(rollouts(contents), Rollouts)) == 2
 
 
-def test_a_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_path):
+def test_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_path):
     contents = read_contents(collection)
     assert write_report(collection, tmp_path / "page.html") == ["What was run", "Rocks", "Rollouts"]
     rows = pq.read_table(collection / "occurrences.parquet").to_pandas()
@@ -210,29 +188,42 @@ def test_a_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_p
 # Wrong input
 
 
-def test_a_folder_of_nothing_and_an_output_of_nowhere_are_one_sentence(run_folder, tmp_path, capsys):
+@pytest.fixture
+def foreign(tmp_path):
+    """A folder with nothing of this package, and next to it an empty one."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    for flags, sentence in (
-        ([tmp_path / "nowhere"], "There is no folder"),
-        ([tmp_path / "empty"], "holds nothing to report"),
-        ([tmp_path / "foreign"], "holds nothing to report"),
-        ([run_folder, "--output", tmp_path / "nowhere" / "a.html"], "There is no folder"),
-        ([run_folder, "--output", tmp_path / "foreign" / "notes.txt" / "a.html"], "There is no folder"),
-        ([run_folder, "--output", tmp_path], "is a folder: name a file"),
-        ([run_folder, "--output", run_folder / "opd_run.json"], "is an HTML file: name one that ends in .html"),
-        ([run_folder, "--output", ""], "--output takes a path"),
-    ):
-        assert main(["report", *map(str, flags)]) == 1
-        assert sentence in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["notes.txt"]
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["nowhere"], "There is no folder"),
+        (["empty"], "holds nothing to report"),
+        (["foreign"], "holds nothing to report"),
+        (["RUN", "--output", "nowhere/a.html"], "There is no folder"),
+        (["RUN", "--output", "foreign/notes.txt/a.html"], "There is no folder"),
+        (["RUN", "--output", "."], "is a folder: name a file"),
+        (["RUN", "--output", "RUN/opd_run.json"], "is an HTML file: name one that ends in .html"),
+        (["RUN", "--output", ""], "--output takes a path"),
+    ],
+)
+def test_wrong_folder_or_output_is_a_one_line_error(run_folder, foreign, monkeypatch, capsys, flags, reason):
+    monkeypatch.chdir(foreign)
+    assert main(["report", *(flag.replace("RUN", str(run_folder)) for flag in flags)]) == 1
+    assert reason in capsys.readouterr().err
+    assert [path.name for path in (foreign / "foreign").iterdir()] == ["notes.txt"]
+
+
+def test_missing_folder_is_bad_usage():
     with pytest.raises(SystemExit) as stopped:
         main(["report"])
     assert stopped.value.code == 2
 
 
-def test_where_the_page_does_not_fit_the_old_one_stays(tmp_path, capsys):
+def test_full_disk_keeps_the_old_report(tmp_path, capsys):
     (tmp_path / "knockout.json").write_text(json.dumps(knockout()))
     (tmp_path / "report.html").write_text("old")
     with full_disk(room=2**12):
@@ -242,24 +233,10 @@ def test_where_the_page_does_not_fit_the_old_one_stays(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"knockout.json", "report.html"}
 
 
-def test_the_command_says_what_it_wrote_and_where(run_folder, tmp_path, capsys):
-    assert main(["report", str(run_folder), "--output", str(tmp_path / "page.html")]) == 0
-    line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert line.startswith("What was run, Training, Rocks, Rollouts: the report is in")
-    assert str(tmp_path / "page.html") in line
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-
-
 def test_hostile_tokens_reach_the_page_as_text_only(copy, tokenizer):
     content = json.loads((copy / "rock_set.json").read_text())
-    hostile = [
-        "</script><script>alert(1)</script>",
-        "\u202e\u2066",
-        "\ud800",
-        "\x00\x1b[31m",
-        "x" * 100_000,
-        "<img src=x onerror=y>",
-    ]
+    hostile = ["</script><script>alert(1)</script>", "\u202e\u2066", "\ud800", "\x00\x1b[31m"]
+    hostile += ["x" * 100_000, "<img src=x onerror=y>"]
     for rock, text in zip(content["rocks"], hostile, strict=False):
         rock["text"] = text
     (copy / "rock_set.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The card of a student, from what its run left: the figures of the run, and nothing that others wrote as markup."""
+"""The model card of a student has the numbers of its run, and shows the texts of others as text only."""
 
 import json
 
@@ -10,6 +10,7 @@ from trl_opd.report.card import render_card
 from trl_opd.rocks.rock_set import Controls, Rock, RockSet
 from trl_opd.saving.student import write_card
 
+from tests.helpers.report_folders import SUMMARY
 from tests.helpers.run_records import record
 
 HOSTILE = (
@@ -46,24 +47,24 @@ def shown(card: str) -> str:
     return MarkdownIt("gfm-like", {"linkify": False}).render(card.split("---\n", 2)[2])
 
 
-def test_the_figures_are_those_of_the_run(tmp_path):
+def test_numbers_are_those_of_the_run(tmp_path):
     html = shown(card_of(tmp_path, rocks=rock_set()))
     for text in (
         "accuracy before the first step: 0.100 [0.050, 0.200]",
         "accuracy after step 20: 0.500 [0.400, 0.600]",
         "on 100 problems",
         "1.5000 nats",
-        "0.7500 in the last (no interval)",
+        "0.7500 at the last (no interval)",
         "the rock types of the rock set, weight 0.25 in the loss; 30.0% of the tokens had weight 0 (no interval)",
         "me/teacher, 5.00 billion parameters, bfloat16, 4-bit nf4",
         "21.0 % of the tokens and\n43.0 % of the divergence",
-        "1 other types with 0.97 of their tokens",
-        "No source shows that freezing rocks raises accuracy",
+        "1 other types, which together occur 0.97 times as often as the rocks",
+        "No published result shows that freezing rocks raises accuracy",
     ):
         assert text in html, text
 
 
-def test_the_head_is_what_the_hub_reads(tmp_path):
+def test_metadata_names_base_model_dataset_and_tags(tmp_path):
     data = yaml.safe_load(card_of(tmp_path, tags=["mine", "trl"]).split("---\n")[1])
     assert data["base_model"] == "me/base"
     assert data["datasets"] == ["me/prompts"] or data["datasets"] == "me/prompts"
@@ -71,21 +72,16 @@ def test_the_head_is_what_the_hub_reads(tmp_path):
     assert "mine" in data["tags"]
 
 
-@pytest.mark.parametrize("name", ["/home/me/models/base", None, "", "tiny/student.jsonl"])
-def test_a_base_that_is_not_on_the_hub_is_no_link_and_no_path(tmp_path, name):
-    content = record(student=record()["student"] | {"name": name})
-    card = card_of(tmp_path, content)
+@pytest.mark.parametrize("name", ["/home/me/models/base", None, "", "tiny/student.jsonl", "here/base"])
+def test_base_model_that_is_not_on_the_hub_is_neither_link_nor_path(tmp_path, monkeypatch, name):
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = card_of(tmp_path, record(student=record()["student"] | {"name": name}))
     assert "base_model" not in card.split("---\n")[1]
     assert "/home/me" not in card
 
 
-def test_a_folder_of_this_machine_is_no_repository_of_the_hub(tmp_path, monkeypatch):
-    (tmp_path / "me" / "base").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert "base_model" not in card_of(tmp_path).split("---\n")[1]
-
-
-def test_of_a_model_in_a_folder_only_its_own_name_is_told(tmp_path):
+def test_model_in_a_folder_is_named_without_its_path(tmp_path):
     models = {name: record()[name] | {"name": f"/home/me/secret/{name}-model"} for name in ("student", "teacher")}
     card = card_of(tmp_path, record(**models))
     assert "secret" not in card
@@ -93,42 +89,33 @@ def test_of_a_model_in_a_folder_only_its_own_name_is_told(tmp_path):
     assert "student-model" in card
 
 
-def test_a_run_that_was_not_evaluated_says_so(tmp_path):
+def test_run_without_evaluation_says_so(tmp_path):
     html = shown(card_of(tmp_path, record(log=[{"step": 1, "loss": 0.5}], arguments={})))
-    assert "Its accuracy was not measured while it was trained." in html
-    assert "No rock set was given to this run" in html
-    assert "nothing weighs less" in html
+    assert "Its accuracy was not measured during training." in html
+    assert "This run used no rock set" in html
+    assert "all tokens weigh the same" in html
 
 
-def test_the_first_twenty_rocks_are_told_in_order(tmp_path):
+def test_first_twenty_rocks_are_listed_in_order(tmp_path):
     html = shown(card_of(tmp_path, rocks=rock_set([f"token{place}" for place in range(30)])))
     assert html.index("token0<") < html.index("token19<")
     assert "token20" not in html
     assert "30 were chosen" in html
 
 
-def test_rocks_that_are_not_those_of_the_run_are_not_told_as_its_own(tmp_path):
+def test_rocks_of_another_run_are_not_listed(tmp_path):
     mine = shown(card_of(tmp_path, record(rocks=[0, 1, 2]), rock_set()))
     assert "3 were chosen" in mine
     html = shown(card_of(tmp_path, record(rocks=[0, 1]), rock_set()))
-    assert "no longer lies beside it" in html
+    assert "is no longer in its folder" in html
     assert "were chosen" not in html
     (tmp_path / "rock_set.json").unlink()
-    assert "no longer lies beside it" in shown(card_of(tmp_path, record(rocks=[0, 1])))
+    assert "is no longer in its folder" in shown(card_of(tmp_path, record(rocks=[0, 1])))
 
 
-def test_the_arms_that_it_was_compared_with_are_told(tmp_path):
-    arm = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "seconds": 1.0, "steps": 20, "frozen_token_share": 0.25}
-    summary = {
-        "version": 1,
-        "task": "sums",
-        "eval_problems": 500,
-        "start": {"accuracy": 0.1},
-        "teacher": {"accuracy": 1.0},
-        "arms": {"uniform": arm | {"accuracy": 0.75, "frozen_token_share": 0.0}, "rock": arm},
-        "differences": {"rock": {"estimate": -0.25, "ci95": [-0.3, -0.2], "over": "problems"}},
-        "rocks": {},
-    }
+def test_arms_of_a_demo_are_compared(tmp_path):
+    difference = {"estimate": -0.25, "ci95": [-0.3, -0.2], "over": "problems"}
+    summary = SUMMARY | {"differences": {"rock": difference}}
     (tmp_path / "rock").mkdir()
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     html = shown(card_of(tmp_path / "rock"))
@@ -139,7 +126,7 @@ def test_the_arms_that_it_was_compared_with_are_told(tmp_path):
     assert "The arms of the experiment" not in shown(card_of(tmp_path / "other"))
 
 
-def test_what_others_wrote_is_only_text(tmp_path):
+def test_hostile_texts_are_only_text(tmp_path):
     content = record(
         command=f"trl-opd train ``` {HOSTILE[0]}",
         teacher=record()["teacher"] | {"name": "".join(HOSTILE)},
@@ -154,7 +141,7 @@ def test_what_others_wrote_is_only_text(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"format": "trl_opd.run", "version": 2}), ""])
-def test_a_folder_whose_record_is_broken_gets_a_warning_and_keeps_its_card(tmp_path, text):
+def test_broken_record_is_a_warning_and_keeps_the_old_card(tmp_path, text):
     (tmp_path / "opd_run.json").write_text(text)
     (tmp_path / "README.md").write_text("mine")
     with pytest.warns(UserWarning, match=r"The card of .* cannot be written: .*opd_run.json"):
@@ -163,7 +150,7 @@ def test_a_folder_whose_record_is_broken_gets_a_warning_and_keeps_its_card(tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
-def test_a_folder_without_a_run_has_no_card(tmp_path):
+def test_folder_without_a_run_is_an_error(tmp_path):
     rock_set().save(tmp_path / "rock_set.json")
     with pytest.raises(ValueError, match="holds no run of trl_opd"):
         render_card(tmp_path, name=None, repo_id=None)

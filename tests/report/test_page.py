@@ -1,4 +1,4 @@
-"""Tests of a report's page: one file in which every text is shown and none is obeyed, and what it does in a browser."""
+"""The page of a report is one safe file: texts are shown and never run, and it works in a browser."""
 
 import base64
 import hashlib
@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import unicodedata
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -18,11 +17,12 @@ from trl_opd.report.blocks import Facts, Note, Page, Plot, Rollouts, Section, Sh
 from trl_opd.report.page import render
 from trl_opd.report.text import HIDDEN, named, visible
 
+from tests.helpers.html_tree import Html
+
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 90"><text x="9" y="40" fill="currentColor">a</text></svg>'
 )
 NAN, INF = float("nan"), float("inf")
-VOID = {"meta", "link", "input", "br"}
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -44,44 +44,6 @@ HOSTILE = [
 ]
 
 
-class Reader(HTMLParser):
-    """What a page is made of: elements with the names of their attributes, text by element, what stands in scripts."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.crooked: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.crooked.append(tag)
-
-    def handle_data(self, data):
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def handle_comment(self, data):
-        self.crooked.append(data)
-
-    @property
-    def shape(self) -> list[tuple[str, tuple[str, ...]]]:
-        return [(tag, tuple(sorted(attributes))) for tag, attributes in self.elements]
-
-    def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, tag: str) -> str:
-        return "".join(data for name, data in self.texts if name == tag)
-
-
 def rollout(size: int, *, step: int | None = 10, number: int = 0, prompt: str | None = "2 + 2 ?", vocabulary=8, seed=0):
     rng = np.random.default_rng([seed, number, step or 0])
     ids = rng.integers(0, vocabulary, size).astype(np.int32)
@@ -95,7 +57,7 @@ def rollout(size: int, *, step: int | None = 10, number: int = 0, prompt: str | 
 
 
 def page_of(text: str) -> Page:
-    """Return a page that has one text in every place where a text can stand."""
+    """Return a page with the same text in every place that takes a text."""
     texts = dict.fromkeys(range(8), text)
     blocks = [
         Note(text),
@@ -109,7 +71,7 @@ def page_of(text: str) -> Page:
 
 
 def figures_page() -> Page:
-    """Return a page of known figures, which the tests in the browser ask for."""
+    """Return a page of known values for the tests in the browser."""
     rows = [[" the", 2.04, 5], ["b", None, 1], ["c", 10.0, 2], ["d", 2.01, 3], ["e", -1.5, 4], ["f", 2.04, 6]]
     small = ShownRollout(
         None,
@@ -145,99 +107,107 @@ def figures() -> str:
 # The file
 
 
-def test_a_page_is_a_whole_document_with_its_landmarks(figures):
-    read = Reader(figures)
+def test_page_is_a_whole_document_with_its_landmarks(figures):
+    page = Html(figures)
     assert figures.startswith("<!DOCTYPE html>\n<html lang=")
-    assert read.crooked == []
-    assert read.open == []
+    assert page.faults == []
     for tag in ("h1", "main", "nav", "header", "title"):
-        assert len(read.all(tag)) == 1, tag
-    assert read.text("h1") == read.text("title") == "Figures"
-    assert {link["href"] for link in read.all("a")} == {"#opd-main", "#first", "#second"}
-    ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
+        assert len(page.root.all(tag)) == 1, tag
+    assert {one.text for one in page.root.all("h1", "title")} == {"Figures"}
+    assert {link.attributes["href"] for link in page.root.all("a")} == {"#opd-main", "#first", "#second"}
+    ids = [one.attributes["id"] for one in page.root if "id" in one.attributes]
     assert len(ids) == len(set(ids))
-    named_by = {attributes.get("aria-labelledby") for _, attributes in read.elements} - {None}
+    named_by = {one.attributes.get("aria-labelledby") for one in page.root} - {None}
     assert named_by | {"opd-main", "first", "second"} <= set(ids)
-    assert any(meta.get("name") == "viewport" for meta in read.all("meta"))
-    levels = [int(tag[1]) for tag, _ in read.elements if re.fullmatch("h[1-6]", tag)]
+    assert any(meta.attributes.get("name") == "viewport" for meta in page.root.all("meta"))
+    levels = [int(one.tag[1]) for one in page.root if re.fullmatch("h[1-6]", one.tag)]
     assert all(after - before <= 1 for before, after in pairwise(levels)), levels
-    assert read.all("caption")
-    assert {head["scope"] for head in read.all("th")} == {"col", "row"}
+    assert page.root.all("caption")
+    assert {head.attributes["scope"] for head in page.root.all("th")} == {"col", "row"}
 
 
-def test_a_page_requests_nothing_and_runs_its_own_script_only(figures):
-    read = Reader(figures)
-    for _, attributes in read.elements:
-        for name, value in attributes.items():
+def test_page_requests_nothing_and_runs_only_its_own_script(figures):
+    page = Html(figures).root
+    for element in page:
+        for name, value in element.attributes.items():
             if name in ("src", "href"):
                 assert value.startswith(("#", "data:")), value
             assert not name.startswith("on")
-    assert not re.search(r"url\(|@import|https?:", read.text("style"))
-    (script,) = re.findall(r"<script>(.*?)</script>", figures, re.DOTALL)
+    assert not re.search(r"url\(|@import|https?:", page.all("style")[0].text)
+    (script,) = [one.text for one in page.all("script") if not one.attributes]
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|XMLHttp|import\(", script)
-    (policy,) = [meta["content"] for meta in read.all("meta") if "http-equiv" in meta]
+    (policy,) = [meta.attributes["content"] for meta in page.all("meta") if "http-equiv" in meta.attributes]
     assert "default-src 'none'" in policy
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert re.search("script-src ([^;]*)", policy)[1] == f"'sha256-{digest}'"
 
 
+def shape(page: Html) -> list[tuple[str, list[str]]]:
+    return [(element.tag, sorted(element.attributes)) for element in page.root]
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:24]))
-def test_a_hostile_text_is_text_in_every_place(text):
-    page = render(page_of(text))
-    page.encode("utf-8")
-    read = Reader(page)
-    assert read.crooked == []
-    plain = Reader(render(page_of("".join("x" if sign != "\n" else "\n" for sign in text))))
-    assert read.shape == plain.shape, "an element or an attribute that the template did not write"
-    for _, data in read.texts:
-        categories = {unicodedata.category(sign) for sign in data.replace("\n", "")}
-        assert not categories & HIDDEN
-    (data,) = [text for tag, text in read.texts if tag == "script" and text.startswith("{")]
+def test_hostile_text_is_only_text_in_every_place(text):
+    content = render(page_of(text))
+    content.encode("utf-8")
+    page = Html(content)
+    assert page.faults == []
+    plain = Html(render(page_of("".join("x" if sign != "\n" else "\n" for sign in text))))
+    assert shape(page) == shape(plain), "an element or an attribute that the template did not write"
+    categories = {unicodedata.category(sign) for sign in page.root.text.replace("\n", "")}
+    assert not categories & HIDDEN
+    (data,) = [one.text for one in page.root.all("script") if one.attributes]
     assert not re.search("[<>&\u2028\u2029]", data)
     assert set(json.loads(data)["texts"].values()) == {named(text, 100)}
     shown = html.escape(visible(text, 60)[:60], quote=False).replace("'", "&#39;").replace('"', "&#34;")
-    assert page.count(shown) >= 20
-    assert len(page) < 600_000
+    assert content.count(shown) >= 20
+    assert len(content) < 600_000
 
 
-def test_a_wrong_anchor_is_refused():
-    for anchor in ('x" onclick="alert(1)', "", "opd-main", "é"):
-        with pytest.raises(ValueError, match="cannot be an anchor"):
-            render(Page("t", "l", [Section(anchor, "title", [])]))
-    with pytest.raises(ValueError, match="Two sections have the anchor 'a'"):
-        render(Page("t", "l", [Section("a", "title", []), Section("a", "title", [])]))
+def page_with(*blocks, anchor: str = "a") -> Page:
+    return Page("t", "l", [Section(anchor, "title", list(blocks))])
 
 
-def test_a_row_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
-        render(Page("t", "l", [Section("a", "title", [Table("c", {"x": "", "y": ""}, [["1"]])])]))
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (page_with(anchor='x" onclick="alert(1)'), "cannot be an anchor"),
+        (page_with(anchor=""), "cannot be an anchor"),
+        (page_with(anchor="opd-main"), "cannot be an anchor"),
+        (page_with(anchor="é"), "cannot be an anchor"),
+        (Page("t", "l", [Section("a", "title", []), Section("a", "title", [])]), "Two sections have the anchor 'a'"),
+        (page_with(Table("c", {"x": "", "y": ""}, [["1"]])), "has 1 cells for 2 columns"),
+    ],
+)
+def test_page_that_would_be_broken_is_an_error(page, reason):
+    with pytest.raises(ValueError, match=reason):
+        render(page)
 
 
-def test_a_page_of_nothing_is_a_page():
+def test_empty_page_is_a_page():
     empty = ShownRollout(None, 0, None, np.array([], dtype=int), np.array([]))
     blocks = [Facts([]), Table("c", {"x": ""}, [], tool=True), Rollouts([], {}, frozenset())]
-    blocks.append(Rollouts([empty], {}, frozenset()))
-    page = render(Page("", "", [Section("a", "", blocks)]))
-    assert Reader(page).crooked == []
+    page = render(page_with(*blocks, Rollouts([empty], {}, frozenset())))
+    assert Html(page).faults == []
     for text in ("Nothing to list.", "No rollouts were kept.", "No tokens.", "mean KL <b>–</b>"):
         assert text in page
     assert "<h1></h1>" in render(Page("", ""))
 
 
-def test_numbers_are_formatted_and_keep_what_they_are_sorted_by():
+def test_numbers_are_formatted_and_keep_the_value_that_they_are_sorted_by():
     rows = [[1.23456, 5], [np.float32(0.5), np.int64(7)], [None, NAN], [INF, -INF], ["text", 0]]
-    table = Table("c", {"x": ".2f", "y": ""}, rows, tool=True)
-    read = Reader(render(Page("t", "l", [Section("a", "title", [table])])))
-    cells = [(cell.get("data-value"), cell.get("class")) for cell in read.all("td")]
-    assert cells == [("5.0", None), ("7.0", None), (None, None), ("-Infinity", None), ("0.0", None)]
-    first = [(cell.get("data-value"), cell.get("class")) for cell in read.all("th") if cell["scope"] == "row"]
-    assert [value for value, _ in first] == ["1.23456", "0.5", None, "Infinity", None]
-    assert {kind for _, kind in first} == {"number"}
-    body = [data for tag, data in read.texts if tag in ("th", "td") and data.strip()]
-    assert body == ["x", "y", "1.23", "5", "0.50", "7", "–", "–", "∞", "-∞", "text", "0"]
+    page = Html(render(page_with(Table("c", {"x": ".2f", "y": ""}, rows, tool=True)))).root
+    cells = [cell.attributes for cell in page.all("td")]
+    assert [cell.get("data-value") for cell in cells] == ["5.0", "7.0", None, "-Infinity", "0.0"]
+    assert {cell.get("class") for cell in cells} == {None}
+    first = [cell.attributes for cell in page.all("th") if cell.attributes["scope"] == "row"]
+    assert [cell.get("data-value") for cell in first] == ["1.23456", "0.5", None, "Infinity", None]
+    assert {cell.get("class") for cell in first} == {"number"}
+    texts = [cell.text for cell in page.all("th", "td")]
+    assert texts == ["x", "y", "1.23", "5", "0.50", "7", "–", "–", "∞", "-∞", "text", "0"]
 
 
-def test_a_token_says_by_its_class_what_it_is(figures):
+def test_class_of_a_token_shows_divergence_rock_and_frozen(figures):
     small = figures[figures.rindex('<div class="step">') :]
     classes = re.findall(r'<span class="(d[^"]+)">([^<]*)</span>', small)[:6]
     assert classes == [
@@ -251,11 +221,11 @@ def test_a_token_says_by_its_class_what_it_is(figures):
     assert "mean KL <b>∞</b> nats" in small
     edges = np.array([0.0, 0.0099, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, -1e-7])
     shown = ShownRollout(1, 0, None, np.zeros(10, dtype=int), edges)
-    page = render(Page("t", "l", [Section("a", "title", [Rollouts([shown], {0: "x"}, frozenset())])]))
+    page = render(page_with(Rollouts([shown], {0: "x"}, frozenset())))
     assert re.findall(r'<span class="d(.)">x', page) == list("0012345670")
 
 
-def test_figures_travel_with_four_digits_and_without_what_is_not_known(figures):
+def test_metrics_in_the_page_have_four_digits_and_leave_out_unknown_columns(figures):
     *_, data = re.findall(r'<script type="application/json">(.*?)</script>', figures)
     small, rtl = json.loads(data)["rollouts"]
     assert small["kl"] == [0.3123, None, 12, 0, INF, 1e-6]
@@ -266,25 +236,20 @@ def test_figures_travel_with_four_digits_and_without_what_is_not_known(figures):
     assert json.loads(data)["texts"]["8"] == "1\\u202e2"
 
 
-def test_the_same_report_is_the_same_file():
+def test_equal_reports_are_equal_files():
     texts = {id_: f"t{id_}" for id_ in range(8)}
     backwards = dict(reversed(texts.items()))
-    pages = [
-        render(Page("t", "l", [Section("a", "b", [Rollouts([rollout(20)], names, frozenset({1, 2}))])]))
-        for names in (texts, texts, backwards)
-    ]
-    assert len(set(pages)) == 1
+    blocks = [Rollouts([rollout(20)], names, frozenset({1, 2})) for names in (texts, texts, backwards)]
+    assert len({render(page_with(block)) for block in blocks}) == 1
 
 
-def test_ten_thousand_tokens_with_their_likeliest_are_below_five_megabytes():
+def test_ten_thousand_tokens_with_their_likeliest_alternatives_take_less_than_five_megabytes():
     rng = np.random.default_rng(0)
     texts = {id_: " " + "".join(map(chr, rng.integers(97, 123, 6))) for id_ in range(152_000)}
     rollouts = [rollout(100, step=k // 10, number=k, vocabulary=152_000, prompt="word " * 200) for k in range(100)]
-    page = render(Page("t", "l", [Section("a", "b", [Rollouts(rollouts, texts, frozenset(range(100)))])]))
-    size = len(page.encode())
+    page = render(page_with(Rollouts(rollouts, texts, frozenset(range(100)))))
     assert page.count('<span class="d') == 10_000
-    assert size < 5_000_000
-    print(f"{size / 10_000:.0f} bytes a token")
+    assert len(page.encode()) < 5_000_000
 
 
 # In a browser
@@ -295,7 +260,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 --virtual-time-budget=20000 --window-size=1200,900"""
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: nothing shows the page")
 
-# Runs after the page's own script, and hands its findings to whoever shows the page.
+# Runs after the page's own script and posts its findings to the page that frames it.
 AROUND = """
 window.faults = [];
 addEventListener("error", (event) => faults.push(event.message));
@@ -320,7 +285,7 @@ addEventListener("message", (event) => { document.getElementById("found").textCo
 
 
 def browse(folder, page: str, script: str | None = None, *, width: int = 1200, height: int = 800):
-    """Return what a script finds on a page in a frame of that size, and what the browser wrote to its console."""
+    """Return the findings of a script on a page in a frame of that size, and the lines of the browser's console."""
     if script is not None:
         script = AROUND % script
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -458,7 +423,7 @@ def found(figures, tmp_path_factory) -> dict:
 
 
 @needs_browser
-def test_a_table_sorts_by_number_both_ways_and_what_is_not_known_is_last(found):
+def test_table_sorts_numbers_both_ways_with_unknown_values_last(found):
     assert found["unsorted"] == "␣the b c d e f"
     assert found["down"] == "c ␣the f d e b"
     assert found["downOrder"] == [None, "descending", None]
@@ -469,7 +434,7 @@ def test_a_table_sorts_by_number_both_ways_and_what_is_not_known_is_last(found):
 
 
 @needs_browser
-def test_a_search_shows_the_rows_that_have_it_and_says_how_many(found):
+def test_search_shows_matching_rows_and_their_number(found):
     assert found["count"] == "6 of 6 rows"
     assert (found["searched"], found["searchedCount"]) == ("␣the", "1 of 6 rows")
     assert found["noneCount"] == "0 of 6 rows"
@@ -477,13 +442,13 @@ def test_a_search_shows_the_rows_that_have_it_and_says_how_many(found):
 
 
 @needs_browser
-def test_the_last_step_is_shown_until_another_is_chosen(found):
+def test_last_step_is_shown_until_another_is_chosen(found):
     assert found["steps"] == [["Step 50"], ["Step 0"]]
     assert found["switches"] == 0
 
 
 @needs_browser
-def test_the_tooltip_says_what_is_known_of_a_token(found):
+def test_tooltip_shows_every_known_metric_of_a_token(found):
     assert found["before"] is None
     assert found["pairs"] == [
         ["KL", "0.312 nats"],
@@ -508,7 +473,7 @@ def test_the_tooltip_says_what_is_known_of_a_token(found):
 
 
 @needs_browser
-def test_the_tooltip_comes_and_goes_with_the_pointer(found):
+def test_tooltip_opens_and_closes_with_the_pointer(found):
     assert found["overTip"]
     assert found["left"] is None
     assert found["escapedMouse"] is None
@@ -518,7 +483,7 @@ def test_the_tooltip_comes_and_goes_with_the_pointer(found):
 
 
 @needs_browser
-def test_the_keys_walk_over_the_tokens(found):
+def test_arrow_keys_move_between_tokens(found):
     assert set(found["stops"]) == {1}
     assert found["key"] == found["tap"]
     figures = "↵, id 2, rock. KL 12 nats, P(student) 0.5, entropy 0.1 nats, weight 0.5. student’s likeliest: ␣the 0.2, "
@@ -536,7 +501,7 @@ def test_the_keys_walk_over_the_tokens(found):
 
 
 @needs_browser
-def test_the_keys_walk_over_the_lines(found):
+def test_arrow_keys_move_between_lines(found):
     last = found["lines"] - 1
     assert last > 2
     assert found["downwards"] == [*range(1, last + 1), last]
@@ -544,13 +509,13 @@ def test_the_keys_walk_over_the_lines(found):
 
 
 @needs_browser
-def test_a_token_stays_in_its_place_whatever_it_holds(found):
+def test_tokens_keep_their_order_and_line_breaks_whatever_their_text(found):
     assert found["inOrder"]
     assert found["lineBreak"]
 
 
 @needs_browser
-def test_both_themes_can_be_read_and_the_button_changes_them(found):
+def test_both_themes_have_enough_contrast_and_the_button_switches_them(found):
     first, second, third = found["themes"]
     assert first[0] == third[0] != second[0]
     for _, ratio, where, hidden in found["themes"]:
@@ -580,7 +545,7 @@ found.scrolls = all(".scroll, .plot").map((box) => box.scrollWidth > box.clientW
 
 @needs_browser
 @pytest.mark.parametrize("text", [None, HOSTILE[1], HOSTILE[-1]], ids=["plain", "tags", "long"])
-def test_a_phone_shows_the_page_without_a_step_aside(figures, tmp_path, text):
+def test_page_fits_a_phone_without_scrolling_sideways(figures, tmp_path, text):
     page = figures if text is None else render(page_of(text))
     found, console = browse(tmp_path, page, NARROW, width=360, height=560)
     assert console == []
@@ -600,13 +565,13 @@ found.seen = [".step", ".tokens span", "tbody tr", ".search", ".switch", "#opd-t
 
 
 @needs_browser
-def test_a_page_whose_script_does_not_run_can_be_read_and_offers_nothing_that_does_nothing(figures, tmp_path):
+def test_page_without_its_script_is_readable_and_shows_no_dead_controls(figures, tmp_path):
     found, _ = browse(tmp_path, figures.replace('"use strict";', '"use  strict";', 1), BARE)
     assert found["seen"] == [3, 4 * 60 + 6 + 5, 6, 0, 0, 0, 0, 0]
 
 
 @needs_browser
-def test_the_page_as_it_is_has_nothing_to_say_to_the_console(figures, tmp_path):
+def test_unchanged_page_writes_nothing_to_the_console(figures, tmp_path):
     assert browse(tmp_path, figures) == (None, [])
     _, console = browse(tmp_path, figures.replace('"use strict";', '"use  strict";', 1))
     assert "Content Security Policy" in console[0], "this test would not see a script that is refused"

@@ -3,7 +3,6 @@
 import functools
 import re
 import unicodedata
-from html.parser import HTMLParser
 from itertools import combinations
 from xml.etree import ElementTree
 
@@ -23,6 +22,8 @@ from trl_opd.report.plots.rocks import plot_before_after, plot_families, plot_fu
 from trl_opd.report.plots.runs import plot_accuracy, plot_arms, plot_curves, plot_divergence, plot_phases
 from trl_opd.report.plots.svg import inline_svg
 from trl_opd.rocks.cutoff import Sweep
+
+from tests.helpers.html_tree import Html
 
 # Plots must not warn; deprecation warnings of Matplotlib's own dependencies are hidden from users anyway.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
@@ -303,22 +304,6 @@ def hostile_figures(text: str) -> list:
     ]
 
 
-class Opened(HTMLParser):
-    """Collects the tags that a browser would open, and the texts that it would show."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags = set()
-        self.shown = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-
-    def handle_data(self, data):
-        self.shown.append(data)
-
-
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[1:18])
 def test_hostile_text_becomes_a_short_harmless_label(text, tmp_path):
     for place, figure in enumerate(hostile_figures(text)):
@@ -328,9 +313,9 @@ def test_hostile_text_becomes_a_short_harmless_label(text, tmp_path):
         shown = [label for label in texts(svg) if label.startswith(HOSTILE[text])]
         assert shown, f"plot {place} shows the text itself, not as a formula"
         assert max(map(len, shown)) <= 85
-        found = Opened(svg)
-        assert found.tags <= {tag.lower() for tag in TAGS}
-        assert any(label.startswith(HOSTILE[text]) for label in found.shown)
+        read = Html(svg).root
+        assert {element.tag for element in read} <= {tag.lower() for tag in TAGS}
+        assert any(element.text.startswith(HOSTILE[text]) for element in read)
         assert not [sign for sign in svg if unicodedata.category(sign) in ("Cc", "Cf", "Cs")]
 
 

@@ -1,4 +1,4 @@
-"""Texts in a report: everything visible, nothing moved, and long ones cut."""
+"""Texts in a report have no hidden characters, leave their neighbours in place, and are cut when long."""
 
 import unicodedata
 
@@ -10,7 +10,7 @@ from trl_opd.report.text import BLANK, HIDDEN, MOST_MARKS, named, visible
 
 
 @given(st.text(max_size=300) | st.text(alphabet="a \u0301\u0489\u202e\u200b\n\t\ud800\ufe0f\u3164\\u", max_size=60))
-def test_visible_text_hides_nothing_and_moves_nothing(text):
+def test_visible_text_has_no_hidden_character_and_no_tower_of_marks(text):
     shown = visible(text, 100)
     assert not {unicodedata.category(sign) for sign in shown} & HIDDEN
     assert not {ord(sign) for sign in shown} & BLANK
@@ -46,21 +46,18 @@ def test_plain_ascii_is_shown_as_it_is(text):
         ("\\u202e", "\\u202e"),
     ],
 )
-def test_what_is_hidden_is_spelled_out(text, shown):
+def test_hidden_characters_are_escaped(text, shown):
     assert visible(text) == shown
 
 
-def test_a_long_text_is_cut_and_says_how_long_it_is():
+def test_long_text_is_cut_and_states_its_length():
     assert visible("x" * 100_000, 5) == "xxxxx… (100 000 characters)"
     assert visible("x" * 5, 5) == "xxxxx"
 
 
-def test_spaces_at_the_ends_of_a_name_are_shown():
-    assert [named(text) for text in (" the", "a b ", "  ", "\xa0x", "", "\n")] == [
-        "␣the",
-        "a b␣",
-        "␣␣",
-        "\\xa0x",
-        "",
-        "↵",
-    ]
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(" the", "␣the"), ("a b ", "a b␣"), ("  ", "␣␣"), ("\xa0x", "\\xa0x"), ("", ""), ("\n", "↵")],
+)
+def test_spaces_at_the_ends_of_a_name_are_shown(text, shown):
+    assert named(text) == shown

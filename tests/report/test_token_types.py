@@ -16,7 +16,7 @@ from trl_opd.rocks.families import family_of
 from tests.helpers.report_folders import make_window
 
 
-def test_types_are_those_of_the_last_quarter_and_before_of_the_first_window(run_folder):
+def test_types_are_from_the_last_quarter_and_before_from_the_first_window(run_folder):
     contents = read_contents(run_folder)
     windows = [TokenStats.load(run_folder / f"checkpoint-{step}") for step in (2, 4, 6, 8)]
     types = find_types(contents)
@@ -49,7 +49,7 @@ def test_the_last_quarter_is_the_sum_of_its_windows(copy):
 
 
 @pytest.mark.parametrize("step", [2, 7])
-def test_windows_of_another_divergence_or_vocabulary_are_told_by_their_file(copy, step):
+def test_error_names_the_window_of_another_divergence_or_vocabulary(copy, step):
     for at in (2, 4, 6, 8):
         make_window(copy, at, {0: (1, 1.0)})
     make_window(copy, step, {0: (1, 1.0)}, measure="forward_kl")
@@ -61,12 +61,12 @@ def test_windows_of_another_divergence_or_vocabulary_are_told_by_their_file(copy
         find_types(read_contents(copy))
 
 
-def test_families_of_a_large_vocabulary_take_no_minute():
+def test_families_of_a_large_vocabulary_take_less_than_ten_seconds():
     count = np.arange(1, 150_001, dtype=float)
     types = TokenTypes(count, np.ones(len(count)), None, "", "", "reverse_kl")
     start = time.perf_counter()
     families = types.families(lambda id: "7" if id % 2 else "So")
-    assert time.perf_counter() - start < 10  # it took a minute while sums were formed again for every type
+    assert time.perf_counter() - start < 10  # summing again for every type would take a minute
     largest = count[-20_000:]
     assert families["digit"][1] == pytest.approx(largest[1::2].sum() / count.sum())
 
@@ -86,7 +86,7 @@ def test_coverage_and_families_are_shares_of_the_whole(run_folder):
     assert families["digit"][0] == pytest.approx(types.count[digits].sum() / types.count.sum())
 
 
-def test_a_frozen_type_counts_in_the_curves_as_often_as_it_was_seen(tmp_path):
+def test_frozen_type_counts_as_often_as_it_was_emitted(tmp_path):
     stats = TokenStats(4, {})
     stats.seen[:], stats.count[:] = torch.tensor([10, 30, 10, 5]), torch.tensor([10, 3, 10, 0])
     stats.kl_sum[:] = torch.tensor([20.0, 15.0, 10.0, 0.0])  # means 2, 5 and 1; the last was never measured

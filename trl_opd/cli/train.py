@@ -95,7 +95,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
     else:
         trainer.save_model(training_args.output_dir)
         if trainer.accelerator.is_main_process:
-            add_report(training_args.output_dir)
+            add_report(training_args.output_dir, show_progress=not training_args.disable_tqdm)
     if trainer.accelerator.is_main_process:
         print(format_run(trainer.state, training_args.output_dir))
     trainer.accelerator.wait_for_everyone()

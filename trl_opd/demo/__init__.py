@@ -1,1 +1,1 @@
-"""The embedded task: real tiny models that distil on a laptop, with rock tokens that are known beforehand."""
+"""Demo task with tiny models that distil on a laptop and whose rock tokens are known in advance."""

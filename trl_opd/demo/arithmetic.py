@@ -1,8 +1,8 @@
-"""The demo's world: word problems of addition, answered in worked steps whose form follows a rule of the operands.
+"""The demo's task: addition as word problems, answered in worked steps whose wording follows a rule of the operands.
 
-The content (digits, carries, the answer) can be learned by a small student. The form cannot: which discourse marker
-opens a step, which mark stands before its result and which separator ends it is looked up in random tables by three
-digits, and the teacher knows the tables. So these tokens are rocks by construction, and we know which.
+A small student can learn the content: digits, carries and the answer. It cannot learn the wording. Which discourse
+marker opens a step, which mark precedes its result and which separator ends it are looked up in random tables by three
+digits, and only the teacher knows the tables. These tokens are therefore rocks by construction, and we know which.
 """
 
 from __future__ import annotations
@@ -10,29 +10,20 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Leo", "Mia", "Nils")
-NAMES += ("Olga", "Paul", "Quinn", "Rosa", "Sam", "Tara", "Uma", "Vera", "Wim", "Xenia", "Yann", "Zoe", "Abel", "Bea")
-THINGS = ("apples", "beads", "books", "cards", "coins", "cups", "eggs", "figs", "keys", "lamps", "maps", "nuts")
-THINGS += (
-    "pears",
-    "pens",
-    "pins",
-    "plums",
-    "seeds",
-    "shells",
-    "stamps",
-    "tiles",
-    "bolts",
-    "bricks",
-    "caps",
-    "forks",
-    "kites",
+NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Leo", "Mia", "Nils", "Olga",
+    "Paul", "Quinn", "Rosa", "Sam", "Tara", "Uma", "Vera", "Wim", "Xenia", "Yann", "Zoe", "Abel", "Bea",
+)  # fmt: skip
+THINGS = (
+    "apples", "beads", "books", "cards", "coins", "cups", "eggs", "figs", "keys", "lamps", "maps", "nuts", "pears",
+    "pens", "pins", "plums", "seeds", "shells", "stamps", "tiles", "bolts", "bricks", "caps", "forks", "kites",
     "rings",
-)
+)  # fmt: skip
 TEMPLATES = (
     "{who} has {a} {what} and finds {b} more. How many {what} does {who} have?",
     "{who} bought {a} {what} on Monday and {b} on Friday. How many in all?",
@@ -45,28 +36,30 @@ TEMPLATES = (
     "A red crate holds {a} {what} and a blue crate {b}. Add them up.",
     "{who} made {a} {what} last week and {b} this week. Find the sum.",
 )
-# The planted rocks, by family. Which of a family stands in a place is the rule's choice.
+# The planted rocks by family; the rule chooses one mark of the family for each place.
 FAMILIES = {
     "discourse": ("So", "Now", "Then", "Next", "Well", "Okay"),
     "emphasis": ("**", "__", "==", "~~"),
     "separator": (";", "--", "|", "/"),
 }
-PLANTED_ROCKS = tuple(mark for family in FAMILIES.values() for mark in family)
-# Without "carry" the next column is wrong; without "####" there is no answer.
-CARRY, ANSWER = "carry", "####"
+PLANTED_ROCKS = tuple(chain.from_iterable(FAMILIES.values()))
+CARRY = "carry"  # without it the next column is wrong
+ANSWER = "####"  # without it there is no answer
 PLANTED_PILLARS = (CARRY, ANSWER)
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+PAD = "<pad>"
+EOS = "<eos>"
+UNKNOWN = "<unk>"
 COLUMNS = 3
 _WORD = r"[A-Za-z]+|\d|[^\sA-Za-z\d]+"
 _RULE_SEED = 2605
-# Of the hundred pairs of last digits ten are never trained on, and all held-out problems have these: their units column
-# is new, their other columns have pairs that training saw.
+# Ten of the hundred pairs of last digits are never trained on, and every held-out problem has one of them. Its units
+# column is new; its other columns have pairs that occur in training.
 _HELD_OUT = 10
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Two numbers of three digits in a sentence."""
+    """A word problem: the question, its two three-digit numbers and the noun that they count."""
 
     question: str
     a: int
@@ -80,20 +73,35 @@ class Problem:
 
 
 def draw_problems(count: int, seed: int, *, held_out: bool) -> list[Problem]:
-    """Return `count` problems drawn with a seed, with operands that training sees, or with those that it never sees."""
+    """Return random problems, all with operands that are held out of training or all with operands that are not.
+
+    Args:
+        count (`int`): How many.
+        seed (`int`): Equal seeds give equal problems.
+        held_out (`bool`): Whether the operands are held out.
+    """
     draw = random.Random(seed)
     problems = []
     while len(problems) < count:
-        a, b, who, what = draw.randint(100, 999), draw.randint(100, 999), draw.choice(NAMES), draw.choice(THINGS)
+        a = draw.randint(100, 999)
+        b = draw.randint(100, 999)
+        who = draw.choice(NAMES)
+        what = draw.choice(THINGS)
         question = draw.choice(TEMPLATES).format(who=who, what=what, a=a, b=b)
-        if ((7 * a + b) % _HELD_OUT == 0) == held_out:
+        is_held_out = (7 * a + b) % _HELD_OUT == 0
+        if is_held_out == held_out:
             problems.append(Problem(question, a, b, what))
     return problems
 
 
 def _rule() -> dict[str, list[str]]:
+    """Return for each family a table: mark of the family, indexed by three digits."""
     draw = random.Random(_RULE_SEED)
-    return {name: [draw.choice(family) for _ in range(10**COLUMNS)] for name, family in FAMILIES.items()}
+    return {name: _draw_table(draw, family) for name, family in FAMILIES.items()}
+
+
+def _draw_table(draw: random.Random, family: tuple[str, ...]) -> list[str]:
+    return [draw.choice(family) for _ in range(10**COLUMNS)]
 
 
 _RULE = _rule()
@@ -101,33 +109,47 @@ _RULE = _rule()
 
 def ruled_marks(problem: Problem) -> list[str]:
     """Return the nine marks that the teacher's rule puts into an answer: three for each column, units first."""
-    a, b = str(problem.a)[::-1], str(problem.b)[::-1]
+    a = str(problem.a)[::-1]
+    b = str(problem.b)[::-1]
     marks = []
     for column in range(COLUMNS):
         for place, table in enumerate(_RULE.values()):
-            first, second, third = ((column + place + shift) % COLUMNS for shift in range(COLUMNS))
-            marks.append(table[int(a[first] + b[second] + a[third])])
+            first = (column + place) % COLUMNS
+            second = (first + 1) % COLUMNS
+            third = (first + 2) % COLUMNS
+            digits = a[first] + b[second] + a[third]
+            marks.append(table[int(digits)])
     return marks
 
 
 def random_marks(draw: random.Random) -> list[str]:
-    """Return nine marks of the right families, every mark of a family equally likely."""
-    return [draw.choice(family) for _ in range(COLUMNS) for family in FAMILIES.values()]
+    """Return nine marks in the order of `ruled_marks`, every mark of a family equally likely."""
+    families = list(FAMILIES.values()) * COLUMNS
+    return list(map(draw.choice, families))
 
 
 def worked_answer(problem: Problem, marks: list[str]) -> str:
     """Return the answer in worked steps, with the nine marks in their places.
 
     347 + 285 gives "347 apples + 285 : So 7 + 5 = ** 2 carry ; Now 4 + 8 = ~~ 3 carry | Next 3 + 2 = == 6 / #### 632".
+
+    Args:
+        problem (`Problem`): The problem.
+        marks (`list[str]`): Three marks for each column: opening, emphasis and separator, units first.
     """
-    a, b = str(problem.a), str(problem.b)
-    parts, carry = [f"{a} {problem.what} + {b} :"], 0
+    a = str(problem.a)
+    b = str(problem.b)
+    parts = [f"{a} {problem.what} + {b} :"]
+    carry = 0
     for column in range(COLUMNS):
         opening, emphasis, separator = marks[3 * column : 3 * column + 3]
-        x, y = int(a[-1 - column]), int(b[-1 - column])
+        x = int(a[-1 - column])
+        y = int(b[-1 - column])
         carry, digit = divmod(x + y + carry, 10)
-        parts.append(f"{opening} {x} + {y} = {emphasis} {digit}{f' {CARRY}' * carry} {separator}")
-    return " ".join([*parts, f"{ANSWER} {problem.answer}"])
+        ending = f"{CARRY} {separator}" if carry else separator
+        parts.append(f"{opening} {x} + {y} = {emphasis} {digit} {ending}")
+    parts.append(f"{ANSWER} {problem.answer}")
+    return " ".join(parts)
 
 
 def is_right(problem: Problem, completion: str) -> bool:
@@ -136,19 +158,29 @@ def is_right(problem: Problem, completion: str) -> bool:
 
 
 def solved(completions: list[str], answer: list[str], **_) -> list[float]:
-    """Return 1 where the number after the first answer mark of a completion is the answer: a reward as TRL has them."""
-    found = (re.match(r"[\s\d]*", completion.partition(ANSWER)[2])[0] for completion in completions)
-    return [float("".join(digits.split()) == one) for digits, one in zip(found, answer, strict=True)]
+    """Return 1 for each completion whose number after the first answer mark is the answer, else 0: a TRL reward.
+
+    Args:
+        completions (`list[str]`): Texts of the completions.
+        answer (`list[str]`): Right answer for each.
+    """
+    rewards = []
+    for completion, right in zip(completions, answer, strict=True):
+        after_mark = completion.partition(ANSWER)[2]
+        digits = re.match(r"[\s\d]*", after_mark)[0]
+        rewards.append(float("".join(digits.split()) == right))
+    return rewards
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of this world: one token for each word, mark and digit."""
-    example = (*TEMPLATES, f"{ANSWER} + : = {CARRY}", " ".join(PLANTED_ROCKS), " ".join(NAMES + THINGS))
-    texts = [text.format(who=NAMES[0], what=THINGS[0], a=0, b=0) for text in example]
-    words = dict.fromkeys(
-        [PAD, EOS, UNKNOWN, *"0123456789", *(word for text in texts for word in re.findall(_WORD, text))]
-    )
-    core = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token=UNKNOWN))
+    """Return the tokenizer of this task: one token for each word, mark and digit."""
+    questions = [template.format(who=NAMES[0], what=THINGS[0], a=0, b=0) for template in TEMPLATES]
+    texts = chain(questions, [ANSWER, "+ : =", CARRY], PLANTED_ROCKS, NAMES, THINGS)
+    words = re.findall(_WORD, " ".join(texts))
+    unique = dict.fromkeys(chain([PAD, EOS, UNKNOWN], "0123456789", words))
+    vocabulary = {word: id for id, word in enumerate(unique)}
+
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

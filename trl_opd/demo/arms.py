@@ -1,4 +1,4 @@
-"""One arm of the demo: distil from the shipped start, evaluate, and leave the result on disk."""
+"""Runs one arm of the demo: distils the shipped student, evaluates it, and saves student and result."""
 
 from __future__ import annotations
 
@@ -30,17 +30,28 @@ from ..training.rollout_samples import RolloutSamples
 from .arithmetic import Problem, draw_problems, is_right, solved
 
 MODELS = Path(__file__).parent / "models"
-ROLLOUTS = 64  # of an optimizer step
+ROLLOUTS = 64  # per optimizer step
 MAX_COMPLETION = 56  # tokens; a right answer has about 40
-EVAL_PROBLEMS, CURVE_PROBLEMS, EVAL_SEED = 500, 100, 20260523
-SAMPLES = 2  # rollouts that are kept of each log
+EVAL_PROBLEMS = 500
+EVAL_SEED = 20260523
+CURVE_PROBLEMS = 100  # the first of the evaluation's problems, solved for each point of the accuracy curve
+SAMPLES = 2  # rollouts to keep at each log
 WINDOWS = 8  # of token statistics, and points of the curves
-RESULT, MARKER = "result.json", ".trl_opd_demo"
+RESULT = "result.json"
+MARKER = ".trl_opd_demo"  # an empty file in every folder that a demo made
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm left: `settings` that made it, which problems it solved, its curve, seconds and frozen share."""
+    """Result of an arm, as its `result.json` has it.
+
+    Args:
+        settings (`dict`): Settings that the result depends on.
+        correct (`list[bool]`): Which held-out problems the student solved.
+        curve (`list[tuple[int, float]]`): Step and accuracy on the first of them, during the training.
+        seconds (`float`): Seconds of training and evaluation.
+        frozen_token_share (`float`): Share of the tokens that had weight 0 in the loss.
+    """
 
     settings: dict
     correct: list[bool]
@@ -50,32 +61,34 @@ class ArmResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of the held-out problems that were solved, greedily."""
+        """Share of the held-out problems that the student solved with greedy decoding."""
         return sum(self.correct) / len(self.correct)
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the shipped "teacher" or "student", in float32 on the CPU, and its tokenizer."""
+    """Return the shipped model "teacher" or "student" in float32 on the CPU, and its tokenizer."""
     folder = MODELS / name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def eval_problems() -> list[Problem]:
-    """Return the held-out problems; their operands are in no training."""
+    """Return the held-out problems, whose operands never occur in training."""
     return draw_problems(EVAL_PROBLEMS, EVAL_SEED, held_out=True)
 
 
 @torch.no_grad()
 def solve(model: PreTrainedModel, tokenizer, problems: list[Problem]) -> list[bool]:
-    """Return which problems the model solves, greedily."""
+    """Return which problems the model solves with greedy decoding."""
     was_training = model.training
     model.eval()
-    inputs = tokenizer([problem.question for problem in problems], padding=True, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    output = model.generate(**inputs.to(model.device), max_new_tokens=MAX_COMPLETION, do_sample=False)
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    questions = [problem.question for problem in problems]
+    inputs = tokenizer(questions, padding=True, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=MAX_COMPLETION, do_sample=False)
     model.train(was_training)
+
+    prompt_length = inputs["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [is_right(problem, text) for problem, text in zip(problems, texts, strict=True)]
 
 
@@ -84,67 +97,79 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
 
     Args:
         arm (`str`): "uniform", "rock", "control" or "random": the trainer's `token_weighting`.
-        folder (`Path`): Where checkpoints, student and result go.
+        folder (`Path`): Where to save checkpoints, student and result.
         seed (`int`): Seed of prompts and rollouts.
         steps (`int`): Optimizer steps.
-        rock_set (`Path`, *optional*): File of the rock set; not for the uniform arm.
-        label (`str`): Of the progress bar.
+        rock_set (`Path`, *optional*): File of the rock set; `None` for the uniform arm.
+        label (`str`): Text beside the progress bar.
+
+    Raises:
+        `ValueError`: if the folder has files that no demo made.
     """
     rocks = None if rock_set is None else json.loads(rock_set.read_text(encoding="utf-8"))
-    weights = {
-        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in MODELS.glob("*/*.safetensors")
-    }
+    weights = {}
+    for path in MODELS.glob("*/*.safetensors"):
+        weights[path.parent.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks, "weights": weights}
     finished = read_result(folder)
     last_steps = [step for step, _ in find_checkpoints(folder)][-1:]
     if finished is not None and finished.settings == settings and last_steps == [steps]:
         return finished
+
     _clear(folder)
     started = time.perf_counter()
     trainer = distil(arm, folder, seed=seed, steps=steps, rock_set=rock_set, label=label)
     trainer.save_model()
     correct = solve(trainer.model, trainer.processing_class, eval_problems())
-    # Lines of the log have the same number of steps, but for the last.
+
+    # A plain mean of the log lines is right, because all but the last cover equally many steps.
     lines = trainer.state.log_history
-    curve = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
     shares = [line["weight/zero_share"] for line in lines if "weight/zero_share" in line]
-    result = ArmResult(settings, correct, curve, time.perf_counter() - started, sum(shares) / len(shares))
+    result = ArmResult(
+        settings=settings,
+        correct=correct,
+        curve=[(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line],
+        seconds=time.perf_counter() - started,
+        frozen_token_share=sum(shares) / len(shares),
+    )
     write_json(folder / RESULT, asdict(result))
     return result
 
 
 def _clear(folder: Path) -> None:
-    """Make room for an arm; a folder that no demo has marked as its own is left as it is."""
+    """Make room for an arm; raise a `ValueError` if the folder has files but not the marker of a demo."""
     marker = folder / MARKER
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    for name in (RESULT, ROCK_SET_FILE):  # the rock set of an arm of another seed is not this one's
+    for name in (RESULT, ROCK_SET_FILE):  # an arm of another seed has other rocks
         (folder / name).unlink(missing_ok=True)
     for _, checkpoint in find_checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
 def read_result(folder: Path) -> ArmResult | None:
-    """Return the result of a finished arm; `None` where there is none, or none that can be read."""
+    """Return the result of a finished arm, `None` if it is missing or cannot be read."""
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        curve = [(int(step), float(value)) for step, value in content["curve"]]
-        numbers = {name: float(content[name]) for name in ("seconds", "frozen_token_share")}
-        correct = [solved for solved in content["correct"] if isinstance(solved, bool)]
-        result = ArmResult(settings=content["settings"], correct=correct, curve=curve, **numbers)
+        result = ArmResult(
+            settings=content["settings"],
+            correct=[solved for solved in content["correct"] if isinstance(solved, bool)],
+            curve=[(int(step), float(value)) for step, value in content["curve"]],
+            seconds=float(content["seconds"]),
+            frozen_token_share=float(content["frozen_token_share"]),
+        )
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    return result if len(correct) == EVAL_PROBLEMS and curve else None
+    return result if len(result.correct) == EVAL_PROBLEMS and result.curve else None
 
 
 def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> OPDTrainer:
-    """Return the trainer of an arm, trained; as [`run_arm`] takes them."""
+    """Train an arm and return its trainer; the arguments are those of [`run_arm`]."""
     student, tokenizer = load("student")
     teacher, _ = load("teacher")
     every = max(1, steps // WINDOWS)
-    problems = draw_problems(steps * ROLLOUTS, seed, held_out=False)
     config = OPDConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -166,17 +191,18 @@ def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | No
         token_weighting=arm,
         rock_set=None if rock_set is None else str(rock_set),
     )
-    solving = Dataset.from_list(
-        [{"prompt": one.question, "answer": str(one.answer)} for one in eval_problems()[:CURVE_PROBLEMS]]
-    )
+    problems = draw_problems(steps * ROLLOUTS, seed, held_out=False)
+    prompts = Dataset.from_dict({"prompt": [problem.question for problem in problems]})
+    to_solve = eval_problems()[:CURVE_PROBLEMS]
+    with_answers = Dataset.from_list([{"prompt": one.question, "answer": str(one.answer)} for one in to_solve])
     bar = _Bar(label)
     trainer = OPDTrainer(
         model=student,
         teacher_model=teacher,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": [problem.question for problem in problems]}),
+        train_dataset=prompts,
         processing_class=tokenizer,
-        callbacks=[bar, AccuracyCallback(solving, solved, eval_steps=every), RolloutSamples(SAMPLES)],
+        callbacks=[bar, AccuracyCallback(with_answers, solved, eval_steps=every), RolloutSamples(SAMPLES)],
     )
     trainer.run_record.dataset_name = "generated word problems"
     trainer.remove_callback(PrinterCallback)
@@ -188,7 +214,7 @@ def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | No
 
 
 class _Bar(TrainerCallback):
-    """A progress bar that shows the accuracy on some of the held-out problems."""
+    """Progress bar over the steps that also shows the last accuracy on the held-out problems."""
 
     def __init__(self, label: str):
         self._bar = tqdm(desc=label, unit="step")
@@ -204,5 +230,5 @@ class _Bar(TrainerCallback):
             self._bar.set_postfix(accuracy=f"{logs['eval_accuracy']:.2f}")
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar, so that what follows is printed below it."""
         self._bar.close()

@@ -1,4 +1,4 @@
-"""`trl-opd demo`: distil, find the tokens that never converge, freeze them, and compare with a control."""
+"""Runs `trl-opd demo`: distils, finds the tokens that never converge, freezes them, and compares with a control arm."""
 
 from __future__ import annotations
 
@@ -22,80 +22,99 @@ from ..rocks.rock_set import RockSet
 from ..saving.student import write_card
 from ..statistics import accuracy_interval, paired_difference
 from .arithmetic import PLANTED_ROCKS
-from .arms import (
-    CURVE_PROBLEMS,
-    EVAL_PROBLEMS,
-    ArmResult,
-    eval_problems,
-    load,
-    run_arm,
-    solve,
-)
+from .arms import CURVE_PROBLEMS, EVAL_PROBLEMS, ArmResult, eval_problems, load, run_arm, solve
 
 ARMS = TOKEN_WEIGHTINGS
 TASK = "word problems of three-digit addition, answered in worked steps"
 
 
 def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tuple[dict, list[str]]:
-    """Run the demo, or what is missing of it, and write `summary.json`, two plots, cards and the report.
+    """Run the demo, except what an earlier call finished, and write `summary.json`, two plots, cards and the report.
 
     Args:
-        output_dir (`Path`): Where everything goes; arms that are finished there with the same settings are kept.
+        output_dir (`Path`): Folder for all output; arms that it has with the same settings are not run again.
         seed (`int`): Seed of prompts, rollouts and controls.
         steps (`int`): Optimizer steps of each arm.
-        arms (`list[str]`): The arms to run beside "uniform".
+        arms (`list[str]`): Arms to run in addition to "uniform".
 
     Returns:
-        `tuple[dict, list[str]]`: the summary, and a sentence for each arm that could not run.
+        `tuple[dict, list[str]]`: the summary, and for each arm that could not run the reason.
+
+    Raises:
+        `ValueError`: if the folder of an arm has files that no demo made.
     """
-    logging.disable_progress_bar()  # of loading and saving: one bar is enough
+    logging.disable_progress_bar()  # of loading and saving, because each arm has a bar over its steps
     started = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
-    shipped = {name: solve(*load(name), eval_problems()) for name in ("student", "teacher")}
-    wanted = [arm for arm in ARMS if arm in {"uniform", *arms}]
-    path = output_dir / ROCK_SET_FILE
-    results: dict[str, ArmResult] = {}
-    notes: list[str] = []
-    found = None
-    for place, arm in enumerate(wanted):
-        if reason := None if arm == "uniform" else _cannot_run(arm, found):
-            notes.append(reason)
-            continue
-        rock_set = None if arm == "uniform" else path
-        label = f"{arm} ({place + 1} of {len(wanted)})"
-        results[arm] = run_arm(arm, output_dir / arm, seed=seed, steps=steps, rock_set=rock_set, label=label)
-        if arm == "uniform":
-            found = find_rocks(find_checkpoints(output_dir / "uniform"), seed)
-            found.save(path)
+    start = _accuracy("student")
+    teacher = _accuracy("teacher")
+
+    results, rock_set, notes = _run_arms(output_dir, seed=seed, steps=steps, arms=arms)
+    differences = {}
+    for arm, result in results.items():
+        if arm != "uniform":
+            differences[arm] = _difference(result, results["uniform"], seed)
+
+    arm_seconds = sum(result.seconds for result in results.values())
     summary = {
         "version": SUMMARY_VERSION,
-        # Of this call; of arms that were kept from an earlier one, their own time counts.
-        "seconds": max(time.perf_counter() - started, sum(result.seconds for result in results.values())),
+        # Arms that an earlier call finished took no time in this call, so we count the time that they took then.
+        "seconds": max(time.perf_counter() - started, arm_seconds),
         "task": TASK,
         "eval_problems": EVAL_PROBLEMS,
-        **{key: {"accuracy": sum(shipped[name]) / EVAL_PROBLEMS} for key, name in _SHIPPED.items()},
+        "start": {"accuracy": start},
+        "teacher": {"accuracy": teacher},
         "arms": {arm: _arm_summary(result, steps) for arm, result in results.items()},
-        "differences": {
-            arm: _difference(result, results["uniform"], seed) for arm, result in results.items() if arm != "uniform"
-        },
-        "rocks": _rock_summary(found),
+        "differences": differences,
+        "rocks": _rock_summary(rock_set),
     }
     write_json(output_dir / SUMMARY_FILE, summary)
-    _plot(output_dir, results, found)
-    for arm in results:  # again, now that the arms can be compared
+    _plot(output_dir, results, rock_set)
+    for arm in results:  # each arm has a card already, but without the comparison that the summary makes possible
         write_card(output_dir / arm, name=f"trl_opd-demo-{arm}")
     write_report(output_dir, output_dir / REPORT_FILE)
     return summary, notes
 
 
-_SHIPPED = {"start": "student", "teacher": "teacher"}
+def _accuracy(name: str) -> float:
+    """Return the accuracy of a shipped model on the held-out problems."""
+    model, tokenizer = load(name)
+    return sum(solve(model, tokenizer, eval_problems())) / EVAL_PROBLEMS
+
+
+def _run_arms(
+    output_dir: Path, *, seed: int, steps: int, arms: list[str]
+) -> tuple[dict[str, ArmResult], RockSet, list[str]]:
+    """Run the uniform arm, find its rocks and run the other arms; return results, rocks, and reasons for gaps."""
+    wanted = [arm for arm in ARMS if arm == "uniform" or arm in arms]
+    path = output_dir / ROCK_SET_FILE
+    results: dict[str, ArmResult] = {}
+    notes: list[str] = []
+    rock_set = None
+    for place, arm in enumerate(wanted, 1):
+        reason = None if rock_set is None else _cannot_run(arm, rock_set)
+        if reason is not None:
+            notes.append(reason)
+            continue
+        results[arm] = run_arm(
+            arm,
+            output_dir / arm,
+            seed=seed,
+            steps=steps,
+            rock_set=None if rock_set is None else path,
+            label=f"{arm} ({place} of {len(wanted)})",
+        )
+        if rock_set is None:  # the uniform arm comes first, and the others need its rocks
+            rock_set = find_rocks(find_checkpoints(output_dir / arm), seed)
+            rock_set.save(path)
+    return results, rock_set, notes
 
 
 def find_rocks(windows: list[tuple[int, Path]], seed: int) -> RockSet:
     """Return the rocks of the uniform arm with mass-matched controls.
 
-    Chosen on the last quarter of the run, `before` is its first window. `top_k` is the number of planted types, so that
-    precision equals recall when the list is full.
+    Rocks are selected on the last quarter of the run, and their earlier divergence is that of its first window. `top_k`
+    is the number of planted types, so precision equals recall when the list is full.
 
     Args:
         windows (`list[tuple[int, Path]]`): Last step and checkpoint of each window of statistics, in order.
@@ -106,14 +125,19 @@ def find_rocks(windows: list[tuple[int, Path]], seed: int) -> RockSet:
     rock_set = detect_rocks(last, before, top_k=len(PLANTED_ROCKS))
     if rock_set.rocks:
         rock_set = dataclasses.replace(rock_set, controls=mass_matched_controls(last, rock_set, seed))
-    return with_texts(rock_set, load("student")[1])
+    _, tokenizer = load("student")
+    return with_texts(rock_set, tokenizer)
 
 
 def _cannot_run(arm: str, found: RockSet) -> str | None:
+    """Return why an arm that freezes tokens cannot run, `None` if it can."""
     if not found.rocks:
         return f"{arm}: not run, no rocks were found."
     if arm == "control" and not found.controls.matched:
-        return "control: not run, no types have the token mass of the rocks; `--arms random` freezes as many positions."
+        return (
+            "control: not run, no other token types occur as often as the rocks; `--arms random` freezes the same "
+            "number of positions."
+        )
     return None
 
 
@@ -135,8 +159,14 @@ def _difference(result: ArmResult, baseline: ArmResult, seed: int) -> dict:
 def _rock_summary(found: RockSet) -> dict:
     texts = [rock.text for rock in found.rocks]
     if not texts:
-        return {"tokens": [], **dict.fromkeys(("token_share", "kl_share", "planted_precision", "planted_recall"))}
-    planted = len(set(texts) & set(PLANTED_ROCKS))
+        return {
+            "tokens": [],
+            "token_share": None,
+            "kl_share": None,
+            "planted_precision": None,
+            "planted_recall": None,
+        }
+    planted = len(set(texts).intersection(PLANTED_ROCKS))
     return {
         "tokens": texts,
         "token_share": found.token_share,
@@ -147,14 +177,18 @@ def _rock_summary(found: RockSet) -> dict:
 
 
 def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> None:
-    accuracy = {arm: [_with_interval(*point) for point in result.curve] for arm, result in results.items()}
-    save_png(plot_accuracy(accuracy, CURVE_PROBLEMS), output_dir / "accuracy.png")
-    # Controls are of the rest: a line of their own for each arm would be too many.
     ids = found.ids.tolist()
-    curves = {arm: kind_means(find_checkpoints(output_dir / arm), ids, []) for arm in results}
-    save_png(plot_divergence(curves, "KL(student ‖ teacher)"), output_dir / "divergence.png")
+    accuracy = {}
+    divergence = {}
+    for arm, result in results.items():
+        accuracy[arm] = [_with_interval(step, value) for step, value in result.curve]
+        # Controls count as other types here: one more line for each arm would make the plot hard to read.
+        divergence[arm] = kind_means(find_checkpoints(output_dir / arm), ids, controls=[])
+    save_png(plot_accuracy(accuracy, CURVE_PROBLEMS), output_dir / "accuracy.png")
+    save_png(plot_divergence(divergence, "KL(student ‖ teacher)"), output_dir / "divergence.png")
 
 
 def _with_interval(step: int, accuracy: float) -> tuple[int, float, float, float]:
     right = round(accuracy * CURVE_PROBLEMS)
-    return step, accuracy, *accuracy_interval([True] * right + [False] * (CURVE_PROBLEMS - right))
+    low, high = accuracy_interval([True] * right + [False] * (CURVE_PROBLEMS - right))
+    return step, accuracy, low, high

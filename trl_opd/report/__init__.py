@@ -1,1 +1,1 @@
-"""What people look at: the page of a folder, and the card of a student."""
+"""HTML reports of output folders, and model cards of students."""

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of facts, tables, plots, notes and rollouts, before they are a page."""
+"""The parts of a report before it is rendered: sections of notes, facts, tables, plots and rollouts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Note:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they are, in order; both are plain text."""
+    """A list of names and their values, both plain text, in the order in which they are shown."""
 
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table with a caption, whose numbers are formatted by column.
 
     Args:
-        caption (`str`): What one sees, with the units.
-        columns (`Mapping[str, str]`): Head of each column, and how its numbers are formatted (a format of Python such
-            as ".4f"), or "" for text.
-        rows (`Sequence[Sequence]`): A text, a number or `None` (not known) for each column.
-        tool (`bool`, *optional*, defaults to `False`): Whether it can be sorted and searched.
+        caption (`str`): What the table shows, with units.
+        columns (`Mapping[str, str]`): Head of each column -> Python format of its numbers, for example ".4f", or "" for
+            text.
+        rows (`Sequence[Sequence]`): For each column a text, a number, or `None` where the value is not known.
+        tool (`bool`, *optional*, defaults to `False`): Whether readers can sort and search the table.
     """
 
     caption: str
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: its SVG (`canvas.to_svg`), what it shows in words, and a note below it."""
+    """A plot: its SVG from `canvas.to_svg`, a label that says in words what it shows, and a note below it."""
 
     svg: str
     label: str
@@ -51,20 +51,20 @@ class Plot:
 
 @dataclass(frozen=True)
 class ShownRollout:
-    """A completion, token by token, `n` of them; a column that is not known is `None`, a value that is not is NaN.
+    """A completion of `n` tokens with the metrics of each; an unknown column is `None`, an unknown value NaN.
 
     Args:
-        step (`int`, *optional*): Optimizer step that sampled it; `None` for a collection.
-        rollout (`int`): Its index in that step, or in the collection.
+        step (`int`, *optional*): Optimizer step that sampled it; `None` in a collection.
+        rollout (`int`): Its index in that step or collection.
         prompt (`str`, *optional*): Text of its prompt.
         token_ids (`np.ndarray`): Emitted tokens, `(n,)`.
-        kl (`np.ndarray`): KL(student ‖ teacher) of the distributions that predicted each, nats, `(n,)`.
-        kl_pre (`np.ndarray`, *optional*): The same before the distillation, `(n,)`.
-        entropy (`np.ndarray`, *optional*): Of the student, nats, `(n,)`.
-        weight (`np.ndarray`, *optional*): In the loss; 0 is frozen, `(n,)`.
-        student_p, teacher_p (`np.ndarray`, *optional*): Probability of the emitted token, `(n,)`.
+        kl (`np.ndarray`): KL(student ‖ teacher) of the distributions that predicted each token, nats, `(n,)`.
+        kl_pre (`np.ndarray`, *optional*): This divergence before the distillation, nats, `(n,)`.
+        entropy (`np.ndarray`, *optional*): Entropy of the student's distribution, nats, `(n,)`.
+        weight (`np.ndarray`, *optional*): Weight in the loss, 0 for a frozen token, `(n,)`.
+        student_p, teacher_p (`np.ndarray`, *optional*): Either model's probability of the emitted token, `(n,)`.
         student_top, teacher_top (`tuple[np.ndarray, np.ndarray]`, *optional*):
-            Ids and probabilities of the five likeliest tokens, `(n, 5)` each.
+            Ids and probabilities of either model's five likeliest tokens, `(n, 5)` each.
     """
 
     step: int | None
@@ -83,11 +83,11 @@ class ShownRollout:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions that can be looked at.
+    """Completions to show token by token.
 
     Args:
         rollouts (`Sequence[ShownRollout]`): The rollouts, ordered by step.
-        texts (`Mapping[int, str]`): Text of each token id as the tokenizer decodes it, raw; ids may be missing.
+        texts (`Mapping[int, str]`): Token id -> its text as the tokenizer decodes it, unescaped; ids may be missing.
         rocks (`frozenset[int]`): Ids of the rocks.
     """
 
@@ -101,7 +101,7 @@ Block = Note | Facts | Table | Plot | Rollouts
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its anchor (letters only), title and blocks."""
+    """A section of the page: its anchor (ASCII letters only), title and blocks."""
 
     anchor: str
     title: str
@@ -110,7 +110,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report."""
+    """A report: its title, a sentence below the title, and its sections."""
 
     title: str
     lead: str

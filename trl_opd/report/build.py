@@ -1,4 +1,4 @@
-"""A folder -> its report: one HTML file of whatever it holds; a part without data is left out."""
+"""Writes the report of a folder: one HTML file with a section for everything that the folder has data for."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from .sections.rocks import rocks
 from .sections.rollouts import rollouts
 from .sections.run import training, what_was_run
 
-PARTS: dict[str, Callable[[Contents], Section | None]] = {
-    "what was run": what_was_run,
-    "training": training,
-    "rocks": rocks,
-    "rollouts": rollouts,
-    "evidence": evidence,
-}
+PARTS: tuple[Callable[[Contents], Section | None], ...] = (what_was_run, training, rocks, rollouts, evidence)
 
 
-def write_report(folder: str | os.PathLike, output: str | os.PathLike) -> list[str]:
-    """Write the report of a folder; the file appears under its name only when it is complete.
+def write_report(folder: str | os.PathLike, output: str | os.PathLike, *, show_progress: bool = True) -> list[str]:
+    """Write the report of a folder to an HTML file, which replaces an older one only when it is complete.
 
     Args:
-        folder (`str` or `os.PathLike`): What a run, a demo or a collection wrote.
+        folder (`str` or `os.PathLike`): Output folder of a run, a demo or a collection.
         output (`str` or `os.PathLike`): The HTML file.
+        show_progress (`bool`, *optional*, defaults to `True`): Show a progress bar over the sections.
 
     Returns:
-        `list[str]`: the titles of its parts.
+        `list[str]`: the titles of the sections.
 
     Raises:
-        `ValueError`: for a folder that holds nothing, a broken file in it, or an output that cannot be written.
+        `ValueError`: if the folder holds nothing to report or a broken file, or if the output cannot be written.
         `OSError`: if there is no such folder.
     """
-    contents, output = read_contents(Path(folder)), Path(output)
+    contents = read_contents(Path(folder))
+    output = Path(output)
     require_writable(output)
-    if output.suffix.lower() not in (".html", ".htm"):  # so that no file is written over that a report is made of
+    if output.suffix.lower() not in (".html", ".htm"):
+        # A wrong name could be one of the files that the report is made from.
         raise ValueError(f"The report is an HTML file: name one that ends in .html, got {output}.")
+
     sections = []
-    for _, part in (bar := tqdm(PARTS.items(), desc="report", unit="part", leave=False)):
-        bar.refresh()
-        section = part(contents)
-        sections += [] if section is None else [section]
+    with tqdm(PARTS, desc="report", unit="part", leave=False, disable=not show_progress) as progress:
+        for make_section in progress:
+            progress.refresh()
+            section = make_section(contents)
+            if section is not None:
+                sections.append(section)
+
     name = contents.folder.resolve().name
-    text = render(Page(f"{name}: on-policy distillation, token by token", _lead(contents), sections))
+    page = Page(title=f"{name}: on-policy distillation, token by token", lead=_lead(contents), sections=sections)
+    text = render(page)
     with complete_file(output) as part:
         part.write_text(text, encoding="utf-8")
     return [section.title for section in sections]
@@ -58,9 +60,9 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike) -> list[s
 
 def _lead(contents: Contents) -> str:
     run = contents.main_run
-    parts = []
+    sentences = []
     if run is not None:
-        parts.append(f"Run of {run.record['started']}.")
+        sentences.append(f"Run of {run.record['started']}.")
     if contents.rocks is not None:
-        parts.append(f"{len(contents.rocks.rocks)} rock types.")
-    return " ".join(parts)
+        sentences.append(f"{len(contents.rocks.rocks)} rock types.")
+    return " ".join(sentences)

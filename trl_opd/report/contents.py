@@ -1,12 +1,12 @@
-"""What a folder holds that a report or a card is made of: everything is found, checked and named here."""
+"""Finds, checks and reads everything in a folder that a report or a model card is made from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..artefacts.fingerprint import load_tokenizer
 from ..artefacts.occurrences import Occurrences
@@ -30,6 +30,8 @@ from ..artefacts.sampled_rollouts import find_sample_files
 from ..rocks.rock_set import RockSet
 from .plots.runs import ARMS
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,7 +39,7 @@ class Run:
 
     Args:
         folder (`Path`): Its output folder.
-        record (`dict`): What it says of itself (`opd_run.json`).
+        record (`dict`): Content of its `opd_run.json`: models, arguments, versions and the log.
     """
 
     folder: Path
@@ -45,33 +47,39 @@ class Run:
 
     @property
     def log(self) -> Log:
-        """Lines of its log."""
+        """Lines of the run's log."""
         return self.record["log"]
 
     @cached_property
     def windows(self) -> list[tuple[int, Path]]:
-        """Last step and file of the statistics in each checkpoint, in order."""
-        files = [(step, folder / TOKEN_STATS_FILE) for step, folder in find_checkpoints(self.folder)]
-        return [(step, path) for step, path in files if path.is_file()]
+        """Last step and file of the token statistics in each checkpoint, in order."""
+        found = []
+        for step, checkpoint in find_checkpoints(self.folder):
+            path = checkpoint / TOKEN_STATS_FILE
+            if path.is_file():
+                found.append((step, path))
+        return found
 
     @property
     def samples(self) -> list[Path]:
-        """Files of its sampled rollouts."""
+        """Files of the run's sampled rollouts."""
         return find_sample_files(self.folder)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """Return a metric of the log over steps; a step that was done again counts once, the last time."""
-        return sorted({int(line["step"]): line[name] for line in self.log if name in line}.items())
+        """Return a metric of the log over steps; of a step that was repeated after a resume, only the last value."""
+        values = {int(line["step"]): line[name] for line in self.log if name in line}
+        return sorted(values.items())
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of a folder that a report is made of; missing parts are `None` or empty.
+    """Contents of a folder that a report is made from; missing parts are `None` or empty.
 
     Args:
         folder (`Path`): The folder.
-        runs (`dict[str, Run]`): Training runs: the folder's own (named by its weighting), or an arm for each subfolder.
-        summary (`dict`, *optional*): Of a demo.
+        runs (`dict[str, Run]`): Training runs by name: the folder's own run under its weighting, or the run in each
+            subfolder under the subfolder's name.
+        summary (`dict`, *optional*): Summary of a demo.
         rocks (`RockSet`, *optional*): The rock set.
         occurrences (`Occurrences`, *optional*): Collected rollouts.
         knockout (`dict`, *optional*): Result of a probe.
@@ -86,56 +94,43 @@ class Contents:
 
     @property
     def gradients(self) -> Path | None:
-        """The table of the gradient study."""
+        """Table of a gradient study."""
         path = self.folder / GRADIENTS_FILE
         return path if path.is_file() else None
 
     @property
     def other_rocks(self) -> bool:
-        """Whether a run was given other rocks than those of the rock set that lies here now."""
+        """Whether a run was trained with rocks that differ from the rock set now in this folder."""
         here = None if self.rocks is None else [rock.id for rock in self.rocks.rocks]
-        given = (run.record.get("rocks") for run in self.runs.values())
-        return any(ids is not None and ids != here for ids in given)
+        given = [run.record.get("rocks") for run in self.runs.values()]
+        return any(ids not in (None, here) for ids in given)
 
     @property
     def prompts(self) -> Path:
-        """Where the prompts of collected rollouts would lie."""
+        """Path that the prompts of collected rollouts have, whether or not the file exists."""
         return self.folder / PROMPTS_FILE
 
     @property
     def main_run(self) -> Run | None:
-        """The run whose tokens are looked at: the first, which is `uniform` where there is one."""
+        """Run whose tokens the report shows: the first, which is `uniform` where there is one."""
         return next(iter(self.runs.values()), None)
 
     @cached_property
     def names(self) -> Names:
-        """Texts of token ids, by the tokenizer that the folder's files were made with."""
+        """Texts of token ids, from the tokenizer that the folder's files were made with."""
         return Names(self)
 
 
 class Names:
-    """Texts of token ids: of the tokenizer of the same fingerprint where it is here, else those of the rocks.
+    """Texts of token ids: from the tokenizer with the recorded fingerprint if it can be found, else of the rocks only.
 
     Args:
         contents (`Contents`): The folder.
     """
 
     def __init__(self, contents: Contents):
-        sections = [run.record["measure"].get("tokenizer") for run in contents.runs.values()]
-        sections += [contents.occurrences.metadata.get("tokenizer")] if contents.occurrences else []
-        sections += [contents.rocks.tokenizer] if contents.rocks else []
-        sections = [section for section in sections if isinstance(section, dict) and section.get("fingerprint")]
-        folders = [contents.folder, *(run.folder for run in contents.runs.values())]
-        folders += [path.parent for run in contents.runs.values() for _, path in run.windows[-1:]]
-        places = [str(folder) for folder in folders if (folder / TOKENIZER_FILE).is_file()]
-        texts = {rock.id: rock.text for rock in contents.rocks.rocks} if contents.rocks else {}
-        if contents.rocks and contents.rocks.controls and contents.rocks.controls.texts:
-            texts |= dict(zip(contents.rocks.controls.ids, contents.rocks.controls.texts, strict=True))
-        self._known = {id: text for id, text in texts.items() if text is not None}
-        self._tokenizer = None
-        for section in sections[:1]:
-            for place in [*places, section.get("name")]:
-                self._tokenizer = self._tokenizer or load_tokenizer(place, section["fingerprint"])
+        self._known = {} if contents.rocks is None else _texts_of(contents.rocks)
+        self._tokenizer = _find_tokenizer(contents)
 
     @property
     def complete(self) -> bool:
@@ -143,40 +138,78 @@ class Names:
         return self._tokenizer is not None
 
     def text_of(self, id: int) -> str | None:
-        """Return the text of a token, `None` where nothing names it."""
+        """Return the text of a token, `None` where it is not known."""
         if id not in self._known and self._tokenizer is not None:
             self._known[id] = self._tokenizer.decode([id]) if id < len(self._tokenizer) else None
         return self._known.get(id)
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """Return the text of several tokens, `None` without a tokenizer."""
-        return (
-            None if self._tokenizer is None else self._tokenizer.decode([id for id in ids if id < len(self._tokenizer)])
-        )
+        if self._tokenizer is None:
+            return None
+        size = len(self._tokenizer)
+        return self._tokenizer.decode([id for id in ids if id < size])
+
+
+def _texts_of(rock_set: RockSet) -> dict[int, str]:
+    """Return the texts of rocks and controls by id, as far as the rock set has them."""
+    texts = {rock.id: rock.text for rock in rock_set.rocks}
+    controls = rock_set.controls
+    if controls and controls.texts:
+        texts.update(zip(controls.ids, controls.texts, strict=True))
+    return {id: text for id, text in texts.items() if text is not None}
+
+
+def _find_tokenizer(contents: Contents):
+    """Return the tokenizer that the folder's files name, `None` where no tokenizer has its fingerprint."""
+    runs = contents.runs.values()
+    recorded = [run.record["measure"].get("tokenizer") for run in runs]
+    if contents.occurrences is not None:
+        recorded.append(contents.occurrences.metadata.get("tokenizer"))
+    if contents.rocks is not None:
+        recorded.append(contents.rocks.tokenizer)
+    wanted = next(filter(_has_fingerprint, recorded), None)
+    if wanted is None:
+        return None
+
+    folders = [contents.folder]
+    folders += [run.folder for run in runs]
+    for run in runs:
+        folders += [path.parent for _, path in run.windows[-1:]]
+    places = [str(folder) for folder in folders if (folder / TOKENIZER_FILE).is_file()]
+    places.append(wanted.get("name"))
+    for place in places:
+        tokenizer = load_tokenizer(place, wanted["fingerprint"])
+        if tokenizer:
+            return tokenizer
+    return None
+
+
+def _has_fingerprint(recorded: Any) -> bool:
+    return isinstance(recorded, dict) and bool(recorded.get("fingerprint"))
 
 
 def read_contents(folder: Path) -> Contents:
-    """Return what a folder holds.
+    """Return everything in a folder that a report can show.
+
+    Args:
+        folder (`Path`): Output folder of a run, a demo or a collection.
 
     Raises:
-        `ValueError`: for a folder that holds nothing of this package's, and for a file that is broken.
+        `ValueError`: if the folder holds no file of this package, or a broken one.
         `OSError`: if there is no such folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    occurrences = folder / OCCURRENCES_FILE
-    knockout = folder / KNOCKOUT_FILE
-    summary = folder / SUMMARY_FILE
-    rocks = folder / ROCK_SET_FILE
     found = Contents(
         folder,
-        runs=_runs(folder),
-        summary=read_summary(summary) if summary.is_file() else None,
-        rocks=RockSet.load(rocks) if rocks.is_file() else None,
-        occurrences=Occurrences(occurrences) if occurrences.is_file() else None,
-        knockout=read_knockout(knockout) if knockout.is_file() else None,
+        runs=_read_runs(folder),
+        summary=_read_if_present(folder / SUMMARY_FILE, read_summary),
+        rocks=_read_if_present(folder / ROCK_SET_FILE, RockSet.load),
+        occurrences=_read_if_present(folder / OCCURRENCES_FILE, Occurrences),
+        knockout=_read_if_present(folder / KNOCKOUT_FILE, read_knockout),
     )
-    parts = found.runs, found.summary, found.rocks, found.occurrences, found.knockout, found.gradients
+    parts = (found.runs, found.summary, found.rocks, found.occurrences, found.knockout, found.gradients)
     if not any(parts):
         raise ValueError(
             f"{folder} holds nothing to report: name the output folder of `trl-opd train`, `demo` or `collect`, or one "
@@ -185,10 +218,22 @@ def read_contents(folder: Path) -> Contents:
     return found
 
 
-def _runs(folder: Path) -> dict[str, Run]:
+def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
+    return read(path) if path.is_file() else None
+
+
+def _read_runs(folder: Path) -> dict[str, Run]:
+    """Return the run of a folder, or those of its subfolders: first the arms in their usual order, then the others."""
     if (folder / RUN_FILE).is_file():
         record = read_run(folder / RUN_FILE)
-        return {str(record["arguments"].get("token_weighting", "uniform")): Run(folder, record)}
+        weighting = record["arguments"].get("token_weighting", "uniform")
+        return {str(weighting): Run(folder, record)}
+
     found = {path.parent.name: path for path in sorted(folder.glob(f"*/{RUN_FILE}"))}
-    order = [*(arm for arm in ARMS if arm in found), *(name for name in found if name not in ARMS)]
-    return {name: Run(found[name].parent, read_run(found[name])) for name in order}
+    order = [arm for arm in ARMS if arm in found]
+    order += [name for name in found if name not in ARMS]
+    runs = {}
+    for name in order:
+        path = found[name]
+        runs[name] = Run(path.parent, read_run(path))
+    return runs

@@ -1,71 +1,85 @@
-"""Text that others wrote, a model above all, as it can be shown: what is hidden or moves its neighbours is spelled out.
+"""Makes text from models and users safe to show: hidden characters, and those that move their neighbours, are escaped.
 
-What comes back is plain text; escaping it for HTML is the template's part.
+The functions return plain text; the templates escape it for HTML.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
-# Control, format (bidi controls and zero-width signs among them), surrogate, private, unassigned, line, paragraph.
+# Control, format (with the bidi controls and zero-width characters), surrogate, private, unassigned, line, paragraph.
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-# Letters, marks and a symbol that show nothing: joiner, fillers, variation selectors, the empty Braille cell.
-BLANK_RANGES = ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+# Letters, marks and a symbol that show nothing: joiner, fillers, the empty Braille cell, variation selectors.
 BLANK = frozenset([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0]).union(
-    *(range(first, last + 1) for first, last in BLANK_RANGES)
+    range(0x180B, 0x1810),
+    range(0xFE00, 0xFE10),
+    range(0xE0100, 0xE01F0),
 )
-# Hebrew and Tibetan put up to four marks on a letter; a tower of more paints over the lines above.
+# Hebrew and Tibetan put up to four marks on a letter; a taller stack would paint over the lines above.
 MOST_MARKS = 4
 DOTTED_CIRCLE = "\u25cc"
+OUTER_SPACES = re.compile(r"^\s+|\s+\Z")
 
 
 def visible(text: str, limit: int = 200, *, newline: str = "↵") -> str:
-    r"""Return a text with everything that is invisible, or reorders what is beside it, spelled out.
+    r"""Return a text in which every character that is invisible, or reorders its neighbours, is escaped.
 
-    Controls, bidi controls, zero-width and other hidden signs, lone surrogates and unassigned signs become escapes as
-    Python writes them (`\u202e`), a line break `↵`, a tab `⇥`. More than four combining marks on a sign are cut, and a
-    mark with no sign to stand on gets a dotted circle. Spaces stay; so does a backslash, so an escape can be imitated.
+    Controls, bidi controls, zero-width and other hidden characters, lone surrogates and unassigned characters become
+    escapes as Python writes them (`\u202e`); a line break becomes `↵` and a tab `⇥`. More than four combining marks on
+    one character are cut, and a mark without a character to sit on gets a dotted circle. Spaces stay. A backslash also
+    stays, so a text can imitate an escape.
 
     Args:
         text (`str`): Any text.
-        limit (`int`, *optional*, defaults to 200): Characters of it that are shown; a longer one says its length.
-        newline (`str`, *optional*, defaults to `"↵"`): What a line break becomes.
+        limit (`int`, *optional*, defaults to 200): Most characters to show; a longer text is cut and its length added.
+        newline (`str`, *optional*, defaults to `"↵"`): Replacement for a line break.
     """
     part = text[:limit]
     if not (part.isascii() and part.isprintable()):
-        part = _spelled_out(part, newline)
-    return part if len(text) <= limit else f"{part}… ({len(text):,} characters)".replace(",", " ")
+        part = _escaped(part, newline)
+    if len(text) <= limit:
+        return part
+    return f"{part}… ({len(text):,} characters)".replace(",", " ")
 
 
 def named(text: str, limit: int = 200) -> str:
-    """Return a text as `visible` does, with the spaces at its ends shown as `␣`: " the" and "the" are two tokens."""
-    shown = visible(text, limit)
-    inner = shown.strip()
-    if inner == shown:
-        return shown
-    start = len(shown) - len(shown.lstrip())
-    return "".join(map(_space, shown[:start])) + inner + "".join(map(_space, shown[start + len(inner) :]))
+    """Return a text as `visible` does, with the spaces at its ends as `␣`, because " the" and "the" are two tokens."""
+    return OUTER_SPACES.sub(_marked_spaces, visible(text, limit))
 
 
-def _spelled_out(text: str, newline: str) -> str:
-    signs = []
-    has_base, marks = False, 0
+def _escaped(text: str, newline: str) -> str:
+    replacements = {"\n": newline, "\t": "⇥"}
+    shown = []
+    has_base = False
+    marks = 0
     for sign in text:
         category = unicodedata.category(sign)
         if category in HIDDEN or ord(sign) in BLANK:
-            signs.append({"\n": newline, "\t": "⇥"}.get(sign) or ascii(sign)[1:-1])
-            has_base, marks = False, 0
-        elif category[0] != "M":
-            signs.append(sign)
-            has_base, marks = True, 0
-        else:
-            marks += 1
-            if not has_base:
-                signs.append(DOTTED_CIRCLE)
-                has_base = True
-            signs += [sign] if marks <= MOST_MARKS else ["…"] * (marks == MOST_MARKS + 1)
-    return "".join(signs)
+            shown.append(replacements.get(sign) or _escape(sign))
+            has_base = False
+            continue
+        if not category.startswith("M"):
+            shown.append(sign)
+            has_base = True
+            marks = 0
+            continue
+
+        if not has_base:
+            shown.append(DOTTED_CIRCLE)
+            has_base = True
+            marks = 0
+        marks += 1
+        if marks <= MOST_MARKS:
+            shown.append(sign)
+        elif marks == MOST_MARKS + 1:
+            shown.append("…")
+    return "".join(shown)
 
 
-def _space(sign: str) -> str:
-    return "␣" if sign == " " else ascii(sign)[1:-1]
+def _marked_spaces(spaces: re.Match) -> str:
+    return "".join("␣" if sign == " " else _escape(sign) for sign in spaces[0])
+
+
+def _escape(sign: str) -> str:
+    return ascii(sign)[1:-1]

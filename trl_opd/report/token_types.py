@@ -13,21 +13,22 @@ from ..artefacts.token_stats import TokenStats, load_matching, merge_last_quarte
 from ..rocks.cutoff import Sweep
 from ..rocks.families import family_of
 
-# Types that are named for families, those of the largest divergence first; the rest has less than a thousandth of it.
+# Types whose text is assigned to a family, largest divergence first; the others carry less than a thousandth of it.
 NAMED_TYPES = 20_000
 CUTOFFS = 300
+TINY = np.finfo(float).tiny
 
 
 @dataclass(frozen=True)
 class TokenTypes:
-    """What is known of every token type, `(V,)` each.
+    """Counts and mean divergences of all token types in some rollouts, `(V,)` each.
 
     Args:
-        count (`np.ndarray`): How often it was emitted.
-        mean_kl (`np.ndarray`): Its mean divergence, nats per token; NaN where it was not measured.
-        before (`np.ndarray`, *optional*): The same before the distillation, or early in it.
+        count (`np.ndarray`): How often each type was emitted.
+        mean_kl (`np.ndarray`): Mean divergence of each type, nats per token; NaN where it was not measured.
+        before (`np.ndarray`, *optional*): Mean divergence before the distillation, or early in it.
         source (`str`): Which rollouts these are, in words.
-        before_source (`str`): Which rollouts `before` is of, in words.
+        before_source (`str`): Which rollouts `before` is from, in words.
         measure (`str`): Name of the divergence.
     """
 
@@ -44,88 +45,116 @@ class TokenTypes:
         return self.count * np.nan_to_num(self.mean_kl)
 
     def is_rock(self, ids: list[int]) -> np.ndarray:
-        """Return which types are rocks, bool, `(V,)`."""
-        found = np.zeros(len(self.count), dtype=bool)
-        found[[id for id in ids if id < len(found)]] = True
-        return found
+        """Return which types are in a list of rocks, bool, `(V,)`."""
+        return _is_among(ids, len(self.count))
 
     def coverage(self, top_k: int | None) -> Sweep:
-        """Return the share of the divergence that the top K types carry, over K; no draws are compared."""
+        """Return the share of the divergence that the top K types carry, over K, without overlaps between samples.
+
+        Args:
+            top_k (`int`, *optional*): Number of rocks, for the result's `top_k`.
+        """
         mass = self.mass
-        covered = np.cumsum(np.sort(mass)[::-1]) / max(mass.sum(), np.finfo(float).tiny)
-        most = int(min(CUTOFFS, (mass > 0).sum()))
-        cutoffs = sorted({*range(1, most + 1, max(1, most // 60)), most} - {0})
-        return Sweep(cutoffs, [float(covered[cutoff - 1]) for cutoff in cutoffs], {}, top_k)
+        descending = np.sort(mass)[::-1]
+        covered = np.cumsum(descending) / max(mass.sum(), TINY)
+        most = min(CUTOFFS, np.count_nonzero(mass > 0))
+        cutoffs = list(range(1, most + 1, max(1, most // 60)))
+        if cutoffs and cutoffs[-1] < most:
+            cutoffs.append(most)
+        shares = [float(covered[cutoff - 1]) for cutoff in cutoffs]
+        return Sweep(cutoffs=cutoffs, coverage=shares, stability={}, top_k=top_k)
 
     def families(self, text_of: Callable[[int], str | None]) -> dict[str, tuple[float, float]]:
-        """Return for each family its share of the tokens and of the divergence, the largest divergence first."""
+        """Return each family's share of the tokens and of the divergence, largest divergence first.
+
+        Args:
+            text_of (`Callable[[int], str | None]`): Returns the text of a token id, `None` where it is not known.
+        """
         mass = self.mass
-        tokens = self.count / max(self.count.sum(), 1.0)
-        kl = mass / max(mass.sum(), np.finfo(float).tiny)
-        sums: dict[str, list[float]] = {}
-        for id in np.argsort(-mass, kind="stable")[:NAMED_TYPES].tolist():
-            if self.count[id] > 0 and (family := family_of(text_of(id))) is not None:
-                share = sums.setdefault(family, [0.0, 0.0])
-                share[0] += float(tokens[id])
-                share[1] += float(kl[id])
-        return {name: (share[0], share[1]) for name, share in sorted(sums.items(), key=lambda item: -item[1][1])}
+        token_share = self.count / max(self.count.sum(), 1.0)
+        kl_share = mass / max(mass.sum(), TINY)
+        shares = np.stack([token_share, kl_share], axis=1)
+
+        sums: dict[str, np.ndarray] = {}
+        largest = np.argsort(-mass, kind="stable")[:NAMED_TYPES]
+        for id in largest[self.count[largest] > 0].tolist():
+            family = family_of(text_of(id))
+            if family is not None:
+                sums[family] = sums.get(family, 0.0) + shares[id]
+        by_kl = sorted(sums.items(), key=lambda item: -item[1][1])
+        return {family: tuple(share.tolist()) for family, share in by_kl}
 
 
 def types_of_last_quarter(windows: list[tuple[int, Path]]) -> TokenTypes:
-    """Return the types of the last quarter of a run, and before: of its first window.
+    """Return the types in the last quarter of a run, with the divergences of its first window as `before`.
 
     Args:
         windows (`list[tuple[int, Path]]`): Last step and file of each window, in order, at least one.
+
+    Raises:
+        `ValueError`: if a file is broken, or has another divergence or vocabulary than the last one.
     """
     stats, start = merge_last_quarter(windows)
+    last_step = windows[-1][0]
     first_step, first_path = windows[0]
     before = None
-    if start > 0:  # else the first window is in the last quarter
+    if start > 0:  # otherwise the last quarter includes the first window
         before = load_matching(first_path, stats, ignore=("student",)).mean_kl.numpy()
-    return TokenTypes(
-        count=stats.seen.numpy().astype(np.float64),
-        mean_kl=stats.mean_kl.numpy(),
+    return _types_of(
+        stats,
         before=before,
-        source=f"the rollouts of steps {start + 1} to {windows[-1][0]}",
+        source=f"the rollouts of steps {start + 1} to {last_step}",
         before_source=f"those of steps 1 to {first_step}",
-        measure=str(stats.measure.get("divergence", "divergence")),
     )
 
 
 def types_of_statistics(path: Path) -> TokenTypes:
-    """Return the types of a whole run."""
-    stats = TokenStats.load(path)
+    """Return the types in all rollouts of a run.
+
+    Args:
+        path (`Path`): File of the run's token statistics.
+
+    Raises:
+        `ValueError`: if the file is broken.
+    """
+    return _types_of(TokenStats.load(path), before=None, source="all rollouts of the run", before_source="")
+
+
+def _types_of(stats: TokenStats, *, before: np.ndarray | None, source: str, before_source: str) -> TokenTypes:
     return TokenTypes(
         count=stats.seen.numpy().astype(np.float64),
         mean_kl=stats.mean_kl.numpy(),
-        before=None,
-        source="all rollouts of the run",
-        before_source="",
+        before=before,
+        source=source,
+        before_source=before_source,
         measure=str(stats.measure.get("divergence", "divergence")),
     )
 
 
 def types_of_occurrences(file: Occurrences) -> TokenTypes:
-    """Return the types of collected rollouts, before the distillation too where the file has that.
+    """Return the types in collected rollouts, with divergences before the distillation if the file has them.
 
     Raises:
-        `ValueError`: for a row that cannot be.
+        `ValueError`: if a row of the file has an impossible value.
     """
-    sums = {"count": np.zeros(0), "kl": np.zeros(0), "kl_pre": np.zeros(0)}
+    divergences = ["kl"]
+    if file.has_pre:
+        divergences.append("kl_pre")
+    sums = dict.fromkeys(["count", *divergences], np.zeros(0))
+    size = 0
     for batch in file.batches():
-        size = max(len(sums["count"]), int(batch["token_id"].max()) + 1)
-        sums = {name: np.pad(values, (0, size - len(values))) for name, values in sums.items()}
-        sums["count"] += np.bincount(batch["token_id"], minlength=size)
-        for name in ("kl", "kl_pre"):
-            if name in batch:
-                sums[name] += np.bincount(batch["token_id"], batch[name], size)
-    with np.errstate(invalid="ignore"):
-        mean_kl = sums["kl"] / sums["count"]
-        before = sums["kl_pre"] / sums["count"]
+        ids = batch["token_id"]
+        size = max(size, int(ids.max()) + 1)
+        for name, total in sums.items():
+            weights = None if name == "count" else batch[name]
+            sums[name] = np.pad(total, (0, size - len(total))) + np.bincount(ids, weights, size)
+
+    with np.errstate(invalid="ignore"):  # a type that never occurs has no mean: 0 / 0 is NaN
+        means = {name: sums[name] / sums["count"] for name in divergences}
     return TokenTypes(
         count=sums["count"],
-        mean_kl=mean_kl,
-        before=before if file.has_pre else None,
+        mean_kl=means["kl"],
+        before=means.get("kl_pre"),
         source="the collected rollouts",
         before_source="the same rollouts under the student before the distillation",
         measure="reverse_kl",
@@ -135,19 +164,39 @@ def types_of_occurrences(file: Occurrences) -> TokenTypes:
 def kind_means(
     windows: list[tuple[int, Path]], rocks: list[int], controls: list[int]
 ) -> list[tuple[int, float | None, float | None, float | None]]:
-    """Return for each window its last step and the mean divergence of rocks, of controls and of the rest, nats.
+    """Return for each window its last step and the mean divergence of rocks, controls and all other types, nats.
 
-    Each type counts as often as it was seen: a frozen type is measured in some steps only. `None` without positions.
+    A type is weighted by how often it was emitted, because a frozen type is measured in some steps only. A mean without
+    positions is `None`.
+
+    Args:
+        windows (`list[tuple[int, Path]]`): Last step and file of each window, in order.
+        rocks (`list[int]`): Ids of the rocks.
+        controls (`list[int]`): Ids of the controls.
+
+    Raises:
+        `ValueError`: if a file is broken.
     """
     points = []
     for step, path in windows:
         stats = TokenStats.load(path)
-        known = (stats.count > 0).numpy()
-        seen, mean = stats.seen.numpy() * known, np.nan_to_num(stats.mean_kl.numpy())
-        kinds = np.zeros((3, len(seen)), dtype=bool)
-        for place, ids in enumerate((rocks, controls)):
-            kinds[place, [id for id in ids if id < len(seen)]] = True
-        kinds[2] = ~kinds[:2].any(0)
-        means = [float((mean * seen)[kind].sum() / seen[kind].sum()) if seen[kind].any() else None for kind in kinds]
+        seen = (stats.seen * (stats.count > 0)).numpy()
+        mass = np.nan_to_num(stats.mean_kl.numpy()) * seen
+        is_rock = _is_among(rocks, len(seen))
+        is_control = _is_among(controls, len(seen))
+        is_other = ~(is_rock | is_control)
+        means = [_mean(mass[kind], seen[kind]) for kind in (is_rock, is_control, is_other)]
         points.append((step, *means))
     return points
+
+
+def _is_among(ids: list[int], size: int) -> np.ndarray:
+    """Return which of the ids 0 to size - 1 are in a list; larger ids are ignored."""
+    found = np.zeros(size, dtype=bool)
+    found[[id for id in ids if id < size]] = True
+    return found
+
+
+def _mean(mass: np.ndarray, seen: np.ndarray) -> float | None:
+    count = seen.sum()
+    return float(mass.sum() / count) if count > 0 else None

@@ -69,12 +69,12 @@ def write_card(
         warnings.warn(f"The card of {folder} cannot be written: {error}", stacklevel=3)
 
 
-def add_report(folder: str | os.PathLike) -> None:
-    """Write the report of a run into its folder; what stands in its way is a warning, and the student goes without."""
+def add_report(folder: str | os.PathLike, *, show_progress: bool = True) -> None:
+    """Write the report of a run into its folder; if that fails, warn and leave the folder without one."""
     from ..report.build import write_report
 
     try:
-        write_report(Path(folder), Path(folder) / REPORT_FILE)
+        write_report(Path(folder), Path(folder) / REPORT_FILE, show_progress=show_progress)
     except (ValueError, OSError) as error:
         warnings.warn(f"The report of {folder} cannot be written: {error}", stacklevel=3)
 

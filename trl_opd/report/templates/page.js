@@ -24,7 +24,7 @@
     });
   }
 
-  // The section that is read is marked in the contents
+  // Marks in the table of contents the section that is being read
 
   function startContents() {
     const links = new Map($("nav a").map((link) => [link.hash.slice(1), link]));
@@ -72,7 +72,7 @@
     filter();
   }
 
-  // Numbers go largest first, texts from A; a second click turns it round; what is not known stays last.
+  // Sorts numbers from the largest and texts from A; a second click reverses the order. Unknown values stay last.
   function sortRows(body, heads, head) {
     const column = heads.indexOf(head);
     const first = head.classList.contains("number") ? "descending" : "ascending";
@@ -92,7 +92,7 @@
     body.append(...rows.map(([, row]) => row));
   }
 
-  // Tokens: data[place of the block], parsed when it is first asked for
+  // Tokens: data[index of the block], parsed when it is first needed
 
   const parsed = new Map();
   function dataOf(block) {
@@ -118,7 +118,7 @@
     ["weight", "weight", ""],
   ];
 
-  // What is known of a token: {name, id, marks, figures: [[label, text]], tops: [[who, [[text, p, isEmitted]]]]}
+  // Returns the content of a token's tooltip: {name, id, marks, figures: [[label, text]], tops: [[who, [[text, p, isEmitted]]]]}
   function facts(token) {
     const list = token.parentElement;
     const data = dataOf(list.closest(".rollouts"));
@@ -186,7 +186,7 @@
     tip.hidden = box.bottom < 0 || box.top > height; // scrolled away, for as long as it is
     if (tip.hidden) return;
     const left = Math.min(Math.max(box.left + box.width / 2 - tip.offsetWidth / 2, gap), width - tip.offsetWidth - gap);
-    // Above, where one has read already, unless there is no room.
+    // Above the token, where the reader has been already, unless there is no room.
     const above = box.top - tip.offsetHeight - gap;
     const below = Math.min(box.bottom + gap, height - tip.offsetHeight - gap);
     tip.style.left = `${Math.max(left, 0)}px`;
@@ -210,7 +210,7 @@
     tip.hidden = true;
   }
 
-  // One tab stop for each rollout: the token that was last visited.
+  // Each rollout has one tab stop: the token that was visited last.
   function rove(token) {
     for (const other of $("[tabindex]", token.parentElement)) {
       for (const name of ["tabindex", "role", "aria-label"]) other.removeAttribute(name);
@@ -219,7 +219,7 @@
     token.setAttribute("role", "button");
     const list = token.parentElement;
     const index = [...list.children].indexOf(token);
-    // A parse of all the figures is not worth a name: what is shown says enough, but for spaces.
+    // Parsing the data of all tokens only for a name would be slow, so we use the shown text, with spaces made visible.
     token.setAttribute("aria-label", `token ${index + 1}: ${token.textContent.trim() || "space"}`);
   }
 
@@ -230,7 +230,7 @@
     open(token);
   }
 
-  // The nearest token of the line above (step -1) or below (step 1).
+  // Returns the nearest token in the line above (step -1) or below (step 1).
   function lineBeside(token, step) {
     const middle = (box) => (box.left + box.right) / 2;
     const from = token.getBoundingClientRect();
