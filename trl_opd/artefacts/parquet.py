@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 METADATA_KEY = "trl_opd"
 # Rows that a reader has in memory at once.
 BATCH_ROWS = 32_768
-# Largest file on disk that is opened: about a billion measured tokens, several times our largest run.
+# Largest file on disk that is opened: about a billion measured tokens of 16 bytes each.
 MAX_FILE_BYTES = 16 * 2**30
 # Largest size in memory, in bytes and in multiples of the size on disk. Measured values compress a few times, whereas a
 # kilobyte of equal values can take a gigabyte of memory.
