@@ -137,7 +137,7 @@ MUTATIONS = [
         "a checkpoint says that it is whole before its last file is there",
         "saving/checkpoints.py",
         "        save_state(path)\n"
-        "        wait()  # for what the other processes write: their random states, their shards\n"
+        "        wait()  # the other processes write their RNG states and shards\n"
         "        write_manifest(folder)",
         "        write_manifest(folder)\n        save_state(path)\n        wait()",
         "tests/saving/test_checkpoints.py",

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""Atomic writing: a file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-# Transformers leaves files whose name begins so out of what it pushes.
+# transformers does not push files whose name begins with an underscore.
 PART_FOLDER = "_saving-"
 
 
@@ -64,7 +64,7 @@ def complete_files(folder: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary folder to write to; its files move to `folder` at the end, and are gone after an error."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{PART_FOLDER}*"):  # by a process that was killed
+    for left in folder.glob(f"{PART_FOLDER}*"):  # a killed process left these behind
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=PART_FOLDER, dir=folder) as name:
         yield Path(name)
@@ -86,7 +86,7 @@ def require_writable(path: str | os.PathLike) -> None:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove the parts of a file that killed processes left."""
+    """Remove the temporary files of this file that killed processes left behind."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -94,12 +94,12 @@ def _remove_left(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere a look could end the process
+    if os.name != "posix":  # on Windows, `os.kill` would end the process
         return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it runs under another user
         return True
     return True

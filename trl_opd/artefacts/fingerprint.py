@@ -1,4 +1,4 @@
-"""The fingerprint of a tokenizer, by which files say whose token ids they hold."""
+"""The fingerprint of a tokenizer, which a file stores to identify the tokenizer that its token ids belong to."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def load_tokenizer(name: object, known: object):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception:  # of a broken file a tokenizer raises whatever it meets
+    except Exception:  # transformers raises errors of many classes for a broken tokenizer file
         return None
     return tokenizer if fingerprint(tokenizer) == known else None

@@ -1,7 +1,7 @@
-"""What goes wrong with the Hugging Face Hub, as one sentence that holds no token.
+"""Errors of the Hugging Face Hub, turned into one sentence that contains no access token.
 
-The client's errors are of several families: of HTTP, of its HTTP library (which are no `OSError`), of the system, and
-each of them wrapped by a thread's or a cache's. Here all become one `OSError`.
+The Hub's client raises HTTP errors, errors of its HTTP library (which are no `OSError`) and errors of the system, and
+threads and caches wrap each of these once more. This module turns all of them into one `OSError`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-# Of users, organisations (the old form; all have over 30 characters), and of browsers' and machines' logins.
+# Tokens of users and of organisations (the old form; both have over 30 characters), and OAuth and JWT tokens.
 TOKEN = re.compile(r"(?:hf|api_org)_(?:(?:oauth|jwt)_+[\w.-]*|[A-Za-z0-9]{16,})")
 REQUEST_ID = re.compile(r"\(?(?:Request ID|Amzn Trace ID|Amz CF ID): [^\s)]+\)?", re.IGNORECASE)
 XET_REFUSAL = re.compile(r"XetAuthenticationError|\b40[13] (?:Unauthorized|Forbidden)")
@@ -20,7 +20,7 @@ MAX_DETAIL = 200
 
 
 class HubError(OSError):
-    """What the Hub, or the way to it, did not do; the client's own error is its `__cause__`."""
+    """An error of the Hub or of the connection to it; the client's own error is its `__cause__`."""
 
 
 @contextmanager
@@ -68,11 +68,11 @@ def _reason(error: BaseException | None) -> str | None:
             return "offline mode is on and the local cache does not hold it; unset HF_HUB_OFFLINE to reach the Hub"
         if isinstance(error, errors.LocalTokenNotFoundError):
             return f"it takes a token and there is none; {_login()}"
-        # hf_xet raises the system's errors, and tells a refusal by its text alone.
+        # hf_xet raises errors of the system, and only their text shows that the Hub refused the token.
         if isinstance(error, (ConnectionError, PermissionError)) and XET_REFUSAL.search(repr(error)):
             return f"the Hub did not accept the token ({said}); {_login()}"
         broken = isinstance(error, (httpx.HTTPError, httpx.InvalidURL, ConnectionError, TimeoutError))
-        if broken and not isinstance(error, BrokenPipeError):  # that one is the terminal's
+        if broken and not isinstance(error, BrokenPipeError):  # a closed terminal pipe, not the Hub
             return f"the connection to the Hub broke ({said}); nothing local is lost, run the same again"
         if isinstance(error, (errors.LocalEntryNotFoundError, errors.FileMetadataError)):
             last = said
@@ -83,7 +83,8 @@ def _reason(error: BaseException | None) -> str | None:
 def _refusal(error: Exception, response) -> str:
     from huggingface_hub import errors
 
-    status, sent = response.status_code, response.request
+    status = response.status_code
+    sent = response.request
     login = _login("read it" if sent.method in ("GET", "HEAD") else "write there")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return "the repository holds no such file"
@@ -108,6 +109,6 @@ def _login(right: str = "write there") -> str:
 
 
 def _short(text: str) -> str:
-    # Redacted before the cut, which may leave a part of a token.
+    # We redact before we shorten, because a token that is cut in two no longer matches the pattern.
     text = redact(" ".join(REQUEST_ID.sub("", text).split())).rstrip(".")
     return text if len(text) <= MAX_DETAIL else f"{text[:MAX_DETAIL]}..."

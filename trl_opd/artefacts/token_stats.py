@@ -21,7 +21,8 @@ from .run_files import TOKEN_STATS_FILE
 
 FORMAT = "trl_opd.token_stats"
 VERSION = 1
-COUNTS, SUMS = ("seen", "count"), ("kl_sum", "kl_sq_sum", "entropy_sum")
+COUNTS = ("seen", "count")
+SUMS = ("kl_sum", "kl_sq_sum", "entropy_sum")
 # Ten times the statistics of a vocabulary of 262 144: a larger file is a mistake.
 MAX_BYTES = 100 * 2**20
 # Windows that end after this share of a run are its last quarter.
@@ -95,14 +96,17 @@ class TokenStats:
         Raises:
             `ValueError`: if the tensors of the signals differ in length or, on the CPU, an id is no entry.
         """
-        ids, divergence, entropy = signals.token_ids, signals.divergence, signals.entropy
+        ids = signals.token_ids
+        divergence = signals.divergence
+        entropy = signals.entropy
         if not ids.shape == divergence.shape == entropy.shape or ids.ndim != 1:
             raise ValueError(
                 f"token_ids, divergence and entropy must have one shape (N,), got {tuple(ids.shape)}, "
                 f"{tuple(divergence.shape)} and {tuple(entropy.shape)}."
             )
-        if ids.device.type == "cpu" and len(ids):  # elsewhere a look would be a synchronisation
-            least, largest = int(ids.min()), int(ids.max())
+        if ids.device.type == "cpu" and len(ids):  # on a GPU this check would wait for the device
+            least = int(ids.min())
+            largest = int(ids.max())
             if least < 0 or largest >= self.vocab_size:
                 raise ValueError(f"token_ids must lie in 0..{self.vocab_size - 1}, got {least}..{largest}.")
         ids = ids.to(self.seen.device, torch.int64)
@@ -131,7 +135,7 @@ class TokenStats:
         return self
 
     def copy(self) -> TokenStats:
-        """Return statistics of their own on the CPU with the same sums."""
+        """Return a copy on the CPU that shares no memory with these statistics."""
         return TokenStats(self.vocab_size, self.measure).merge(self)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -228,7 +232,7 @@ def require_same_measure(first: Mapping[str, Any], second: Mapping[str, Any], *,
 
 
 def _plain(measure: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a measure as it comes back from a file, of its own."""
+    """Return a copy of a measure, as a file that stores it would give it back."""
     if not isinstance(measure, Mapping) or not all(isinstance(key, str) for key in measure):
         raise ValueError("measure must be a dictionary of names.")
     try:
@@ -266,7 +270,8 @@ def _check(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of one shape (V,)")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
-    seen, count = tensors["seen"], tensors["count"]
+    seen = tensors["seen"]
+    count = tensors["count"]
     if (count < 0).any() or (count > seen).any() or seen.double().sum() >= 2**62:
         raise ValueError("count must lie between 0 and seen, and seen must be a number of positions")
     if any(tensors[name][count == 0].any() for name in SUMS):

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and from which of them a run goes on.
+"""Finds out which checkpoints are complete, and which of them a run resumes from.
 
 A process can be killed at any moment, also while it saves. So the last file of a checkpoint is `opd_complete.json`,
 which names every other file with its size; it is there before the checkpoint is pushed, and before an older one goes.
@@ -22,9 +22,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..artefacts.atomic import write_json
 from ..artefacts.run_files import MANIFEST_FILE, checkpoint_step, find_checkpoints
 
-FORMAT, VERSION = "trl_opd.checkpoint", 1
+FORMAT = "trl_opd.checkpoint"
+VERSION = 1
 STATES = (".pt", ".pth")  # archives that torch writes
-# How torch words a write that failed, in an error of no particular class.
+# Words of torch's plain RuntimeError for a failed write.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
@@ -55,11 +56,11 @@ def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
 
     def save_and_complete(path: str) -> None:
         save_state(path)
-        wait()  # for what the other processes write: their random states, their shards
+        wait()  # the other processes write their RNG states and shards
         write_manifest(folder)
 
     if trainer.args.should_save:
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a step that is done again
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of the same step, saved before the run was resumed
         state.save_to_json = save_and_complete
     try:
         with write_errors(folder, run_dir):
@@ -78,15 +79,16 @@ def write_manifest(folder: str | os.PathLike) -> None:
         if path.name == MANIFEST_FILE or path.name.startswith(f".{MANIFEST_FILE}."):
             continue
         with open(path, "rb" if os.name == "posix" else "r+b") as file:
-            os.fsync(file.fileno())  # else a power cut leaves the list without what it lists
+            os.fsync(file.fileno())  # otherwise a power cut could keep the manifest and lose the files that it lists
         files[path.relative_to(folder).as_posix()] = path.stat().st_size
     write_json(folder / MANIFEST_FILE, {"format": FORMAT, "version": VERSION, "files": files})
 
 
 def find_fault(folder: str | os.PathLike) -> str | None:
-    """Return what a checkpoint lacks, or `None` when it is whole.
+    """Return what is wrong with a checkpoint, or `None` when it is complete.
 
-    A kill leaves files that are cut or missing. One that has grown was changed by somebody since.
+    A killed process leaves files that are cut or missing. A file that is larger than the manifest says is accepted,
+    because only a user can have changed it.
     """
     folder = Path(folder)
     if not (folder / MANIFEST_FILE).is_file():
@@ -177,7 +179,7 @@ def write_errors(folder: Path, run_dir: str | os.PathLike) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
-        of_system = isinstance(error, OSError) and error.errno is not None  # the Hub's errors are of none
+        of_system = isinstance(error, OSError) and error.errno is not None  # errors of the Hub have no errno
         if not (of_torch or of_system or isinstance(error, SafetensorError)):
             raise
         whole = newest_complete(run_dir)
@@ -192,7 +194,7 @@ def read_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "UnpicklingError":  # by its name, since nothing here is to import pickle
+        if type(error).__name__ != "UnpicklingError":  # compared by name, so that this module does not import pickle
             raise
         raise ValueError(
             f"{what} holds a file that torch's safe loader refuses: it is cut, a pointer of git-lfs, or would run code."

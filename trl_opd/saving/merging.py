@@ -1,4 +1,4 @@
-"""A LoRA student -> a whole model that computes the same: for those who load without PEFT."""
+"""Merges a LoRA student into a full model that computes the same, for users who load it without PEFT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replace_by_merged(model: PeftModel, folder: str | os.PathLike) -> None:
         `ValueError`: if bitsandbytes has packed a 4-bit base ([`OPDTrainer`] keeps it from that).
     """
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]):  # a new model draws weights, of which none is kept
+    with torch.random.fork_rng(devices=[]):  # the new model draws random weights, which are then overwritten
         merged = PeftModel.from_pretrained(_base_on_host(model), folder).merge_and_unload()
     merged.save_pretrained(folder)
     remove_adapter(folder)
@@ -63,10 +63,10 @@ def _base_on_host(model: PeftModel) -> PreTrainedModel:
             continue
         owner = modules.get(path)
         if leaf not in ("weight", "bias") and not hasattr(owner, leaf):
-            continue  # constants of a quantised weight
+            continue  # this entry is a constant of a quantised weight
         if leaf == "weight" and not tensor.is_floating_point():
             tensor = dequantize_bnb_weight(owner.weight, getattr(owner, "state", None)).to(model.dtype)
-            if getattr(owner, "source_cls", None) is Conv1D:  # GPT-2's, whose weights lie the other way round
+            if getattr(owner, "source_cls", None) is Conv1D:  # GPT-2's layer, which stores its weights transposed
                 tensor = tensor.T
         plain = [part for part in parts if part not in ("base_layer", "original_module")]
         state[".".join([*plain, leaf])] = tensor.cpu().contiguous()

@@ -233,7 +233,8 @@ def _dataset(dataset: Any, name: str | None) -> dict[str, Any]:
 
 def _arguments(args) -> dict[str, Any]:
     """Return the arguments that are not at their default."""
-    content, told = args.to_dict(), {}
+    content = args.to_dict()
+    told = {}
     for field in fields(args):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.init and field.name not in UNTOLD and getattr(args, field.name) not in (default, None):
