@@ -1,18 +1,23 @@
 """`trl-opd`: help without torch, every option in the table, and bad usage."""
 
 import dataclasses
+import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from trl import DistillationConfig
 
+import trl_opd
 from trl_opd import OPDConfig
 from trl_opd.cli import COMMANDS, main
 from trl_opd.cli.collect import CollectArguments
 from trl_opd.cli.demo import DemoArguments
 from trl_opd.cli.detect import DetectArguments
+from trl_opd.cli.env import describe_environment
 from trl_opd.cli.fit import FitArguments
 from trl_opd.cli.gradients import GradientArguments
 from trl_opd.cli.options import Option, options_of, options_of_config, show_default
@@ -37,7 +42,37 @@ def test_help_answers_without_torch(command):
         assert all(f"\n  {name} " in run.stdout for name in COMMANDS)
 
 
+def test_version_is_printed_without_torch():
+    code = "import sys; from trl_opd.cli import main; main(['--version']); sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"trl-opd {trl_opd.__version__}\n"
+
+
+def test_env_prints_versions_and_devices_and_nothing_private(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["trl_opd"] == trl_opd.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["Python"] == platform.python_version()
+    assert {"trl", "transformers", "peft", "bitsandbytes", "platform", "CPU cores", "CUDA of torch"} <= lines.keys()
+    assert any(name.startswith("GPU") for name in lines)
+    private = [platform.node(), str(Path.home()), sys.executable]
+    assert not [value for value in lines.values() for word in private if word in value]
+
+
+def test_env_names_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr("trl_opd.cli.env.PACKAGES", ("trl", "no-such-package"))
+    assert describe_environment()["no-such-package"] == "not installed"
+
+
+def test_env_takes_no_arguments(capsys):
+    assert main(["env", "--all"]) == 1
+    assert "trl-opd env takes no arguments, got --all." in capsys.readouterr().err
+
+
 OPTIONS = {
+    "env": [],
     "collect": options_of(CollectArguments),
     "demo": options_of(DemoArguments),
     "detect": options_of(DetectArguments),

@@ -261,16 +261,24 @@ def test_killed_runs_go_on_and_end_equal_to_the_bit():
 @pytest.mark.parametrize(
     ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
 )
-def test_a_signal_ends_a_training_with_a_sentence_and_the_way_on(world, tmp_path, capsys, number, word, code):
-    out = tmp_path / "out"
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4000}
+def test_signal_ends_a_training_and_the_message_says_how_to_resume(world, tmp_path, capsys, number, word, code):
+    # A shell starts background jobs with SIGINT ignored, and Python then has no handler for it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        end_and_resume_a_training(world, tmp_path / "out", capsys, number, word, code)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+def end_and_resume_a_training(world, out, capsys, number, word, code):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 400}
 
     def send():
         until = time.monotonic() + 60
         while not (out / "checkpoint-2" / FILE_NAME).exists() and time.monotonic() < until:
             time.sleep(0.01)
         # Python loses an exception of a handler that runs within a destructor; who asks, asks again.
-        while not ended.is_set():
+        while not ended.is_set() and time.monotonic() < until:
             os.kill(os.getpid(), number)
             ended.wait(10)
 

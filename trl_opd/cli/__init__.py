@@ -1,4 +1,4 @@
-"""`trl-opd COMMAND`: parsing that imports no torch, and errors that are one sentence."""
+"""`trl-opd COMMAND`: starts a command, without importing torch for `--help`, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -11,35 +11,43 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 
-PATIENCE = 5.0  # seconds; torch's launcher needs a tenth of one to end the others
+# Seconds before a process other than the first prints its error. torch's launcher ends the others within 0.1 s.
+PATIENCE = 5.0
+# A progress bar appears after this many seconds, so short work shows none. tqdm reads the variable when it is imported.
+os.environ.setdefault("TQDM_DELAY", "1")
 
 # Command, which is also its module here -> what it does, in the order of `trl-opd --help`.
 COMMANDS = {
-    "collect": "let a student write completions, and score every token of them",
+    "collect": "let a student write completions, and score every token",
     "demo": "distil tiny models on this machine, find their rock tokens, and freeze them",
     "detect": "find the tokens that did not converge, in rollouts that were collected",
-    "fit": "predict whether a distillation fits on a card, from two configurations",
-    "gradients": "norm and direction of the gradient of each token type, on collected rollouts",
-    "probe": "forbid tokens while decoding, and see whether it matters",
-    "report": "one HTML page of what a run, a demo or a collection wrote",
-    "train": "distil a teacher into a student, on the student's own rollouts",
+    "env": "print the versions and devices of this machine, for a bug report",
+    "fit": "predict whether a distillation fits on a GPU, from two model configurations",
+    "gradients": "measure the gradient of each token type on collected rollouts",
+    "probe": "ban tokens during decoding, and test whether rewards change",
+    "report": "write an HTML report of a run, a demo or a collection",
+    "train": "distil a teacher into a student on the student's own rollouts",
 }
 
 USAGE = """usage: trl-opd COMMAND [options]
 
-On-policy distillation with TRL that sees rock tokens.
+On-policy distillation with TRL that shows which tokens the training signal goes to.
 
 commands:
 {commands}
 
-`trl-opd COMMAND --help` lists the options of a command."""
+`trl-opd COMMAND --help` lists the options of a command. `trl-opd --version` prints the version."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 after a user's error, 2 on bad usage."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv[0] if argv else None
+    if name == "--version":
+        print(f"trl-opd {version('trl_opd')}")
+        return 0
     if name not in COMMANDS:
         asks_for_help = name in ("-h", "--help")
         commands = "\n".join(f"  {command:<11}{text}" for command, text in COMMANDS.items())
@@ -56,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             print(module.HELP, flush=True)
             return 0
         with _ended_by_sigterm(), warnings.catch_warnings():
-            # transformers warns of its own coming renames, on which nobody at a command line can act.
+            # transformers warns about its own future renames. Nobody at a command line can act on these.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             warnings.showwarning = _show_warning
             module.run(argv[1:])
