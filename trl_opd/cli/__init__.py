@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,8 +16,13 @@ from importlib.metadata import version
 
 # Seconds before a process other than the first prints its error. torch's launcher ends the others within 0.1 s.
 PATIENCE = 5.0
-# A progress bar appears after this many seconds, so short work shows none. tqdm reads the variable when it is imported.
+# Progress bars of libraries appear after this many seconds, so loading small models shows none. tqdm reads the variable
+# when it is imported. Our bars that redraw themselves set `delay=0`, because tqdm does not clean up a delayed one.
 os.environ.setdefault("TQDM_DELAY", "1")
+# Importing transformers imports bitsandbytes 0.50, which warns on CPUs with avx512_bf16 that a kernel for inference in
+# 4 bits is missing. We never use that kernel, because its layout has no gradient: `models.quantised.keep_4bit_layout`
+# turns the layout off. This can go together with that function.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Command, which is also its module here -> what it does, in the order of `trl-opd --help`.
 COMMANDS = {

@@ -217,7 +217,7 @@ class _Bar(TrainerCallback):
     """Progress bar over the steps that also shows the last accuracy on the held-out problems."""
 
     def __init__(self, label: str):
-        self._bar = tqdm(desc=label, unit="step")
+        self._bar = tqdm(desc=label, unit="step", delay=0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._bar.total = state.max_steps

@@ -43,7 +43,7 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike, *, show_p
         raise ValueError(f"The report is an HTML file: name one that ends in .html, got {output}.")
 
     sections = []
-    with tqdm(PARTS, desc="report", unit="part", leave=False, disable=not show_progress) as progress:
+    with tqdm(PARTS, desc="report", unit="part", leave=False, delay=0, disable=not show_progress) as progress:
         for make_section in progress:
             progress.refresh()
             section = make_section(contents)

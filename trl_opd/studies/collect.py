@@ -84,7 +84,9 @@ class Collector:
         starts = range(0, len(self._dataset), self._step)
         done = [start for start in starts if self._part(start).is_file()]
         tokens, began = 0, time.monotonic()
-        with tqdm(total=len(self._dataset), initial=self._prompts_in(done), unit="prompt", desc="collect") as bar:
+        with tqdm(
+            total=len(self._dataset), initial=self._prompts_in(done), unit="prompt", desc="collect", delay=0
+        ) as bar:
             for start in starts:
                 if self._part(start).is_file():
                     continue
