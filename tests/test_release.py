@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,24 @@ def test_source_archive_contains_everything_the_wheel_needs(release):
     needed = {name for name in tracked() if name.startswith("trl_opd/")} | {"pyproject.toml", "README.md", "LICENSE"}
     for name in needed:
         assert release.sources[name] == (ROOT / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["wheel", "sdist"])
+def test_installed_archive_has_a_working_command(release, tmp_path, name):
+    archive = getattr(release, name)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(tmp_path), str(archive)], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for arguments, expected in (["--version"], f"trl-opd {trl_opd.__version__}"), (["env"], "trl_opd: "):
+        command = [sys.executable, str(tmp_path / "bin" / "trl-opd"), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith(expected)
+    where = [sys.executable, "-c", "import trl_opd, trl_opd.demo.arms; print(trl_opd.__file__)"]
+    run = subprocess.run(where, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    assert run.stdout.strip().startswith(str(tmp_path))
 
 
 def test_every_import_is_covered_by_the_requirements():
