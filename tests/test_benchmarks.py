@@ -49,6 +49,7 @@ def test_workload_has_the_stated_lengths_and_share_of_rocks():
     assert (tokens < ROCKS).double().mean().item() == pytest.approx(ROCK_SHARE, abs=0.02)
 
 
+@pytest.mark.slow
 def test_step_time_measures_both_trainers():
     theirs, ours, ratio = step_time.compare(512, 1, lora=True, freeze=True)
     assert theirs > 0
@@ -68,6 +69,7 @@ def test_peak_memory_counts_short_lived_buffers():
     assert 2**27 * 0.9 < held < 2**27 * 1.5
 
 
+@pytest.mark.slow
 def test_profile_separates_the_phases_of_a_step(monkeypatch):
     for module, name in (
         (opd_trainer, "loss_and_signals"),
@@ -87,6 +89,7 @@ def test_gpu_memory_script_runs_on_tiny_shapes():
     assert peaks.keys() == set(memory_gpu.PHASES)
 
 
+@pytest.mark.slow
 def test_detection_ranks_as_the_dictionary_baseline_does(tmp_path):
     detection.make_file(tmp_path / "o.parquet", 20_000, 200)
     assert detection.by_dicts(tmp_path / "o.parquet") == detection.ours(tmp_path / "o.parquet", "aggregate")
@@ -106,6 +109,7 @@ def test_detection_sensitivity_writes_a_plot(tmp_path, monkeypatch, capsys):
     assert shares["offsets"] == [1.0]  # a third implementation of the filter agrees
 
 
+@pytest.mark.slow
 def test_gradient_study_needs_two_vectors_per_type():
     # Each in a process of its own: here an allocator would hand out again what other tests have freed.
     sizes = [in_a_process(host_peak_bytes, gradients_memory.study, 20_000, types, 64) for types in (20, 520)]
@@ -113,6 +117,7 @@ def test_gradient_study_needs_two_vectors_per_type():
 
 
 @pytest.mark.parametrize("make", [report.make_samples, report.make_collection])
+@pytest.mark.slow
 def test_report_of_many_rollouts_is_small_and_shows_a_subset(tmp_path, make):
     make(tmp_path, 500, 20, 400)
     found = report.measure(tmp_path)

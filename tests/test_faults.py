@@ -93,6 +93,7 @@ def prompts_of_epochs(cls, path, *, stop_at: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])
+@pytest.mark.slow
 def test_02_resumed_run_draws_the_prompts_of_its_epoch(tmp_path, stop_at):
     theirs, found = prompts_of_epochs(DistillationTrainer, tmp_path / "trl", stop_at=stop_at)
     assert found != theirs
@@ -118,6 +119,7 @@ def test_03_adapter_outside_the_teachers_backbone_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.slow
 def test_04_quantised_lm_head_of_the_teacher_is_dequantised_once(tmp_path, kind):
     make_model(seed=1, width=64).save_pretrained(tmp_path / "teacher")
     make_tokenizer().save_pretrained(tmp_path / "teacher")
@@ -196,6 +198,7 @@ def evaluations(cls, path) -> list[float]:
     return [trainer.evaluate()["eval_loss"] for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_08_evaluation_uses_its_own_rng(tmp_path):
     first, second = evaluations(DistillationTrainer, tmp_path)
     assert first != second
@@ -398,6 +401,7 @@ def test_15_one_object_as_student_and_teacher_is_an_error(tmp_path):
 # 16
 
 
+@pytest.mark.slow
 def test_16_completions_are_logged_once_per_step(tmp_path, monkeypatch):
     import trl.trainer.distillation_trainer as module
 
@@ -442,6 +446,7 @@ def test_17_launcher_that_starts_one_of_several_processes_is_a_warning(tmp_path,
 # 18
 
 
+@pytest.mark.slow
 def test_18_resuming_a_finished_run_does_nothing(tmp_path):
     steps = {}
     for cls in CLASSES:
@@ -486,6 +491,7 @@ def test_19_resumed_stream_continues_where_it_stopped(tmp_path, max_steps):
 # 20
 
 
+@pytest.mark.slow
 def test_20_incomplete_checkpoint_is_skipped_on_resume(tmp_path):
     steps = {}
     for cls in CLASSES:

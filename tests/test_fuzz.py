@@ -16,6 +16,7 @@ FILES |= {"run": 6, "knockout": 8, "gradients": 3, "samples": 3, "summary": 10}
 
 
 @pytest.mark.parametrize("kind", CHECKS)
+@pytest.mark.slow
 def test_broken_files_are_read_correctly_or_are_one_line_errors(kind):
     tally = fuzz.fuzz(kind, FILES[kind], seed=0)
     assert tally.violations == []
@@ -86,6 +87,7 @@ def raises(error):
         (runs_code, "code of the file was run"),
     ],
 )
+@pytest.mark.slow
 def test_harness_reports_every_other_outcome(monkeypatch, check, reason):
     monkeypatch.setitem(CHECKS, "rock_set", check)
     if check is never_ends:

@@ -58,6 +58,7 @@ def make_trainer(cls, student, teacher, tokenizer, path, **changes):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.slow
 def test_whole_run_is_bit_identical_to_trls(tokenizer, tmp_path, lora):
     runs = []
     for cls in (DistillationTrainer, OPDTrainer):
@@ -272,6 +273,7 @@ def test_only_the_weight_of_the_predicted_token_acts(tokenizer, tmp_path, place)
 
 
 @pytest.mark.parametrize("num_generations", [1, 4])
+@pytest.mark.slow
 def test_four_by_one_equals_two_by_two_equals_one_by_four(tokenizer, tmp_path, num_generations):
     runs = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
@@ -308,6 +310,7 @@ def test_four_by_one_equals_two_by_two_equals_one_by_four(tokenizer, tmp_path, n
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     script = ROOT / "tests" / "helpers" / "train_on_processes.py"
     environment_of_one = [sys.executable, str(script)]

@@ -74,11 +74,13 @@ def require_equal(one: dict, several: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("name", [*CUT, *FROZEN, *EVALUATED, "sampled"])
+@pytest.mark.slow
 def test_two_processes_with_unequal_batches_equal_one_process(folder, name):
     require_equal(*read(folder, name, 1), read(folder, name, 2))
 
 
 @pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.slow
 def test_student_sharded_by_fsdp2_trains_like_an_unsharded_one(folder, sharded, name):
     several = read(sharded, name, 2)
     assert all(two["sharded"] for two in several)
@@ -159,6 +161,7 @@ def script(world: Path, out: Path, **changes) -> list[str]:
     return [*LAUNCH, str(ROOT / "examples" / "opd.py"), *flags]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_identically_from_the_newest_complete_checkpoint(world, tmp_path):
     """The second process had not written its random state when both were killed."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
@@ -186,6 +189,7 @@ def test_two_processes_resume_bit_identically_from_the_newest_complete_checkpoin
         ("nowhere.jsonl", "error: There is no dataset file"),
     ],
 )
+@pytest.mark.slow
 def test_error_on_one_or_all_processes_is_printed_once_and_ends_the_run(world, tmp_path, dataset, sentence):
     run = launch(script(world, tmp_path / "out", dataset_name=world / dataset, max_steps=1), limit=120)
     assert run.returncode == 1

@@ -73,6 +73,7 @@ def release(tmp_path_factory) -> Release:
     return Release(wheel, sdist, files, sources)
 
 
+@pytest.mark.slow
 def test_wheel_contains_exactly_the_tracked_package(release):
     package = {name for name in tracked() if name.startswith("trl_opd/")}
     inside = {name for name in release.files if not name.startswith(f"{release.info}/")}

@@ -175,6 +175,7 @@ def test_predictions_repeat_the_metrics_of_an_evaluation_and_leave_the_training_
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tokenizer, tmp_path):
     class Overflows(TrainerCallback):
         def __init__(self, until):
@@ -194,6 +195,7 @@ def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tokenizer, tmp_pa
         train(until=14)
 
 
+@pytest.mark.slow
 def test_prediction_does_not_change_the_next_evaluation(tokenizer, tmp_path):
     trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
     predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
@@ -265,6 +267,7 @@ def test_control_weighting_weights_the_control_types(tokenizer, tmp_path):
         assert torch.equal(batch["weights"], torch.where(chosen, 0.25, 1.0) * mask)
 
 
+@pytest.mark.slow
 def test_random_weighting_draws_the_share_of_rocks_and_repeats_its_draw(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
     trainers = [

@@ -245,6 +245,7 @@ def test_logits_that_are_not_finite_stop_evaluation_and_prediction(tokenizer, tm
 
 
 @pytest.mark.parametrize("own_path", [False, True])
+@pytest.mark.slow
 def test_error_names_the_step_with_broken_logits_and_the_next_run_is_clean(tokenizer, tmp_path, own_path):
     class BreaksInStep3(OPDTrainer):
         breaks = True

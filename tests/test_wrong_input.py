@@ -42,6 +42,7 @@ def test_folder_without_a_rock_set_is_an_error(tmp_path):
         build(tmp_path, rock_set=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_two_models_with_equal_weights_are_accepted(tmp_path):
     trainer = build(tmp_path, make_model(seed=0), make_model(seed=0), max_steps=1)
     trainer.train()

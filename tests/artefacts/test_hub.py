@@ -238,6 +238,7 @@ def sentence(step: dict) -> str:
 # There and back
 
 
+@pytest.mark.slow
 def test_a_pushed_set_loads_as_the_same_set(steps):
     assert value(steps["push"]) == value(steps["push: commit"])
     assert value(steps["push: same bytes"])

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -9,6 +10,7 @@ from trl_opd.demo import arms, build
 from trl_opd.demo.arithmetic import PLANTED_ROCKS, draw_problems, make_tokenizer, ruled_marks, worked_answer
 
 
+@pytest.mark.slow
 def test_shipped_models_are_small_and_have_the_documented_accuracy():
     files = list(arms.MODELS.rglob("*.safetensors"))
     assert len(files) == 2

@@ -31,6 +31,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_summary_has_the_documented_fields_and_ranges(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() == SUMMARY
@@ -88,6 +89,7 @@ def test_plots_are_png_files(finished):
         assert len(content) > 10_000
 
 
+@pytest.mark.slow
 def test_finished_demo_is_not_run_again(finished, capsys):
     before = {arm: (finished / arm / "result.json").stat().st_mtime_ns for arm in ALL_ARMS}
     assert demo(finished) == 0
@@ -165,6 +167,7 @@ def test_arm_of_another_seed_does_not_keep_the_old_rocks(tmp_path):
 # Wrong input
 
 
+@pytest.mark.slow
 def test_folder_with_other_files_is_an_error_and_stays_unchanged(tmp_path, capsys):
     own = tmp_path / "uniform" / "checkpoint-1000" / "model.safetensors"
     own.parent.mkdir(parents=True)

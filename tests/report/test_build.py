@@ -44,6 +44,7 @@ def page(run_folder, tmp_path_factory):
 # What a run left
 
 
+@pytest.mark.slow
 def test_page_of_a_run_has_these_plots(page, run_folder):
     record = json.loads((run_folder / "opd_run.json").read_text())
     accuracy = [line["eval_accuracy"] for line in record["log"] if "eval_accuracy" in line][-1]
@@ -94,6 +95,7 @@ def test_metrics_of_tokens_in_the_page_are_the_rows_of_the_file(page, run_folder
         np.testing.assert_allclose(found["teacher_top_p"], np.concatenate(mine["teacher_top_p"].to_list()), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_report_of_a_run_is_small_and_requests_nothing(run_folder, tmp_path, capsys):
     path = tmp_path / "page.html"
     assert main(["report", str(run_folder), "--output", str(path)]) == 0
@@ -107,12 +109,14 @@ def test_report_of_a_run_is_small_and_requests_nothing(run_folder, tmp_path, cap
     assert not re.search(r'(?:src|href)="(?!#|data:,)', text)
 
 
+@pytest.mark.slow
 def test_report_after_a_training_without_bars_shows_none(copy, capsys):
     add_report(copy, show_progress=False)
     assert (copy / "report.html").is_file()
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_interrupted_run_shows_what_it_has(tokenizer, tmp_path):
     trainer = OPDTrainer(
         model=make_model(seed=0),
@@ -130,6 +134,7 @@ def test_interrupted_run_shows_what_it_has(tokenizer, tmp_path):
     assert [one.step for one in block.rollouts] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_run_resumed_from_before_its_first_rollouts_shows_none(copy):
     table = pq.read_table(copy / FILE_NAME)
     pq.write_table(table.filter(pa.compute.greater(table["step"], 4)), copy / FILE_NAME)
@@ -145,6 +150,7 @@ def test_run_resumed_from_before_its_first_rollouts_shows_none(copy):
         ("opd_run.json", ["Rocks"]),
     ],
 )
+@pytest.mark.slow
 def test_section_without_data_is_left_out(copy, gone, left):
     (copy / gone).unlink()
     assert write_report(copy, copy / "report.html") == left
@@ -153,6 +159,7 @@ def test_section_without_data_is_left_out(copy, gone, left):
 # Arms and collections
 
 
+@pytest.mark.slow
 def test_arms_are_shown_apart_and_compared(run_folder, tmp_path):
     for arm in ("uniform", "rock"):
         shutil.copytree(run_folder, tmp_path / arm)
@@ -169,6 +176,7 @@ def test_arms_are_shown_apart_and_compared(run_folder, tmp_path):
     assert len(of_kind(rollouts(contents), Rollouts)) == 2
 
 
+@pytest.mark.slow
 def test_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_path):
     contents = read_contents(collection)
     assert write_report(collection, tmp_path / "page.html") == ["What was run", "Rocks", "Rollouts"]
@@ -233,6 +241,7 @@ def test_full_disk_keeps_the_old_report(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"knockout.json", "report.html"}
 
 
+@pytest.mark.slow
 def test_hostile_tokens_reach_the_page_as_text_only(copy, tokenizer):
     content = json.loads((copy / "rock_set.json").read_text())
     hostile = ["</script><script>alert(1)</script>", "\u202e\u2066", "\ud800", "\x00\x1b[31m"]

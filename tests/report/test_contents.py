@@ -15,6 +15,7 @@ from trl_opd.report.contents import read_contents
 from tests.helpers.report_folders import changed, knockout_without, make_collection
 
 
+@pytest.mark.slow
 def test_curve_keeps_the_last_value_of_a_repeated_step(copy):
     record = json.loads((copy / "opd_run.json").read_text())
     record["log"] = [{"step": 2, "kl/mean": 9.0}, {"step": 4, "kl/mean": 1.0}, {"step": 2, "kl/mean": 2.0}]
@@ -95,6 +96,7 @@ def error_of_report(folder, capsys) -> str:
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), CASES.values(), ids=CASES)
+@pytest.mark.slow
 def test_broken_file_is_a_one_line_error_and_keeps_the_old_report(copy, capsys, name, content, reason):
     (copy / "report.html").write_text("old")
     damage(copy / name, content)

@@ -243,6 +243,7 @@ def test_equal_reports_are_equal_files():
     assert len({render(page_with(block)) for block in blocks}) == 1
 
 
+@pytest.mark.slow
 def test_ten_thousand_tokens_with_their_likeliest_alternatives_take_less_than_five_megabytes():
     rng = np.random.default_rng(0)
     texts = {id_: " " + "".join(map(chr, rng.integers(97, 123, 6))) for id_ in range(152_000)}
@@ -423,6 +424,7 @@ def found(figures, tmp_path_factory) -> dict:
 
 
 @needs_browser
+@pytest.mark.slow
 def test_table_sorts_numbers_both_ways_with_unknown_values_last(found):
     assert found["unsorted"] == "␣the b c d e f"
     assert found["down"] == "c ␣the f d e b"
@@ -545,6 +547,7 @@ found.scrolls = all(".scroll, .plot").map((box) => box.scrollWidth > box.clientW
 
 @needs_browser
 @pytest.mark.parametrize("text", [None, HOSTILE[1], HOSTILE[-1]], ids=["plain", "tags", "long"])
+@pytest.mark.slow
 def test_page_fits_a_phone_without_scrolling_sideways(figures, tmp_path, text):
     page = figures if text is None else render(page_of(text))
     found, console = browse(tmp_path, page, NARROW, width=360, height=560)
@@ -571,6 +574,7 @@ def test_page_without_its_script_is_readable_and_shows_no_dead_controls(figures,
 
 
 @needs_browser
+@pytest.mark.slow
 def test_unchanged_page_writes_nothing_to_the_console(figures, tmp_path):
     assert browse(tmp_path, figures) == (None, [])
     _, console = browse(tmp_path, figures.replace('"use strict";', '"use  strict";', 1))

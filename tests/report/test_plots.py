@@ -202,6 +202,7 @@ def test_svgs_of_two_prefixes_share_no_id_and_hold_no_unused_id(name):
 
 
 @every_figure
+@pytest.mark.slow
 def test_svg_is_the_same_each_time(name, tmp_path):
     figure = FIGURES[name]()
     first = to_svg(figure, "a")
@@ -242,6 +243,7 @@ def test_invalid_prefix_is_an_error(prefix):
 
 
 @pytest.mark.parametrize("name", ["curves", "funnel", "gradients"])
+@pytest.mark.slow
 def test_settings_of_a_notebook_are_ignored_and_kept(name, tmp_path):
     svg = svg_of(name)
     save_png(FIGURES[name](), tmp_path / "plot.png")
@@ -305,6 +307,7 @@ def hostile_figures(text: str) -> list:
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[1:18])
+@pytest.mark.slow
 def test_hostile_text_becomes_a_short_harmless_label(text, tmp_path):
     for place, figure in enumerate(hostile_figures(text)):
         if place < 2:
@@ -524,6 +527,7 @@ def test_before_and_after_are_drawn_around_the_diagonal():
     assert rock.get_marker() != other.get_marker()
 
 
+@pytest.mark.slow
 def test_svg_holds_many_types_as_a_picture_and_few_as_vectors():
     count, mean_kl, is_rock = world(60_000, 100)
     for figure in (plot_funnel(count, mean_kl, is_rock), plot_before_after(mean_kl, mean_kl[::-1], is_rock)):

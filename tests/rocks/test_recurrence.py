@@ -177,6 +177,7 @@ def worlds(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_planted_rocks_are_found_among_decoys_of_the_same_total_and_the_aggregate_score_cannot(worlds):
     context, aggregate = [], []
     for path, world in worlds:

@@ -247,6 +247,8 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_w
 # Killed, terminated, interrupted
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_runs_go_on_and_end_equal_to_the_bit():
     """`tests/benchmarks/crash.py` by the number that a test can afford: see docs/reliability.md for more."""
     command = [sys.executable, "-m", "tests.benchmarks.crash", "3"]
@@ -261,6 +263,7 @@ def test_killed_runs_go_on_and_end_equal_to_the_bit():
 @pytest.mark.parametrize(
     ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
 )
+@pytest.mark.slow
 def test_signal_ends_a_training_and_the_message_says_how_to_resume(world, tmp_path, capsys, number, word, code):
     # A shell starts background jobs with SIGINT ignored, and Python then has no handler for it.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -320,6 +323,7 @@ with _ended_by_sigterm():
 """
 
 
+@pytest.mark.processes
 def test_a_process_that_was_forked_is_ended_by_sigterm_as_without_us():
     """`Pool` and the workers of a reward end theirs so."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=60)
@@ -334,6 +338,7 @@ def temporary(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("room", [300_000, 700_000], ids=["for no model", "for no optimizer"])
+@pytest.mark.slow
 def test_a_checkpoint_without_room_is_a_sentence_and_the_one_before_is_whole(world, tmp_path, capsys, room):
     out = tmp_path / "out"
     settings = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": True}
@@ -357,6 +362,7 @@ def test_a_checkpoint_without_room_is_a_sentence_and_the_one_before_is_whole(wor
     assert not temporary(out)
 
 
+@pytest.mark.slow
 def test_a_student_without_room_leaves_the_one_before(world, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["train", *flags(world, out)]) == 0
@@ -485,6 +491,7 @@ def test_files_move_to_their_folder_at_the_end_and_none_after_an_error(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "old"]
 
 
+@pytest.mark.processes
 def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -509,6 +516,7 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("damage", ["a payload", "a cut archive", "noise"])
+@pytest.mark.slow
 def test_a_state_is_read_without_running_what_is_in_it_or_refused_in_a_sentence(world, tmp_path, capsys, name, damage):
     out, marker = tmp_path / "out", tmp_path / "executed"
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}

@@ -98,6 +98,7 @@ def run(tokenizer, path, peft_config, **changes) -> OPDTrainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_the_adapter_and_the_end_is_a_whole_model(tokenizer, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = run(tokenizer, tmp_path, lora, save_strategy="steps", save_steps=1)

@@ -146,6 +146,7 @@ def test_no_secret_is_in_the_record(tokenizer, tmp_path, monkeypatch):
     assert json.loads(text)["arguments"]["generation_kwargs"] == {"do_sample": True, "token": "<TOKEN>"}
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_that_broke_off_is_that_of_its_last_checkpoint(tokenizer, tmp_path):
     from tests.helpers.trainers import Stop
 

@@ -48,6 +48,7 @@ def front_matter(card: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_student_goes_up_with_card_record_statistics_and_report(seen, kind):
     wanted = {"README.md", "opd_run.json", "token_stats.safetensors", "report.html", "tokenizer.json"}
     assert wanted <= set(seen[kind]["files"])

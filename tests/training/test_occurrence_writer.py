@@ -21,6 +21,7 @@ def steps(path) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("micro_batching", ["tight", "trl"])
+@pytest.mark.slow
 def test_training_writes_the_rollouts_of_every_nth_step(tmp_path, micro_batching):
     settings = {"micro_batching": micro_batching, "num_generations": 2, "max_steps": 4}
     trainer = build(tmp_path, save_occurrences=2, **settings)
@@ -48,6 +49,7 @@ def test_training_writes_the_rollouts_of_every_nth_step(tmp_path, micro_batching
     assert (metadata["step"], metadata["num_rollouts"], metadata["vocab_size"]) == (2, 4, 300)
 
 
+@pytest.mark.slow
 def test_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
     from tests.helpers.rock_sets import rock_file
 
@@ -62,6 +64,7 @@ def test_frozen_position_that_was_not_measured_has_no_divergence(tmp_path):
     assert main(["detect", str(tmp_path / "occurrences" / "step-1.parquet"), "--output", str(tmp_path / "r.json")]) == 1
 
 
+@pytest.mark.slow
 def test_signals_of_an_interrupted_step_are_not_written(tmp_path):
     settings = {"save_occurrences": 1, "max_steps": 1}
     trainer = build(tmp_path / "whole", **settings)
@@ -74,6 +77,7 @@ def test_signals_of_an_interrupted_step_are_not_written(tmp_path):
     assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_files_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     settings = {"save_occurrences": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer = build(tmp_path, **settings)
@@ -93,11 +97,13 @@ def test_occurrences_with_another_beta_are_an_error(tmp_path):
         build(tmp_path, save_occurrences=0)
 
 
+@pytest.mark.slow
 def test_occurrences_need_no_statistics(tmp_path):
     build(tmp_path, **AS_TRL, save_occurrences=2).train()
     assert list(steps(tmp_path)) == [2]
 
 
+@pytest.mark.slow
 def test_saving_occurrences_changes_no_step(tmp_path):
     found = []
     for more in ({}, {"save_occurrences": 1}):

@@ -123,6 +123,7 @@ def test_frozen_tokens_have_weight_zero_and_are_measured(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "peft_config"), [("qwen3", None), ("qwen3", LORA), ("gpt2", None)])
+@pytest.mark.slow
 def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, family, peft_config):
     dropout = {"resid_pdrop": 0.2, "attn_pdrop": 0.2, "embd_pdrop": 0.2} if family == "gpt2" else {}
     runs = []
@@ -148,6 +149,7 @@ def test_metadata_has_the_prompts_and_models(tokenizer, tmp_path):
     assert all(row["prompt"] == row["rollout"] // 2 for row in rows)
 
 
+@pytest.mark.slow
 def test_resumed_run_has_samples_of_every_step_once(tokenizer, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = build(tokenizer, tmp_path / "whole", RolloutSamples(2), **settings)
@@ -165,6 +167,7 @@ def test_resumed_run_has_samples_of_every_step_once(tokenizer, tmp_path):
     assert not (tmp_path / "broken" / PARTS).exists()
 
 
+@pytest.mark.slow
 def test_extended_run_keeps_its_samples_and_a_new_run_starts_over(tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     build(tokenizer, tmp_path, RolloutSamples(1), max_steps=4, **settings).train()
@@ -179,6 +182,7 @@ def test_extended_run_keeps_its_samples_and_a_new_run_starts_over(tokenizer, tmp
     assert set(pq.read_table(tmp_path / FILE_NAME, columns=["step"]).column(0).to_pylist()) == {1}
 
 
+@pytest.mark.slow
 def test_samples_of_steps_after_the_checkpoint_are_dropped_on_resume(tokenizer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     broken = build(tokenizer, tmp_path, RolloutSamples(1), Stop(5), max_steps=6, **settings)

@@ -136,6 +136,7 @@ def test_scoring_each_micro_batch_gives_the_same_result_as_scoring_the_batch(tmp
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "phi"])
+@pytest.mark.slow
 def test_run_with_a_parked_teacher_equals_the_run_with_a_resident_one(tmp_path, family):
     lines = []
     for placement in ({}, PARKED):
@@ -153,6 +154,7 @@ def test_run_with_a_parked_teacher_equals_the_run_with_a_resident_one(tmp_path, 
 
 
 @pytest.mark.parametrize("placement", [{}, PARKED])
+@pytest.mark.slow
 def test_a_qlora_student_and_a_four_bit_teacher_train_evaluate_and_train_again(tmp_path, placement):
     paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
     torch.manual_seed(0)

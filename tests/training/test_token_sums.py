@@ -111,6 +111,7 @@ def test_checkpoint_that_is_saved_again_keeps_its_statistics(tokenizer, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, tmp_path):
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     record(tokenizer, tmp_path / "whole", **changes)
@@ -134,6 +135,7 @@ def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, t
     assert equal(broken.token_stats, windows[0])
 
 
+@pytest.mark.slow
 def test_a_second_run_of_a_trainer_adds_to_its_statistics(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path)
     first = trainer.token_stats

@@ -35,6 +35,7 @@ def has_overlap(contents) -> bool:
     return any("overlap (Jaccard) of 50 rollouts" in plot.svg for plot in of_kind(rocks(contents), Plot))
 
 
+@pytest.mark.slow
 def test_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
     section = rocks(read_contents(run_folder))
     rows = table(section)
@@ -46,6 +47,7 @@ def test_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
     assert of_kind(section, Table)[0].tool
 
 
+@pytest.mark.slow
 def test_without_a_stored_sweep_coverage_is_shown_alone(collection):
     contents = read_contents(collection)
     notes = " ".join(plot.note for plot in of_kind(rocks(contents), Plot))

@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.artefacts.occurrences import write_occurrences
@@ -72,6 +73,7 @@ def test_rollouts_do_not_depend_on_the_row_groups_of_the_file(run_folder, copy):
         np.testing.assert_array_equal(one.student_top[0], other.student_top[0])
 
 
+@pytest.mark.slow
 def test_reading_a_late_rollout_takes_little_memory(tmp_path):
     size = 4 * 2**20
     columns = {"rollout": np.repeat([0, 1], size), "position": np.tile(np.arange(size), 2)}
@@ -88,6 +90,7 @@ def test_reading_a_late_rollout_takes_little_memory(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_arms_share_the_token_limit_of_a_page(run_folder, tmp_path):
     arms = ("uniform", "rock", "control", "random")
     for arm in arms:
