@@ -73,7 +73,7 @@ def test_quantising_fused_experts_raises_before_weights_are_read(tmp_path, bits)
         ({"teacher_device": 3.5}, "teacher_device must be 'cpu', a GPU"),
     ],
 )
-def test_contradictory_settings_are_a_one_line_error(tmp_path, changes, message):
+def test_invalid_settings_are_a_one_line_error(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         OPDConfig(**config_kwargs(tmp_path, **changes))
     assert "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
         build(tmp_path, teacher_device="cuda:7")
 
 
-def test_teacher_is_on_the_configured_device(tmp_path):
+def test_configured_teacher_device_gives_the_same_loss(tmp_path):
     found = [
         loss_and_gradient(build(tmp_path, **changes), make_inputs()) for changes in ({}, {"teacher_device": "cpu"})
     ]

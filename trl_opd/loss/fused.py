@@ -87,9 +87,8 @@ class FusedDivergence(Function):
                 of_logits = values.gradient
                 if slope is not None:
                     of_logits.mul_(slope)
-                gradients.add(
-                    chunk, of_logits, row_weights[chunk] * student_scale.factor, student_hidden, student_weight
-                )
+                logit_weights = row_weights[chunk] * student_scale.factor
+                gradients.add(chunk, of_logits, logit_weights, student_hidden, student_weight)
 
         ctx.gradients = gradients
         ctx.mark_non_differentiable(divergence, entropy)
