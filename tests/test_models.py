@@ -39,7 +39,7 @@ def trained(trainer) -> dict[str, torch.Tensor]:
     return {name: (p.detach() - before[name]).norm() for name, p in trainer.model.named_parameters() if name in before}
 
 
-def test_the_documented_example_of_trl_runs_with_two_other_names(paths, tmp_path):
+def test_documented_trl_example_runs_with_our_two_class_names(paths, tmp_path):
     trainer = OPDTrainer(
         model=paths[0],
         teacher_model=paths[1],
@@ -62,7 +62,7 @@ def test_the_teacher_may_be_named_in_the_config_alone(paths, tmp_path):
     assert torch.equal(trainer.teacher_model.lm_head.weight, named.lm_head.weight)
 
 
-def test_a_student_goes_on_from_a_saved_adapter(paths, tmp_path):
+def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
     first = OPDTrainer(
         model=paths[0],
         teacher_model=paths[1],
@@ -168,7 +168,7 @@ def test_sampling_never_leaves_the_shared_range(tmp_path, generation_kwargs):
     assert suppressed == (generation_kwargs is None or "suppress_tokens" not in generation_kwargs)
 
 
-def test_another_mapping_is_refused_even_when_sizes_agree(tmp_path):
+def test_different_ids_raise_even_if_sizes_agree(tmp_path):
     student = save(tmp_path / "student", seed=0)
     teacher = save(tmp_path / "teacher", seed=1, tokenizer=swapped_tokenizer())
     with pytest.raises(ValueError, match="number their tokens differently"):
@@ -189,7 +189,7 @@ def test_equal_sizes_without_a_tokenizer_to_compare_are_a_warning(tmp_path, toke
         OPDTrainer(make_model(), make_model(seed=1), make_config(tmp_path), make_dataset(), processing_class=tokenizer)
 
 
-def test_a_prompt_that_the_teacher_cannot_embed_is_refused(tmp_path):
+def test_prompt_that_the_teacher_cannot_embed_raises(tmp_path):
     tokenizer = make_tokenizer(extra=("<|new|>",))
     student = make_model(seed=0, rows=len(tokenizer))
     config = make_config(tmp_path, teacher_tokenizer_name_or_path=save(tmp_path / "teacher", seed=1))
@@ -199,7 +199,7 @@ def test_a_prompt_that_the_teacher_cannot_embed_is_refused(tmp_path):
         trainer.train()
 
 
-def test_chat_templates_that_differ_are_a_warning(tmp_path):
+def test_different_chat_templates_give_a_warning(tmp_path):
     other = make_tokenizer()
     other.chat_template = other.chat_template.replace("<|start|>", "###")
     student, teacher = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1, tokenizer=other)

@@ -176,7 +176,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
         ({"window": -1}, "window counts positions on each side of a rock and cannot be negative, got -1"),
         ({"window": 1, "token_ids": IDS[0]}, r"A window needs token ids of shape \(B, C\)"),
         ({"mask": torch.ones(2, 2)}, r"mask has shape \(2, 2\), token ids have \(2, 3\)"),
-        ({"rock_ids": torch.tensor([-1])}, "rock_ids are places in a vocabulary and cannot be negative, got -1"),
+        ({"rock_ids": torch.tensor([-1])}, "rock_ids are indices into a vocabulary and cannot be negative, got -1"),
     ],
 )
 def test_token_weights_raise_an_error_for_invalid_arguments(changes, sentence):

@@ -1,10 +1,10 @@
-"""Time and memory of detection: ours, and one dict per token with a pandas group-by, as public scripts have it.
+"""Time and memory of our detection, and of one dict per token with a pandas group-by, as in public scripts.
 
     python -m tests.benchmarks.detection [--rows 168000 1000000 10000000] [--types 20000]
 
-Each runs in a process of its own; time is from after the imports, and memory is the process's peak above them. The
-baseline computes the aggregate score alone, so it is compared with `--score aggregate`; the context filter, which it
-does not have, stands beside. Needs pandas for the baseline (`datasets` brings it).
+Each runs in a separate process. Time starts after the imports, and memory is the peak of the process above them. The
+baseline computes only the aggregate score, so it is compared with `--score aggregate`; the context filter, which it
+does not have, is listed next to it. Needs pandas for the baseline (`datasets` brings it).
 """
 
 import argparse

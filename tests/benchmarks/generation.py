@@ -3,7 +3,7 @@
     python -m tests.benchmarks.generation [--rollouts 16 64] [--longest 192] [--rounds 3]
 
 The student is a random Phi (its head has a bias) whose end token has a constant probability, so the lengths of rollouts
-are skewed as in training: most are short, and some run up to the limit. Both sample in turns in this process.
+are skewed as in training: most are short, and some run up to the limit. Both take turns to sample in this process.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from tests.benchmarks.workload import host_peak_bytes, machine
 
 
 def study(vocab: int, types: int, rows: int) -> None:
-    """Add the gradients of random rows in chunks, and take the measures."""
+    """Add the gradients of random rows in chunks, and compute the measures."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2 * types, (rows,), generator=generator)
     counts = torch.bincount(ids, minlength=vocab)

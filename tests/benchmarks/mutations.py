@@ -64,8 +64,8 @@ MUTATIONS = [
     Mutation(
         "wrong vocabulary range: one entry less than student and teacher share",
         "loss/divergence.py",
-        "vocab, device = min(len(student_head.weight), len(teacher_head.weight)), student_hidden.device",
-        "vocab, device = min(len(student_head.weight), len(teacher_head.weight)) - 1, student_hidden.device",
+        "vocab = min(len(student_head.weight), len(teacher_head.weight))\n    heads",
+        "vocab = min(len(student_head.weight), len(teacher_head.weight)) - 1\n    heads",
         "tests/test_laws.py tests/models/test_vocabulary.py",
     ),
     Mutation(

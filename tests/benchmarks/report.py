@@ -1,4 +1,4 @@
-"""How long the report of many rollouts takes, how much memory it needs, and what it weighs, in processes of their own.
+"""Time, memory and file size of the report of many rollouts, each measured in a separate process.
 
 python -m tests.benchmarks.report --rollouts 10000
 """

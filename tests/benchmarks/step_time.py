@@ -3,8 +3,8 @@
     python -m tests.benchmarks.step_time [--vocab 32768 151936] [--rounds 5]
 
 Both trainers run in this process and take turns on the same rollouts; the ratio is the median over the rounds. Frozen
-positions (30 % of the tokens) are not measured in the steps timed: that happens in steps that log. Peak memory is that
-of a step above what there was before it, in a process of its own.
+positions (30 % of the tokens) are not measured in the timed steps, because only steps that log do so. Peak memory is
+that of a step above the memory in use before it, in a separate process.
 """
 
 import argparse

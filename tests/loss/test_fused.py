@@ -61,7 +61,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("head", HEADS)
-def test_values_and_all_gradients_are_those_of_the_reference(dtype, beta, head):
+def test_values_and_all_gradients_equal_the_reference(dtype, beta, head):
     hidden, heads, weights = make_case(rows=(401, 390), dtype=dtype, **head)
     settings = {"beta": beta, "temperature": 1.7}
     loss, divergence, entropy = weighted_divergence(*hidden, *heads, weights, 0.011, **settings)
@@ -101,7 +101,7 @@ def test_half_precision_is_no_worse_than_with_trl(dtype, beta):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 401 * 5 * 2, 4 * 401 * 5 * 7])
-def test_chunks_of_any_size_give_the_same(beta, softcap, chunk_bytes):
+def test_chunk_size_does_not_change_the_results(beta, softcap, chunk_bytes):
     found = []
     for size in (2**29, chunk_bytes):
         hidden, heads, weights = make_case(softcap=softcap)
@@ -115,7 +115,7 @@ def test_chunks_of_any_size_give_the_same(beta, softcap, chunk_bytes):
 
 
 @given(count=st.integers(0, 2000), fit=st.integers(-3, 5000))
-def test_a_chunk_fits_and_none_has_a_few_rows_only(count, fit):
+def test_chunks_fit_in_memory_and_have_about_equal_rows(count, fit):
     rows = _rows_of_a_chunk(count, fit)
     most = max(1, min(MAX_ROWS, fit))
     assert 1 <= rows <= most
@@ -128,7 +128,7 @@ def test_a_chunk_fits_and_none_has_a_few_rows_only(count, fit):
 @pytest.mark.parametrize(
     ("beta", "softcap", "buffers"), [(1.0, None, 3), (0.0, None, 3), (0.5, None, 4), (0.5, 3.0, 5)]
 )
-def test_the_rows_alive_at_once_stay_within_the_chunk_bytes(monkeypatch, beta, softcap, buffers):
+def test_logits_held_at_once_stay_within_chunk_bytes(monkeypatch, beta, softcap, buffers):
     hidden, heads, weights = make_case(n=200, rows=(64, 64), softcap=softcap)
     sizes, original = [], fused._values_of_rows
 
@@ -167,7 +167,7 @@ def test_a_head_is_converted_in_tiles_to_the_dtype_of_the_states(monkeypatch, dt
     assert error(hidden[0].grad, expected[3][0]) < ROUNDING[of_states]
 
 
-def test_memory_that_is_kept_for_the_next_call_changes_nothing():
+def test_reusing_memory_of_the_last_call_does_not_change_the_results():
     found = []
     for n in (40, 7, 40):  # smaller in between, and from a mode whose tensors cannot be written elsewhere
         hidden, heads, weights = make_case(n=n)
@@ -179,7 +179,7 @@ def test_memory_that_is_kept_for_the_next_call_changes_nothing():
     assert all(torch.equal(one, again) for one, again in zip(*found, strict=True))
 
 
-def test_kept_memory_goes_when_far_less_is_allowed():
+def test_kept_memory_is_freed_if_the_limit_is_far_lower():
     cpu = torch.device("cpu")
     large = fused._row_buffers((3, 100, 1000), cpu, 2**30)
     assert fused._row_buffers((3, 2, 1000), cpu, 2**30).data_ptr() == large.data_ptr()
@@ -205,7 +205,7 @@ def test_each_head_is_projected_once_per_row_and_not_again_in_the_backward(monke
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (2,), (0, 1, 2)])
-def test_a_gradient_that_nobody_needs_is_not_formed(monkeypatch, trained):
+def test_only_required_gradients_are_computed(monkeypatch, trained):
     formed, original = [], fused._Gradients.__init__
 
     def init(self, inputs, needs):
@@ -225,7 +225,7 @@ def test_a_gradient_that_nobody_needs_is_not_formed(monkeypatch, trained):
     assert [tensor.grad is not None for tensor in tensors] == formed[0]
 
 
-def test_without_gradients_none_is_formed(monkeypatch):
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     monkeypatch.setattr(fused._Gradients, "add", None)  # a call would fail
     hidden, heads, weights = make_case()
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_without_gradients_none_is_formed(monkeypatch):
     assert not loss.requires_grad
 
 
-def test_the_teacher_never_has_a_gradient_also_when_it_shares_the_head():
+def test_teacher_has_no_gradient_even_if_it_shares_the_head():
     hidden, heads, weights = make_case(widths=(13, 13), bias=False)
     hidden[1].requires_grad_()
     shared = heads[0]
@@ -312,7 +312,7 @@ def test_the_gradients_of_the_logits_of_a_row_sum_to_zero(beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_autocast_outside_changes_nothing(beta):
+def test_autocast_around_the_call_does_not_change_the_results(beta):
     found = []
     for enabled in (False, True):
         hidden, heads, weights = make_case()
@@ -325,7 +325,7 @@ def test_autocast_outside_changes_nothing(beta):
 
 @pytest.mark.parametrize("where", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_row_that_is_not_finite_is_seen_and_stays_alone(which, where):
+def test_nonfinite_row_is_visible_and_does_not_affect_other_rows(which, where):
     hidden, heads, weights = make_case()
     with torch.no_grad():
         hidden[which][3] = where
@@ -349,7 +349,7 @@ def test_no_positions_have_loss_zero_and_gradients_of_zero():
     assert heads[0].weight.grad.abs().sum() == 0
 
 
-def test_states_that_are_no_block_of_memory_are_read_right():
+def test_noncontiguous_tensors_give_the_same_results():
     hidden, heads, weights = make_case(n=24)
     plain = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
     strided = [torch.stack([states, states * 9], dim=1)[:, 0] for states in hidden]
@@ -359,19 +359,19 @@ def test_states_that_are_no_block_of_memory_are_read_right():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     hidden, heads, weights = make_case()
     loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
-    with pytest.raises(RuntimeError, match="first derivative only") as caught:
+    with pytest.raises(RuntimeError, match="cannot be differentiated again") as caught:
         torch.autograd.grad(loss, hidden[0], create_graph=True)
     assert "\n" not in str(caught.value)
 
 
-def test_a_frozen_head_allows_another_backward_and_a_trained_one_does_not():
+def test_second_backward_works_with_a_frozen_head_and_raises_with_a_trained_one():
     hidden, heads, weights = make_case()
     loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=1.0, temperature=1.0)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="the gradient of an LM head in one backward only"):
+    with pytest.raises(RuntimeError, match="backward was called twice on one loss"):
         loss.backward()
     expected = hidden[0].grad.clone()
     heads[0].weight.requires_grad_(False)
@@ -391,7 +391,7 @@ def test_the_incoming_scalar_multiplies_every_gradient():
         torch.testing.assert_close(many, one * -2.5)
 
 
-def test_the_kernels_of_trl_serve_on_cuda_only(monkeypatch):
+def test_trl_kernels_are_used_only_on_cuda(monkeypatch):
     monkeypatch.setattr(FusedDivergence, "apply", lambda *_: pytest.fail("ours"))
     hidden, heads, weights = make_case()
     with pytest.raises(pytest.fail.Exception, match="ours"):

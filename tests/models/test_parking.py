@@ -1,4 +1,4 @@
-"""A parked teacher holds no memory, cannot run, and comes back as it was."""
+"""A parked teacher uses no device memory, cannot run a forward, and is restored unchanged."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.helpers.tiny import make_model, save
 from tests.helpers.trainers import PARKED, build
 
 
-def test_a_parked_teacher_is_empty_cannot_run_and_comes_back_as_it_was(tmp_path):
+def test_parked_teacher_is_empty_cannot_run_and_is_restored_unchanged():
     model = make_model(seed=1).eval()
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -27,7 +27,7 @@ def test_a_parked_teacher_is_empty_cannot_run_and_comes_back_as_it_was(tmp_path)
     assert all(p.numel() == 0 for p in model.parameters() if p is not head)
 
 
-def test_an_error_while_it_is_here_parks_it_again(tmp_path):
+def test_error_inside_the_block_parks_the_teacher_again():
     model = make_model(seed=1)
     parking = Parking(model, ())
     parking.offload()
@@ -36,14 +36,14 @@ def test_an_error_while_it_is_here_parks_it_again(tmp_path):
     assert all(p.numel() == 0 for p in model.parameters())
 
 
-def test_an_offloaded_teacher_is_not_parked():
+def test_parking_an_offloaded_teacher_raises():
     with torch.device("meta"):
         model = make_model(seed=1)
     with pytest.raises(ValueError, match="offloaded cannot be parked"):
         Parking(model, ())
 
 
-def test_eight_bits_that_come_another_way_are_not_parked(tmp_path):
+def test_parking_a_teacher_in_8_bits_from_init_kwargs_raises(tmp_path):
     eight = {"teacher_model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(ValueError, match="in 8 bits cannot be parked"):
         build(tmp_path, teacher=save(tmp_path / "teacher", seed=1), **eight, **PARKED)

@@ -66,7 +66,7 @@ def test_eight_bit_weights_are_counted_to_the_byte(tmp_path, family):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_sizes_are_those_that_are_known(tmp_path, name):
+def test_sizes_of_real_models_equal_the_published_ones(tmp_path, name):
     shape = read_shape(save_config(tmp_path, name))
     _, billions, gigabytes = REAL[name]
     assert shape.size / 1e9 == pytest.approx(billions, abs=0.01)
@@ -76,7 +76,7 @@ def test_real_sizes_are_those_that_are_known(tmp_path, name):
     assert weight_bytes(shape, None, 4) == stored_bytes(model)
 
 
-def test_fused_experts_stay_as_they_are():
+def test_fused_experts_are_counted_as_unquantised():
     config = Qwen3MoeConfig(
         vocab_size=151_936,
         hidden_size=2048,

@@ -34,7 +34,7 @@ def test_eight_bits_load_and_score(tmp_path):
     assert losses[1] != losses[0]
 
 
-def test_the_quantised_teacher_is_that_of_the_init_kwargs(tmp_path):
+def test_teacher_quantization_equals_the_same_config_in_init_kwargs(tmp_path):
     paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
     by_hand = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     settings = ({"teacher_quantization": "4bit"}, {"teacher_model_init_kwargs": {"quantization_config": by_hand}})
@@ -43,7 +43,7 @@ def test_the_quantised_teacher_is_that_of_the_init_kwargs(tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_mixture_of_fused_experts_is_refused_before_its_weights_are_read(tmp_path, bits):
+def test_quantising_fused_experts_raises_before_weights_are_read(tmp_path, bits):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 64}
     config = Qwen3MoeConfig(vocab_size=300, head_dim=16, **shape, **experts)
@@ -73,13 +73,13 @@ def test_a_mixture_of_fused_experts_is_refused_before_its_weights_are_read(tmp_p
         ({"teacher_device": 3.5}, "teacher_device must be 'cpu', a GPU"),
     ],
 )
-def test_settings_that_cannot_be_are_a_sentence(tmp_path, changes, message):
+def test_invalid_settings_are_a_one_line_error(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         OPDConfig(**config_kwargs(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_a_teacher_that_exists_already_is_not_quantised(tmp_path):
+def test_quantising_an_instantiated_teacher_raises(tmp_path):
     with pytest.raises(ValueError, match="`teacher_quantization` has no effect on a teacher that is already inst"):
         build(tmp_path, teacher_quantization="4bit")
 
@@ -99,7 +99,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
         build(tmp_path, teacher_device="cuda:7")
 
 
-def test_the_teacher_may_be_told_its_device(tmp_path):
+def test_configured_teacher_device_gives_the_same_loss(tmp_path):
     found = [
         loss_and_gradient(build(tmp_path, **changes), make_inputs()) for changes in ({}, {"teacher_device": "cpu"})
     ]

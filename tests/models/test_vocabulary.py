@@ -25,7 +25,7 @@ def test_identical_vocabularies_are_silent():
         ({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "d": 3, "e": 4}, 1, 2),
     ],
 )
-def test_tokens_on_one_side_only_are_a_warning_with_their_numbers(student, teacher, only_student, only_teacher):
+def test_unshared_tokens_give_a_warning_with_their_numbers(student, teacher, only_student, only_teacher):
     expected = f"{only_student} tokens exist only for the student and {only_teacher} only for the teacher"
     with pytest.warns(UserWarning, match=expected) as caught:
         require_same_vocabulary(tokenizer_of(student, "a/student"), tokenizer_of(teacher, "a/teacher"))
@@ -59,7 +59,7 @@ def test_tokens_on_one_side_only_are_a_warning_with_their_numbers(student, teach
         ),
     ],
 )
-def test_tokens_that_are_numbered_differently_are_refused_with_an_example(student, teacher, tokens, example):
+def test_different_ids_raise_an_error_with_an_example(student, teacher, tokens, example):
     with pytest.raises(ValueError, match=re.escape(example)) as caught:
         require_same_vocabulary(tokenizer_of(student, "a/student"), tokenizer_of(teacher, "a/teacher"))
     message = str(caught.value)
@@ -69,6 +69,6 @@ def test_tokens_that_are_numbered_differently_are_refused_with_an_example(studen
     assert "\n" not in message
 
 
-def test_a_tokenizer_without_a_name_is_called_by_its_class():
+def test_unnamed_tokenizer_is_reported_by_its_class():
     with pytest.raises(ValueError, match=r"student \(\w*Tokenizer\w*\)"):
         require_same_vocabulary(tokenizer_of({"a": 0}), tokenizer_of({"a": 1}))

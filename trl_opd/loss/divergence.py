@@ -1,4 +1,4 @@
-"""Hidden states of two models -> weighted divergence, and divergence and entropy per token.
+"""The weighted divergence of two models from their hidden states, with the divergence and entropy of each token.
 
 The directions follow TRL: `beta = 0` is the forward KL(teacher ‖ student), `beta = 1` the reverse KL(student ‖
 teacher), anything between the generalised Jensen-Shannon divergence with mixture `(1 - beta) student + beta teacher`
@@ -6,6 +6,7 @@ teacher), anything between the generalised Jensen-Shannon divergence with mixtur
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from .fused import FusedDivergence
 from .lm_head import LMHead
 from .signals import HiddenStates, TokenSignals
 
+# Default memory for float32 logits of a chunk.
 CHUNK_BYTES = 512 * 2**20
 
 
@@ -31,41 +33,54 @@ def weighted_divergence(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the weighted divergence `sum_n weights_n * D_n / denominator`, and `D_n` and the entropy, each `(N,)`.
 
-    Only rows of weight other than 0 are projected through the two heads; the others hold NaN in both per-token results
-    and have neither value nor gradient. Heads of unequal rows are compared over the first `min(rows)` of both, each
-    renormalised there. A denominator of 0 (nothing to train) gives loss 0. There is a first derivative only.
+    Only positions whose weight is not 0 are projected through the two heads. The others are NaN in both per-token
+    results and add nothing to the loss or its gradient. If the heads have different numbers of rows, both are cut to
+    the first `min(rows)` entries and renormalised there. A denominator of 0 (nothing to train) gives loss 0. The loss
+    can be differentiated once, not twice.
 
     Args:
-        student_hidden (`torch.Tensor`): Last hidden states that predict the tokens, shape `(N, H_student)`.
+        student_hidden (`torch.Tensor`): The student's last hidden states at the positions that predict the
+            tokens, shape `(N, H_student)`.
         teacher_hidden (`torch.Tensor`): The teacher's at the same positions, shape `(N, H_teacher)`.
-        student_head (`LMHead`): Head of the student; its gradient is formed when it requires one.
+        student_head (`LMHead`): Head of the student; it receives a gradient if its weight or bias requires one.
         teacher_head (`LMHead`): Head of the teacher; never receives a gradient.
-        weights (`torch.Tensor`): Weight of each position, shape `(N,)`; from the host without a synchronisation.
-        denominator (`torch.Tensor` or `float`): What the weighted sum is divided by.
+        weights (`torch.Tensor`): Weight of each position, shape `(N,)`. If it is on the CPU, a CUDA call does
+            not synchronise to read it.
+        denominator (`torch.Tensor` or `float`): Number by which the weighted sum is divided.
         beta (`float`): Direction of the divergence, in [0, 1].
         temperature (`float`): Softmax temperature of both distributions.
         chunk_bytes (`int`, *optional*, defaults to 512 MiB):
-            Memory for the rows of the vocabulary, at least one; not on CUDA, where TRL's kernels go over tiles.
+            Upper limit in bytes for the float32 logits held at once; at least one row is always held. Ignored on CUDA,
+            which uses TRL's tiled kernel.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the loss (scalar, float32, the only one with a gradient), the
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The loss (scalar, float32, the only one with a gradient), the
         divergence per position (nats, float32, shape `(N,)`) and the student's entropy (nats, float32, shape `(N,)`).
 
     Raises:
-        `ValueError`: if the shapes do not belong together, or `beta` or `temperature` is out of range.
+        `ValueError`: if the shapes do not fit each other, or `beta` or `temperature` is out of range.
     """
     _check(student_hidden, teacher_hidden, student_head, teacher_head, weights, beta, temperature)
-    vocab, device = min(len(student_head.weight), len(teacher_head.weight)), student_hidden.device
-    heads = student_head.first(vocab), teacher_head.first(vocab)
+    device = student_hidden.device
+    vocab = min(len(student_head.weight), len(teacher_head.weight))
+    heads = (student_head.first(vocab), teacher_head.first(vocab))
+
     projected = weights.nonzero().squeeze(-1).to(device, non_blocking=True)
     if len(projected) < len(weights):
-        student_hidden, teacher_hidden = student_hidden[projected], teacher_hidden[projected]
-    row_weights = _shares(weights.to(device, non_blocking=True)[projected], denominator)
-    # On CUDA TRL's kernels serve until ours measures faster there.
+        student_hidden = student_hidden[projected]
+        teacher_hidden = teacher_hidden[projected]
+    projected_weights = weights.to(device, non_blocking=True)[projected]
+    row_weights = _shares(projected_weights, denominator)
+
+    # On CUDA we use TRL's kernels until ours is measured to be faster there.
     divergence_of = _divergence_by_trl if student_hidden.is_cuda else _divergence_fused
-    loss, *of_rows = divergence_of(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes)
+    loss, row_divergence, row_entropy = divergence_of(
+        student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes
+    )
+
     divergence, entropy = torch.full((2, len(weights)), torch.nan, dtype=torch.float32, device=device)
-    divergence[projected], entropy[projected] = of_rows
+    divergence[projected] = row_divergence
+    entropy[projected] = row_entropy
     return loss, divergence, entropy
 
 
@@ -80,24 +95,39 @@ def loss_and_signals(
     temperature: float,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[torch.Tensor, TokenSignals]:
-    """Return the weighted divergence (scalar) and what it says of each position, `(N,)`.
+    """Return the weighted divergence (scalar) and the divergence and entropy of each position, `(N,)`.
 
     Args:
         states (`HiddenStates`): Hidden states and heads of both models.
         token_ids (`torch.Tensor`): Tokens emitted at the positions, int64, shape `(N,)`.
         weights (`torch.Tensor`): Weight of each position, shape `(N,)`.
-        denominator (`torch.Tensor` or `float`): What the weighted sum is divided by.
-        measure_frozen (`bool`): Whether rows of weight 0 are measured too, without gradient, or hold NaN.
+        denominator (`torch.Tensor` or `float`): Number by which the weighted sum is divided.
+        measure_frozen (`bool`):
+            If true, positions of weight 0 are measured as well, without gradient; if false, they are NaN.
         beta (`float`): Direction of the divergence, in [0, 1].
         temperature (`float`): Softmax temperature of both distributions.
-        chunk_bytes (`int`, *optional*, defaults to 512 MiB): As [`weighted_divergence`] takes it.
+        chunk_bytes (`int`, *optional*, defaults to 512 MiB): See [`weighted_divergence`].
+
+    Raises:
+        `ValueError`: as in [`weighted_divergence`].
     """
-    settings = {"beta": beta, "temperature": temperature, "chunk_bytes": chunk_bytes}
-    loss, divergence, entropy = weighted_divergence(*states, weights, denominator, **settings)
+    measure = partial(
+        weighted_divergence,
+        student_hidden=states.student,
+        teacher_hidden=states.teacher,
+        student_head=states.student_head,
+        teacher_head=states.teacher_head,
+        beta=beta,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
+    )
+    loss, divergence, entropy = measure(weights=weights, denominator=denominator)
+
     frozen = weights == 0
+    # `any` would make CUDA synchronise, so there the second call is made in any case.
     if measure_frozen and (frozen.is_cuda or frozen.any()):
         with torch.no_grad():
-            _, frozen_divergence, frozen_entropy = weighted_divergence(*states, frozen.float(), 1.0, **settings)
+            _, frozen_divergence, frozen_entropy = measure(weights=frozen.float(), denominator=1.0)
         frozen = frozen.to(divergence.device, non_blocking=True)
         divergence = torch.where(frozen, frozen_divergence, divergence)
         entropy = torch.where(frozen, frozen_entropy, entropy)
@@ -106,12 +136,13 @@ def loss_and_signals(
 
 def _shares(weights: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
     denominator = torch.as_tensor(denominator, dtype=torch.float32, device=weights.device)
-    # Nothing to train is a loss of 0, not NaN, and the backward of 0 / 0 must not be formed either.
+    # With nothing to train the loss must be 0, not NaN. Dividing by infinity also keeps 0 / 0 out of the backward.
     return weights.float() / denominator.where(denominator > 0, torch.inf)
 
 
 def _divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
-    device, student_head = student_hidden.device.type, heads[0]
+    student_head = heads[0]
+    device = student_hidden.device.type
     castable = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if castable else nullcontext():
         return FusedDivergence.apply(
@@ -130,13 +161,14 @@ def _divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, 
 
 def _divergence_by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
     student_head, teacher_head = heads
+    teacher_bias = None if teacher_head.bias is None else teacher_head.bias.detach()
     divergence, entropy = ChunkedDivergenceFunction.apply(
         student_hidden,
         student_head.weight,
         student_head.bias,
         teacher_hidden.detach(),
         teacher_head.weight.detach(),
-        None if teacher_head.bias is None else teacher_head.bias.detach(),
+        teacher_bias,
         beta,
         temperature,
         student_head.logit_scale,
@@ -170,7 +202,8 @@ def _check(
     for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if hidden.shape[1] != head.weight.shape[1]:
             raise ValueError(
-                f"The {name}'s hidden states have width {hidden.shape[1]}, its LM head {head.weight.shape[1]}."
+                f"The {name}'s hidden states have width {hidden.shape[1]}, its LM head {head.weight.shape[1]}, so they "
+                "cannot be multiplied: pass the hidden states and the head of the same model."
             )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be in [0, 1] (0 = forward KL, 1 = reverse KL), got {beta}.")

@@ -1,10 +1,10 @@
 """Divergence, entropy and gradient of rows of hidden states in one pass: each head projects every row once.
 
 TRL's op goes over the vocabulary in tiles and so has to project both heads again in its backward, when the normalisers
-are known. Here the chunks are rows with the whole vocabulary, which fit in memory when there are few enough of them.
+are known. Here a chunk is a number of rows over the whole vocabulary, few enough of them to fit in memory.
 With `p` and `q` the distributions of student and teacher and `m = (1 - beta) p + beta q`, the gradients with respect to
 the student's logits are `p (log p - log q - KL(p ‖ q))` for the reverse KL, `p - q` for the forward KL and
-`(1 - beta) p (log p - log m - KL(p ‖ m))` between.
+`(1 - beta) p (log p - log m - KL(p ‖ m))` for a beta between 0 and 1.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch.autograd import Function
 
 from .lm_head import LMHead
 
-# Rows of a chunk at most. Fewer read the heads too often, more gain nothing: 160 was as fast as 256, and faster than 16
-# to 128, at 32 768 and 151 936 entries (docs/benchmarks.md).
+# Largest number of rows in a chunk. With fewer rows the heads are read more often, and more rows gain nothing: 160 was
+# as fast as 256, and faster than 16 to 128, at 32 768 and 151 936 entries (docs/benchmarks.md).
 MAX_ROWS = 160
-# A head is converted in tiles of this many entries, never as a whole, where it or the hidden states are not in float32.
+# If a head or the hidden states are not in float32, the head is converted in tiles of this many entries, because a
+# float32 copy of a whole head can take gigabytes.
 TILE = 32768
 
 
 class Scale(NamedTuple):
-    """How a head's product becomes logits: `factor * product`, or `top * tanh(factor * product)` where `top` is set."""
+    """Scaling of a head's product to logits: `factor * product`, or `top * tanh(factor * product)` if `top` is set."""
 
     factor: float
     top: float | None
 
 
 class FusedDivergence(Function):
-    """Sum of `row_weights * divergence` over rows, the divergence and the entropy of each; the sum has a gradient."""
+    """Sum of `row_weights * divergence` over rows, with a gradient, and the divergence and entropy of each row."""
 
     @staticmethod
     def forward(
@@ -49,28 +50,46 @@ class FusedDivergence(Function):
         chunk_bytes: int,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # The student's weight and bias are arguments beside its head: autograd looks at arguments only.
+        # The student's weight and bias are arguments besides its head, because autograd tracks tensors only if they are
+        # arguments themselves.
         inputs = (student_hidden, student_weight, student_bias)
         needs = [with_gradient and need for need in ctx.needs_input_grad[:3]]
         gradients = _Gradients(inputs, needs)
-        scales = [_scale(head, temperature) for head in heads]
-        capped = scales[0].top is not None
-        count, buffers = len(student_hidden), 3 + (0.0 < beta < 1.0) + capped
-        rows = _rows_of_a_chunk(count, chunk_bytes // (4 * buffers * len(student_weight)))
-        storage = _row_buffers((buffers, rows, len(student_weight)), student_hidden.device, chunk_bytes)
+        needs_gradient = any(needs)
+
+        student_head, teacher_head = heads
+        student_scale = _scale(student_head, temperature)
+        teacher_scale = _scale(teacher_head, temperature)
+
+        # Logits of both models and one distribution; between the two KLs both distributions; with a soft-capped
+        # student also the derivative of the cap.
+        capped = student_scale.top is not None
+        buffers = 3 + (0.0 < beta < 1.0) + capped
+        count = len(student_hidden)
+        vocab = len(student_weight)
+        rows = _rows_of_a_chunk(count, chunk_bytes // (4 * buffers * vocab))
+        storage = _row_buffers((buffers, rows, vocab), student_hidden.device, chunk_bytes)
+
         divergence, entropy = student_hidden.new_empty((2, count), dtype=torch.float32)
         for start in range(0, count, rows):
-            chunk = slice(start, min(start + rows, count))
-            student, teacher, *spare = storage[:, : chunk.stop - start]
-            _project(student_hidden[chunk], heads[0], scales[0].factor, out=student)
-            _project(teacher_hidden[chunk], heads[1], scales[1].factor, out=teacher)
-            slope = _cap(student, scales[0].top, spare.pop() if capped else None)
-            _cap(teacher, scales[1].top, None)
-            values = _values_of_rows(student, teacher, *spare, beta=beta)
-            divergence[chunk], entropy[chunk] = values.divergence, values.entropy
-            if any(needs):
-                of_logits = values.gradient if slope is None else values.gradient.mul_(slope)
-                gradients.add(chunk, of_logits, row_weights[chunk] * scales[0].factor, *inputs[:2])
+            stop = min(start + rows, count)
+            chunk = slice(start, stop)
+            student, teacher, *spare = storage[:, : stop - start]
+            _project(student_hidden[chunk], student_head, student_scale.factor, out=student)
+            _project(teacher_hidden[chunk], teacher_head, teacher_scale.factor, out=teacher)
+            slope = _cap(student, student_scale.top, spare.pop() if capped else None)
+            _cap(teacher, teacher_scale.top, None)
+
+            values = _values_of_rows(student, teacher, spare, beta=beta)
+            divergence[chunk] = values.divergence
+            entropy[chunk] = values.entropy
+            if needs_gradient:
+                of_logits = values.gradient
+                if slope is not None:
+                    of_logits.mul_(slope)
+                logit_weights = row_weights[chunk] * student_scale.factor
+                gradients.add(chunk, of_logits, logit_weights, student_hidden, student_weight)
+
         ctx.gradients = gradients
         ctx.mark_non_differentiable(divergence, entropy)
         return (divergence * row_weights).sum(), divergence, entropy
@@ -79,10 +98,11 @@ class FusedDivergence(Function):
     def backward(ctx, incoming: torch.Tensor, *_) -> tuple:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "weighted_divergence has a first derivative only: call backward (or torch.autograd.grad) without "
-                "create_graph=True."
+                "The gradient of weighted_divergence cannot be differentiated again: call backward (or "
+                "torch.autograd.grad) without create_graph=True."
             )
-        return *ctx.gradients.scaled(incoming), *[None] * 7
+        hidden, weight, bias = ctx.gradients.scaled(incoming)
+        return hidden, weight, bias, None, None, None, None, None, None, None
 
 
 class _RowValues(NamedTuple):
@@ -93,7 +113,9 @@ class _RowValues(NamedTuple):
     gradient: torch.Tensor
 
 
-def _values_of_rows(student: torch.Tensor, teacher: torch.Tensor, *spare: torch.Tensor, beta: float) -> _RowValues:
+def _values_of_rows(
+    student: torch.Tensor, teacher: torch.Tensor, spare: list[torch.Tensor], *, beta: float
+) -> _RowValues:
     """Return what two blocks of logits `(n, V)` have between them; the logits and `spare` are overwritten.
 
     Logits are taken relative to their row's maximum, so the sums of exponentials lie in [1, V] and the logarithm of
@@ -102,10 +124,10 @@ def _values_of_rows(student: torch.Tensor, teacher: torch.Tensor, *spare: torch.
     student.sub_(student.amax(-1, keepdim=True))
     teacher.sub_(teacher.amax(-1, keepdim=True))
     if beta == 0.0:
-        return _forward_kl(student, teacher, *spare)
+        return _forward_kl(student, teacher, spare[0])
     if beta == 1.0:
-        return _reverse_kl(student, teacher, *spare)
-    return _jensen_shannon(student, teacher, *spare, beta=beta)
+        return _reverse_kl(student, teacher, spare[0])
+    return _jensen_shannon(student, teacher, p=spare[0], q=spare[1], beta=beta)
 
 
 def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor) -> _RowValues:
@@ -113,7 +135,7 @@ def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor) -
     student_sum = torch.exp(student, out=p).sum(-1, keepdim=True)
     p.div_(student_sum)
     entropy = student_sum.log() - _dot(p, student)
-    log_ratio = student.sub_(teacher)  # up to the constant log(teacher_sum / student_sum)
+    log_ratio = student.sub_(teacher)  # the constant log(teacher_sum / student_sum) is added to the mean below
     mean = _dot(p, log_ratio)
     divergence = mean + (teacher_sum / student_sum).log()
     return _RowValues(divergence[:, 0], entropy[:, 0], log_ratio.sub_(mean).mul_(p))
@@ -132,7 +154,7 @@ def _forward_kl(student: torch.Tensor, teacher: torch.Tensor, q: torch.Tensor) -
 
 
 def _jensen_shannon(
-    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, q: torch.Tensor, *, beta: float
+    student: torch.Tensor, teacher: torch.Tensor, *, p: torch.Tensor, q: torch.Tensor, beta: float
 ) -> _RowValues:
     teacher_sum = torch.exp(teacher, out=q).sum(-1, keepdim=True)
     student_sum = torch.exp(student, out=p).sum(-1, keepdim=True)
@@ -169,7 +191,7 @@ class _Gradients:
         hidden: torch.Tensor,
         weight: torch.Tensor,
     ) -> None:
-        """Add what a chunk of rows gives, from the gradient of its logits `(n, V)` and the rows' weights `(n,)`."""
+        """Add the gradients of a chunk, given the gradient of its logits `(n, V)` and its rows' weights `(n,)`."""
         column = row_weights[:, None]
         for tile in _tiles(weight, hidden):
             block = of_logits[:, tile]
@@ -183,7 +205,7 @@ class _Gradients:
             self._bias.addmv_(of_logits.t(), row_weights)
 
     def scaled(self, incoming: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the gradients times a scalar, in the dtypes of what they belong to; that of a head only once."""
+        """Return the gradients times a scalar, each in the dtype of its tensor; the head's only once."""
         found = [
             None if gradient is None else (gradient * incoming).to(dtype)
             for gradient, dtype in zip((self._hidden, None, self._bias), self._dtypes, strict=True)
@@ -191,11 +213,12 @@ class _Gradients:
         if self._trains_head:
             if self._weight is None:
                 raise RuntimeError(
-                    "weighted_divergence gives the gradient of an LM head in one backward only: compute the loss again "
-                    "for another one."
+                    "backward was called twice on one loss of weighted_divergence, but the first call gave away the "
+                    "gradient of the LM head without a copy: compute the loss again before another backward."
                 )
-            # In place, and handed over: a copy in float32 can be gigabytes.
-            found[1], self._weight = self._weight.mul_(incoming).to(self._dtypes[1]), None
+            # Scaled in place and given away, because a float32 copy can take gigabytes.
+            found[1] = self._weight.mul_(incoming).to(self._dtypes[1])
+            self._weight = None
         return found
 
 
@@ -203,25 +226,28 @@ _kept = threading.local()
 
 
 def _row_buffers(shape: tuple[int, int, int], device: torch.device, most: int) -> torch.Tensor:
-    """Return float32 memory of a shape, on a CPU that of the last call if large enough and within `most` bytes.
+    """Return uninitialised float32 memory of a shape; on a CPU, reuse the last call's if that has a suitable size.
 
-    There fresh memory comes from the system page by page, zeroed: up to a sixth of the time of a call.
+    It is suitable if it is large enough and, unless this call needs more, within `most` bytes. A CPU gets
+    fresh memory from the system page by page and zeroed, which took up to a sixth of the time of a call.
     """
     size = math.prod(shape)
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.float32, device=device)
     kept = 0 if getattr(_kept, "memory", None) is None else _kept.memory.numel()
     if not size <= kept <= max(size, most // 4):
-        _kept.memory = None  # first free, then allocate
-        with torch.inference_mode(False):  # what is made inside of it could not be written outside of it
+        _kept.memory = None  # the old memory is freed before the new is allocated
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
             _kept.memory = torch.empty(size, dtype=torch.float32)
     return _kept.memory[:size].view(shape)
 
 
 def _rows_of_a_chunk(count: int, fit: int) -> int:
-    """Return the rows of a chunk when `fit` of them fit in memory: chunks of one size, so that none has a few only."""
+    """Return the rows of each chunk if `fit` rows fit in memory, about equal so that no chunk has only a few."""
     most = max(1, min(MAX_ROWS, fit))
-    return max(1, math.ceil(count / max(1, math.ceil(count / most))))
+    chunks = max(1, math.ceil(count / most))
+    return max(1, math.ceil(count / chunks))
 
 
 def _scale(head: LMHead, temperature: float) -> Scale:
@@ -240,7 +266,7 @@ def _project(hidden: torch.Tensor, head: LMHead, factor: float, *, out: torch.Te
 
 
 def _cap(logits: torch.Tensor, top: float | None, slope: torch.Tensor | None) -> torch.Tensor | None:
-    """Cap logits in place, `top * tanh(logits)`, and return its derivative in `slope` where there is room for it."""
+    """Cap logits in place to `top * tanh(logits)`; write the derivative into `slope` if given, and return it."""
     if top is None:
         return None
     logits.tanh_()
@@ -251,8 +277,9 @@ def _cap(logits: torch.Tensor, top: float | None, slope: torch.Tensor | None) ->
 
 
 def _tiles(weight: torch.Tensor, hidden: torch.Tensor) -> list[slice]:
-    vocab, converted = len(weight), not weight.dtype == hidden.dtype == torch.float32
-    width = TILE if converted else vocab
+    vocab = len(weight)
+    in_float32 = weight.dtype == hidden.dtype == torch.float32
+    width = vocab if in_float32 else TILE
     return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
 

@@ -1,4 +1,4 @@
-"""Numbers that are a hash of counters: the same on every device, for every batch, and after a resume."""
+"""Random bits hashed from counters, so they are the same on every device, for every batch, and after a resume."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 def hash_counters(seed: int, *counters: torch.Tensor) -> torch.Tensor:
-    """Return 64 hashed bits for each entry of the counters, int64, which broadcast against each other.
+    """Return 64 hashed bits for each entry of the counters, int64, in the shape to which the counters broadcast.
 
     Args:
-        seed (`int`): Mixed alone: seed 0 at counter 1 is not seed 1 at counter 0.
-        *counters (`torch.Tensor`): Such as step, rollout and position, int64.
+        seed (`int`): Hashed before the counters are added, so seed 0 at counter 1 differs from seed 1 at counter 0.
+        *counters (`torch.Tensor`): For example step, rollout and position, int64.
     """
     key = _mix(torch.full_like(counters[0], seed))
     for counter in counters:
@@ -27,7 +27,9 @@ def _mix(key: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(key: torch.Tensor, bits: int) -> torch.Tensor:
-    return (key >> bits) & ((1 << (64 - bits)) - 1)  # torch's shift keeps the sign: the mask makes it a logical one
+    # torch's shift copies the sign bit into the upper bits; the mask clears them, as a logical shift would.
+    mask = (1 << (64 - bits)) - 1
+    return (key >> bits) & mask
 
 
 def _int64(word: int) -> int:

@@ -1,4 +1,4 @@
-"""LMHead: what turns hidden states into logits, and where a model keeps it."""
+"""LMHead, the layer that turns hidden states into logits, and functions that read it from a model."""
 
 from __future__ import annotations
 
@@ -37,24 +37,29 @@ class LMHead:
 def lm_head(model: torch.nn.Module) -> LMHead:
     """Return the LM head of an unwrapped causal language model, weight of shape `(V, H)`.
 
-    Copied from TRL's `DistillationTrainer._compute_loss` and `_chunked_divergence_loss`: where the scale and the
-    soft-capping are found, and the single gather of a head that FSDP2 has sharded.
+    A head that FSDP2 has sharded is gathered once. Copied from TRL's `DistillationTrainer._compute_loss` and
+    `_chunked_divergence_loss`, as are the places where the scale and the soft-capping are found.
     """
     head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight = head.weight
+    bias = getattr(head, "bias", None)
     if isinstance(weight, torch.distributed.tensor.DTensor):
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
+
     config = model.config.get_text_config()
-    return LMHead(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(weight, bias, logit_scale(config), softcap)
 
 
 def logit_scale(config) -> float:
-    """Return the multiplier of a model's logits, 1.0 where its configuration names none; copied from TRL."""
-    # The same quantity has four names: Cohere, Muse Glimmer, Falcon-H1, and one that Granite divides by.
+    """Return the multiplier of a model's logits, 1.0 if its configuration names none; copied from TRL."""
+    # Configurations name it in four ways: Cohere's, Muse Glimmer's, Falcon-H1's, and Granite's, which is a divisor.
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return scale
+
     scaling = getattr(config, "logits_scaling", None)
     if scaling is None:
         return 1.0
@@ -64,7 +69,8 @@ def logit_scale(config) -> float:
 def output_rows(model: torch.nn.Module) -> int:
     """Return the number of vocabulary entries that the LM head of an unwrapped model has."""
     head = model.get_output_embeddings()
-    # A quantised weight is packed, and ZeRO-3 leaves an empty one: then the layer or DeepSpeed knows the shape.
+    # The shape of a quantised weight is that of its packed form, so we ask the layer. ZeRO-3 leaves an empty weight,
+    # whose full shape DeepSpeed keeps in `ds_shape`.
     if not head.weight.is_floating_point():
         return head.out_features
     return getattr(head.weight, "ds_shape", head.weight.shape)[0]

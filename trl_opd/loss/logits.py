@@ -1,6 +1,6 @@
-"""The plain formulas of one position: logits of a head, divergence, entropy, and the gradient of the reverse KL.
+"""Plain formulas per position: logits of a head, reverse KL and its gradient, and entropy.
 
-They are the slow twins of `fused.py`, and what the studies use, which look at few positions.
+Tests compare `fused.py` with them, and the studies use them, because they look at few positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from .lm_head import LMHead
 from .signals import HiddenStates
 
-# Rows whose logits are in memory at once: at 150 000 entries a row of two models is 1.2 MB in float32.
+# Number of rows whose logits are in memory at once. With a vocabulary of 150 000, one row of both models is 1.2 MB.
 CHUNK_ROWS = 32
 
 
@@ -22,13 +22,15 @@ def head_logits(hidden: torch.Tensor, head: LMHead, vocab_size: int) -> torch.Te
     head = head.first(vocab_size)
     bias = None if head.bias is None else head.bias.to(head.weight.dtype)
     logits = linear(hidden.to(head.weight.dtype), head.weight, bias).float() * head.logit_scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    if head.softcap is None:
+        return logits
+    return head.softcap * torch.tanh(logits / head.softcap)
 
 
 def logit_chunks(states: HiddenStates, *, temperature: float) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield the rows of a chunk and the logits of student and teacher there, divided by the temperature, `(n, V)` each.
+    """Yield chunks: their rows, and the logits of student and teacher divided by the temperature, `(n, V)` each.
 
-    V is the vocabulary that both heads share. Without positions one empty chunk is yielded.
+    V is the number of vocabulary entries that both heads share. If there are no positions, one empty chunk is yielded.
 
     Args:
         states (`HiddenStates`): Hidden states and heads of N positions.
@@ -51,7 +53,7 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy of the distribution of some logits, nats, float32, `(N, V) -> (N,)`."""
+    """Return the entropy of the softmax of logits, nats, float32, `(N, V) -> (N,)`."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -65,4 +67,5 @@ def reverse_kl_gradient(student_logits: torch.Tensor, teacher_logits: torch.Tens
     teacher_log_p = teacher_logits.float().log_softmax(-1)
     p = student_log_p.exp()
     log_ratio = student_log_p - teacher_log_p
-    return p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
+    divergence = (p * log_ratio).sum(-1, keepdim=True)
+    return p * (log_ratio - divergence)

@@ -1,4 +1,4 @@
-"""The records that travel between modules: hidden states of two models, and what is known of each completion token."""
+"""Records that modules exchange: hidden states of both models, and the measurements of each completion token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class HiddenStates(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenSignals:
-    """What is known of the `N` positions of a loss mask; entry n belongs to the token *emitted* at n.
+    """Token, divergence, entropy and weight of each of the `N` positions of a loss mask.
+
+    Entry n belongs to the token *emitted* at n.
 
     A rollout "A B B" of token ids `[7, 9, 9]` whose `B`s are frozen gives `token_ids = [7, 9, 9]`,
     `weights = [1, 0, 0]` and, in a step that does not measure frozen positions, `divergence = [0.31, nan, nan]`.

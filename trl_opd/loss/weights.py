@@ -1,8 +1,8 @@
-"""Token ids and rocks -> weights of positions in the loss.
+"""Weights of positions in the loss, chosen by token type or at random.
 
 A weight belongs to the position whose logits *predict* the token, hence to the token emitted there (arXiv:2605.09253,
-selective distillation: `w(x_t, t)`); nothing later shifts it. Weights depend on ids and places only, so they are known
-before any projection.
+selective distillation: `w(x_t, t)`); no later code shifts it. Weights depend only on ids and positions, so they are
+known before any projection.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def token_weights(
         rock_weight (`float`): Weight of the chosen positions, in [0, 1].
         window (`int`, *optional*, defaults to `0`): Positions on each side of a rock that get the same weight.
         mask (`torch.Tensor`, *optional*):
-            Positions of the loss, bool, shape of `token_ids`; all by default. A position outside is no rock and opens
-            no window, but it counts towards the width of one.
+            Positions of the loss, bool, shape of `token_ids`; all by default. A position outside is not treated as
+            a rock and opens no window, but windows count it as a position.
 
     Returns:
         `torch.Tensor`: float32, shape of `token_ids`.
@@ -49,9 +49,14 @@ def token_weights(
     if window < 0:
         raise ValueError(f"window counts positions on each side of a rock and cannot be negative, got {window}.")
     if window and token_ids.ndim != 2:
-        raise ValueError(f"A window needs token ids of shape (B, C); got shape {tuple(token_ids.shape)}.")
+        raise ValueError(
+            f"A window needs token ids of shape (B, C), one rollout per row; got shape {tuple(token_ids.shape)}: "
+            "add the missing dimension, or pass window=0."
+        )
     if mask is not None and mask.shape != token_ids.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, token ids have {tuple(token_ids.shape)}.")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, token ids have {tuple(token_ids.shape)}: pass one of the same shape."
+        )
     chosen = _look_up(token_ids, torch.as_tensor(rock_ids, dtype=torch.int64))
     if mask is not None:
         chosen &= mask.bool()
@@ -64,10 +69,10 @@ def token_weights(
 def random_weights(
     mask: torch.Tensor, *, share: float, rock_weight: float, seed: int, step: int, first_rollout: int = 0
 ) -> torch.Tensor:
-    """Return weights that choose each position of the mask with probability `share`, float32, shape `(B, C)`.
+    """Return `rock_weight` at positions of the mask drawn with probability `share`, 1 at the rest, 0 outside it.
 
-    The choice is a hash of seed, step, rollout and position: the same on every device, for every batch split and after
-    a resume, and independent of the random stream that samples rollouts.
+    The weights are float32 of shape `(B, C)`. The choice is a hash of seed, step, rollout and position: the same on
+    every device, for every batch split and after a resume, and independent of the RNG that samples rollouts.
 
     Args:
         mask (`torch.Tensor`): Positions of the loss, bool, shape `(B, C)`.
@@ -79,22 +84,25 @@ def random_weights(
     """
     batch, places = mask.shape
     rollout = torch.arange(first_rollout, first_rollout + batch, device=mask.device)[:, None]
-    key = hash_counters(seed, torch.full_like(rollout, step), rollout, torch.arange(places, device=mask.device)[None])
+    position = torch.arange(places, device=mask.device)[None]
+    key = hash_counters(seed, torch.full_like(rollout, step), rollout, position)
     uniform = (key & 0xFFFFFF).float() / 2**24
     return _weights((uniform < share) & mask.bool(), rock_weight, mask)
 
 
 def _look_up(token_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return which tokens have one of the ids, bool, shape of `token_ids`, from a table with a place for each id."""
+    """Return whether each token is one of the ids, bool, shape of `token_ids`; looked up in a table indexed by id."""
     if ids.numel() and ids.min() < 0:
-        raise ValueError(f"rock_ids are places in a vocabulary and cannot be negative, got {int(ids.min())}.")
+        raise ValueError(f"rock_ids are indices into a vocabulary and cannot be negative, got {int(ids.min())}.")
     last = int(ids.max()) + 1 if ids.numel() else 0
     table = torch.zeros(last + 1, dtype=torch.bool, device=ids.device)
     table[ids] = True
-    # The last place, which is also that of index -1, stands for every id beyond the table.
+    # Ids above the table map to its last entry and negative ones to index -1, the same entry, which is never a rock.
     return table.to(token_ids.device)[token_ids.clamp(-1, last).long()]
 
 
 def _weights(chosen: torch.Tensor, rock_weight: float, mask: torch.Tensor | None) -> torch.Tensor:
     weights = torch.ones(chosen.shape, dtype=torch.float32, device=chosen.device).masked_fill(chosen, rock_weight)
-    return weights if mask is None else weights.masked_fill(~mask.bool(), 0.0)
+    if mask is None:
+        return weights
+    return weights.masked_fill(~mask.bool(), 0.0)

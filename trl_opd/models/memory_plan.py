@@ -1,7 +1,7 @@
-"""How much memory of a GPU a distillation will need, from the configurations of the two models alone.
+"""Estimates the GPU memory of a distillation from the configurations of the two models alone.
 
-A plan adds up, for each of the three phases of a step, what is on the card at the same time. Weights are counted
-exactly; what a forward needs beside them is estimated from the shapes, with the reason beside each term.
+For each of the three phases of a step, a plan adds up everything that is on the GPU at the same time. Weights are
+counted exactly; what a forward needs besides them is estimated from the shapes, with a reason at each term.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 
 from .shape import FULL, HALF, Shape, quantization_constants, weight_bytes
 
-# Tokens of a forward of the teacher, and the tiles of TRL's divergence on CUDA (rows and entries).
-GROUP_TOKENS, TILE_ROWS, TILE_ENTRIES = 16_384, 4096, 32_768
+# Tokens in one forward of the teacher; a test holds it equal to the constant of `training.teacher_states`.
+GROUP_TOKENS = 16_384
+# Rows and vocabulary entries of a tile of TRL's divergence on CUDA.
+TILE_ROWS = 4096
+TILE_ENTRIES = 32_768
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run: what is loaded how, and how many tokens of it are there at once."""
+    """Settings of a run that decide its memory: the models, how they are loaded, and batch size and lengths."""
 
     student: Shape
     teacher: Shape
@@ -34,43 +37,48 @@ class Setup:
 
     @property
     def rollouts(self) -> int:
-        """Rollouts of a generation batch on this card."""
+        """Number of rollouts in a generation batch on this GPU."""
         return self.per_device * self.accumulation
 
     @property
     def length(self) -> int:
-        """Tokens of the longest rollout with its prompt."""
+        """Number of tokens in the longest rollout, including its prompt."""
         return self.prompt_length + self.completion_length
 
 
 def phases(setup: Setup) -> dict[str, dict[str, int]]:
-    """Return the bytes of everything that is on the card at once, by name, for each phase of a step."""
-    student, teacher, size = setup.student, setup.teacher, setup.bytes_per_weight
-    always = {"student weights": weight_bytes(student, "4bit" if setup.load_in_4bit else None, size, nested=False)}
-    trained, trained_size = _trained(setup)
+    """Return the bytes of each item on the GPU at once, by its name, for each phase of a step."""
+    teacher = setup.teacher
+    quantization = "4bit" if setup.load_in_4bit else None
+    always = {"student weights": weight_bytes(setup.student, quantization, setup.bytes_per_weight, nested=False)}
+    count, size = _trained(setup)
+    trained = count * size
     if setup.lora_r:
-        always["adapters"] = trained * trained_size
-    always["optimizer"] = 2 * trained * trained_size  # two moments of AdamW, in the dtype of what they belong to
+        always["adapters"] = trained
+    always["optimizer"] = 2 * trained  # AdamW keeps two moments of each trained weight, in its dtype
+
     full = weight_bytes(teacher, setup.teacher_quantization, HALF)
     stays = full
     if setup.teacher_placement == "parked":
         stays = teacher.head_size * HALF
         if setup.teacher_quantization == "4bit":
             stays += quantization_constants(teacher, nested=True)
+
     cache = {"teacher's hidden states": setup.rollouts * setup.completion_length * teacher.width * HALF}
     tokens = min(setup.rollouts * setup.length, max(GROUP_TOKENS, setup.length))
+    activations = tokens * _forward_bytes(teacher) + _dequantised(teacher, setup.teacher_quantization)
     return {
         "generation": {**always, "teacher on the card": stays, **_generation(setup)},
         "teacher": {
             **always,
             "teacher on the card": full,
-            "teacher activations": tokens * _forward_bytes(teacher) + _dequantised(teacher, setup.teacher_quantization),
+            "teacher activations": activations,
             **cache,
         },
         "student": {
             **always,
             "teacher on the card": stays,
-            "gradients": trained * trained_size,
+            "gradients": trained,
             **cache,
             "student activations": _student_activations(setup),
             "divergence buffers": _divergence_buffers(setup),
@@ -84,27 +92,33 @@ def peak(setup: Setup) -> int:
 
 
 def suggest_savings(setup: Setup, available: int) -> list[tuple[str, int]]:
-    """Return what makes a run fit, the least change first, each with its new peak in bytes.
+    """Return changes of flags that make a run fit, smallest change first, each with the new peak in bytes.
 
-    One change alone where one is enough; otherwise as many together as it takes, or all that help when none suffice.
+    If single changes are enough, each of them is returned. Otherwise one combination is returned: one that is enough,
+    or, if none is, all changes that lower the peak.
     """
     changes = _changes(setup)
     alone = [(name, peak(replace(setup, **change))) for name, change in changes]
     fitting = [(name, size) for name, size in alone if size <= available]
     if fitting:
         return fitting
+
     chosen = []
     for change in changes:
         chosen.append(change)
         if _peak_after(setup, chosen) <= available:
             break
+
     # Drop the changes that the others make unnecessary, the costliest first.
     limit = max(available, _peak_after(setup, chosen))
     for change in reversed(list(chosen)):
         rest = [other for other in chosen if other is not change]
         if _peak_after(setup, rest) <= limit:
             chosen = rest
-    return [(" and ".join(name for name, _ in chosen), _peak_after(setup, chosen))] if chosen else []
+    if not chosen:
+        return []
+    names = " and ".join(name for name, _ in chosen)
+    return [(names, _peak_after(setup, chosen))]
 
 
 def _peak_after(setup: Setup, changes: list[tuple[str, dict]]) -> int:
@@ -114,7 +128,11 @@ def _peak_after(setup: Setup, changes: list[tuple[str, dict]]) -> int:
 
 
 def parse_gigabytes(text: str) -> int:
-    """Return the bytes of a card's memory as it is sold, "24GB" for 24 x 2^30."""
+    """Return the bytes of a GPU's memory from its advertised size; "24GB" is 24 x 2^30.
+
+    Raises:
+        `ValueError`: if the text is not a positive size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|G|GiB)?\s*", str(text), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"--gpu takes a size such as 24GB, got {text!r}.")
@@ -122,21 +140,26 @@ def parse_gigabytes(text: str) -> int:
 
 
 def _changes(setup: Setup) -> list[tuple[str, dict]]:
-    """Return changes in the order of what they cost: nothing but time first, then precision, then what is learned."""
+    """Return changes by cost: first those that cost only time, then precision, then those that change the training."""
     changes = []
     if setup.teacher_placement != "parked" and setup.teacher_quantization != "8bit":
         changes.append(("--teacher_placement parked", {"teacher_placement": "parked"}))
     if setup.per_device > 1:
-        split = {"per_device": 1, "accumulation": setup.rollouts}
-        flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {setup.rollouts}"
+        rollouts = setup.rollouts
+        split = {"per_device": 1, "accumulation": rollouts}
+        flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {rollouts}"
         changes.append((flags, split))
     if setup.teacher_quantization is None and _quantizable(setup.teacher):
         changes.append(("--teacher_quantization 4bit", {"teacher_quantization": "4bit"}))
     if setup.lora_r is None:
         changes.append(("--use_peft --lora_r 16", {"lora_r": 16, "bytes_per_weight": HALF}))
     if not setup.load_in_4bit and _quantizable(setup.student):
-        lora = {} if setup.lora_r else {"lora_r": 16, "bytes_per_weight": HALF}
-        changes.append(("--load_in_4bit" + (" --use_peft" if lora else ""), {"load_in_4bit": True, **lora}))
+        flags = "--load_in_4bit"
+        change = {"load_in_4bit": True}
+        if not setup.lora_r:
+            flags += " --use_peft"
+            change |= {"lora_r": 16, "bytes_per_weight": HALF}
+        changes.append((flags, change))
     if setup.completion_length > 256:
         half = setup.completion_length // 2
         changes.append((f"--max_completion_length {half}", {"completion_length": half}))
@@ -144,12 +167,12 @@ def _changes(setup: Setup) -> list[tuple[str, dict]]:
 
 
 def _quantizable(shape: Shape) -> bool:
-    """Return whether most weights are those of linear layers, not of fused experts."""
+    """Return whether most weights are in linear layers, which bitsandbytes quantises, and not in fused experts."""
     return sum(rows * columns for rows, columns in shape.linear) > shape.others
 
 
 def _trained(setup: Setup) -> tuple[int, int]:
-    """Return how many weights are trained, and their bytes: adapters are float32, with a 4-bit base bfloat16."""
+    """Return the number of trained weights and the bytes of each; adapters are float32, or bfloat16 on a 4-bit base."""
     if setup.lora_r is None:
         return setup.student.size, setup.bytes_per_weight
     count = sum(setup.lora_r * (rows + columns) for rows, columns in setup.student.linear)
@@ -158,34 +181,41 @@ def _trained(setup: Setup) -> tuple[int, int]:
 
 def _generation(setup: Setup) -> dict[str, int]:
     shape = setup.student
-    keys_and_values = 2 * shape.layers * shape.key_value * setup.rollouts * setup.length * setup.bytes_per_weight
-    # The next token's logits, a copy in float32 and the probabilities; and the forward over the prompts.
-    logits = setup.rollouts * shape.head[0] * (setup.bytes_per_weight + 2 * FULL)
-    prompts = setup.rollouts * setup.prompt_length * _forward_bytes(shape)
+    rollouts = setup.rollouts
+    size = setup.bytes_per_weight
+    keys_and_values = 2 * shape.layers * shape.key_value * rollouts * setup.length * size
+    # Sampling holds the logits of the next token, their float32 copy and the probabilities. The forward over the
+    # prompts comes before it, so only the larger of the two counts.
+    logits = rollouts * shape.head[0] * (size + 2 * FULL)
+    prompts = rollouts * setup.prompt_length * _forward_bytes(shape)
     return {"KV cache": keys_and_values, "sampling": max(logits, prompts)}
 
 
 def _forward_bytes(shape: Shape) -> int:
-    """Return the bytes for each token of a forward without gradient: one layer's largest moment, in bfloat16.
+    """Return the peak bytes per token of a bfloat16 forward without gradient, which one layer needs.
 
-    The residual and the normalised states (float32 inside of the norm), and either queries, keys and values (turned by
-    their positions, keys and values repeated for every head) or the MLP's gate, its other half and their product.
+    The layer holds the residual and the normalised states (float32 inside the norm), and either queries, keys and
+    values (with rotary positions, keys and values repeated for every head) or the MLP's gate, its up projection and
+    their product.
     """
     attention = 4 * shape.attention + 2 * shape.key_value
     return HALF * (2 * shape.width + max(attention, 3 * shape.intermediate)) + FULL * shape.width
 
 
 def _dequantised(shape: Shape, quantization: str | None) -> int:
-    """Return the bytes of the largest linear layer in bfloat16, which a quantised forward unpacks."""
-    return 0 if quantization is None else HALF * max((rows * columns for rows, columns in shape.linear), default=0)
+    """Return the bytes of the largest linear layer in bfloat16, because a quantised forward unpacks one at a time."""
+    if quantization is None:
+        return 0
+    return HALF * max((rows * columns for rows, columns in shape.linear), default=0)
 
 
 def _student_activations(setup: Setup) -> int:
-    """Return the bytes of a micro-batch with gradient checkpointing: every layer's input, and one layer in full.
+    """Return the bytes of a micro-batch with gradient checkpointing: the input of every layer, and one layer in full.
 
-    Of that layer everything that its backward needs is kept (attention and MLP), and as much again is their gradients.
+    For that one layer, everything that its backward needs is kept (attention and MLP); the gradients double that.
     """
-    shape, tokens = setup.student, setup.per_device * setup.length
+    shape = setup.student
+    tokens = setup.per_device * setup.length
     inputs = tokens * shape.layers * shape.width * HALF
     layer = 6 * shape.width + 4 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate
     quantization = "4bit" if setup.load_in_4bit else None
@@ -193,8 +223,13 @@ def _student_activations(setup: Setup) -> int:
 
 
 def _divergence_buffers(setup: Setup) -> int:
-    """Return the bytes of TRL's op on CUDA: two tiles of float32 logits, gradients of the states and a trained head."""
-    positions, vocab = setup.per_device * setup.completion_length, min(setup.student.head[0], setup.teacher.head[0])
+    """Return the bytes of TRL's op on CUDA: two tiles of float32 logits, hidden states, and the gradients it forms."""
+    student = setup.student
+    teacher = setup.teacher
+    positions = setup.per_device * setup.completion_length
+    vocab = min(student.head[0], teacher.head[0])
     tiles = 2 * min(positions, TILE_ROWS) * min(vocab, TILE_ENTRIES) * FULL
-    states = positions * (setup.student.width * (HALF + FULL) + setup.teacher.width * HALF)
-    return tiles + states + (setup.student.head_size * FULL if setup.lora_r is None else 0)
+    states = positions * (student.width * (HALF + FULL) + teacher.width * HALF)
+    if setup.lora_r is not None:
+        return tiles + states
+    return tiles + states + student.head_size * FULL

@@ -1,4 +1,4 @@
-"""Weights of a frozen model that leave its device while nobody needs them."""
+"""Offloads the weights of a frozen model to the host while the model is not in use."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from transformers import PreTrainedModel
 
 
 class Parking:
-    """Swaps a frozen model's parameters with copies on the host, which are made once: frozen weights never change.
+    """Offloads the parameters of a frozen model to copies on the host and puts them back on the device.
 
-    While the model is away its parameters are empty and a forward is an error, on a CPU too. Buffers stay, and so do
-    the constants of 4-bit weights (0.13 bits for each, 0.5 when they are not quantised themselves).
+    The copies are made once, because frozen weights never change. While the model is offloaded its parameters are
+    empty and a forward raises `RuntimeError`, even on a CPU. Buffers stay on the device, and so do the constants of
+    4-bit weights (0.13 bits per weight, 0.5 if they are not quantised themselves).
 
     Args:
         model (`transformers.PreTrainedModel`): A frozen model, unquantised or in 4 bits.
-        stays (`Iterable[torch.Tensor]`): Parameters that stay where they are.
+        stays (`Iterable[torch.Tensor]`): Parameters that are never offloaded.
 
     Raises:
-        `ValueError`: if the model is in 8 bits, whose state does not move, or offloaded.
+        `ValueError`: if the model is in 8 bits, whose state cannot be moved, or was offloaded by a `device_map`.
     """
 
     def __init__(self, model: PreTrainedModel, stays: Iterable[torch.Tensor]):
@@ -29,22 +30,25 @@ class Parking:
         if offloaded or getattr(model, "is_loaded_in_8bit", False):
             kind = "that a `device_map` has offloaded" if offloaded else "in 8 bits"
             raise ValueError(
-                f"A teacher {kind} cannot be parked: leave teacher_placement='resident', or load it in 4 bits or "
-                "unquantised, on one device."
+                f"A teacher {kind} cannot be parked, because its weights cannot be moved: set "
+                "teacher_placement='resident', or load it in 4 bits or unquantised, on one device."
             )
         self._weights = [
             (parameter, _on_host(parameter.data), parameter.device)
             for parameter in model.parameters()
             if id(parameter) not in kept
         ]
-        self._away, self._held = False, False
-        # Every forward begins there. Quantised kernels read as many bytes as a layer's shape says, whatever is there.
+        self._away = False
+        self._held = False
+        # Every forward starts at the embeddings. Without this check quantised kernels would read past the empty
+        # weights, because they take the number of bytes from the layer's shape.
         model.get_input_embeddings().register_forward_pre_hook(self._require_here)
 
     @contextmanager
     def on_device(self):
-        """Hold the weights on their device; when this ends they leave, unless it was inside of another hold."""
-        held, self._held = self._held, True
+        """Keep the weights on their device inside this block; the outermost block offloads them at its end."""
+        held = self._held
+        self._held = True
         if self._away:
             for parameter, host, device in self._weights:
                 parameter.data = host.to(device, non_blocking=True)
@@ -57,14 +61,17 @@ class Parking:
                 self.offload()
 
     def offload(self) -> None:
-        """Free the device."""
+        """Free the device memory of the weights."""
         for parameter, host, device in self._weights:
             parameter.data = torch.empty(0, dtype=host.dtype, device=device)
         self._away = True
 
     def _require_here(self, *_) -> None:
         if self._away:
-            raise RuntimeError("The teacher is parked: its weights are not on its device, so it cannot run a forward.")
+            raise RuntimeError(
+                "The teacher is parked: its weights are not on its device, so it cannot run a forward. Run it inside "
+                "`with parking.on_device():`, or set teacher_placement='resident'."
+            )
 
 
 def _on_host(weight: torch.Tensor) -> torch.Tensor:

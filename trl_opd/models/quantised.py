@@ -1,4 +1,4 @@
-"""Quantised and adapted layers in the form that the divergence reads and the trainer trains."""
+"""Checks and conversions that make quantised and adapted layers readable by the divergence and trainable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 
 def require_readable_head(model: PreTrainedModel, name: str) -> None:
-    """Raise `ValueError` when a PEFT adapter lies where the divergence does not look: outside the backbone."""
+    """Raise `ValueError` if a PEFT adapter is outside the backbone, where the divergence would ignore it."""
     if not is_peft_model(model):
         return
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -27,21 +27,28 @@ def require_readable_head(model: PreTrainedModel, name: str) -> None:
         )
     if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
         raise ValueError(
-            f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone does not see: use a "
+            f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone never receives: use a "
             "weight-based adapter such as LoRA."
         )
 
 
 def make_readable(model: PreTrainedModel) -> None:
-    """Put the quantised layers of a student or teacher in the form that the trainer reads and trains."""
+    """Convert the quantised layers of a student or teacher in place to the form that the trainer reads and trains.
+
+    Raises:
+        `ValueError`: if the LM head cannot be dequantised.
+    """
     dequantize_head(model)
     keep_4bit_layout(model)
 
 
 def dequantize_head(model: PreTrainedModel) -> None:
-    """Put an LM head in full precision in the place of one that bitsandbytes has quantised, once.
+    """Replace an LM head that bitsandbytes has quantised by one in full precision; leave any other head as it is.
 
-    The divergence reads the head's weight directly, and a packed one has neither the shape nor the numbers.
+    The divergence reads the head's weight directly, and a packed weight has neither the right shape nor the values.
+
+    Raises:
+        `ValueError`: if the head is quantised in a way that cannot be undone here.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     head = model.get_output_embeddings()
@@ -53,7 +60,8 @@ def dequantize_head(model: PreTrainedModel) -> None:
             "The LM head of student or teacher is quantised in a way that cannot be undone here: load it with "
             "`lm_head` among the modules that its quantisation skips (`llm_int8_skip_modules`)."
         )
-    full = torch.nn.Linear(*weight.shape[::-1], bias=head.bias is not None, device="meta")
+    rows, columns = weight.shape
+    full = torch.nn.Linear(columns, rows, bias=head.bias is not None, device="meta")
     full.weight = torch.nn.Parameter(weight.to(model.dtype), requires_grad=False)
     if head.bias is not None:
         full.bias = head.bias
@@ -65,8 +73,9 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
     On CPUs with avx512_bf16, bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode. The packed
     layout has no backward (every gradient of a QLoRA student is None from then on) and crashes on widths that 32 does
-    not divide. It came with https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804; this can go when the
-    packed layout can be trained.
+    not divide. The layout was introduced by
+    https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804; this can go when the packed layout can be
+    trained.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -74,21 +83,22 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
 
 def is_by_bitsandbytes(config: BitsAndBytesConfig | dict | None) -> bool:
+    """Return whether a quantisation config is one of bitsandbytes."""
     if isinstance(config, dict):
         return bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
     return isinstance(config, BitsAndBytesConfig)
 
 
 def require_linear_weights(name: str, kwargs: dict) -> None:
-    """Raise `ValueError` for a mixture of experts whose experts are no linear layers: they would stay unquantised.
+    """Raise `ValueError` if more than a tenth of a model's weights are fused experts, which would stay unquantised.
 
-    Looks at the configuration only. bitsandbytes quantises `torch.nn.Linear`, and transformers 5 keeps the experts of
-    Qwen3-MoE and others as one fused parameter each: 28.99 of 30.53 billion weights.
+    Only the configuration is read. bitsandbytes quantises only `torch.nn.Linear`, and transformers 5 keeps the
+    experts of Qwen3-MoE and others as one fused parameter each: 28.99 of 30.53 billion weights.
     """
     hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **hub)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return  # of another kind, or with code of its own: nothing is known of its layers before it is loaded
+        return  # for other classes, or custom code from the Hub, the layers are unknown until the model is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fused = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 2)
@@ -96,6 +106,6 @@ def require_linear_weights(name: str, kwargs: dict) -> None:
     if fused > total / 10:
         raise ValueError(
             f"The teacher {name} cannot be quantised by bitsandbytes: its experts are fused parameters, so "
-            f"{fused / 1e9:.2f} of {total / 1e9:.2f} billion weights would stay as they are. Use a dense teacher, or "
-            "leave the quantisation out (`trl-opd fit` tells the true size)."
+            f"{fused / 1e9:.2f} of {total / 1e9:.2f} billion weights would stay unquantised. Use a dense teacher, or "
+            "load it without quantisation (`trl-opd fit` prints its real size)."
         )

@@ -1,4 +1,4 @@
-"""What the memory of a model depends on, read from its configuration, and the bytes of its weights to the byte."""
+"""Sizes of a model's layers, read from its configuration, and the exact number of bytes of its weights."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-HALF, FULL = 2, 4
+# Bytes of a number in bfloat16 and in float32.
+HALF = 2
+FULL = 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the memory of a model depends on.
+    """The sizes of a model from which its memory follows.
 
     Args:
-        linear (`tuple[tuple[int, int], ...]`): Rows and columns of every linear layer, the head apart.
-        others (`int`): Weights outside of linear layers and head (embeddings that are not the head's, norms, biases).
+        linear (`tuple[tuple[int, int], ...]`): Rows and columns of every linear layer except the head.
+        others (`int`):
+            Number of weights outside linear layers and head (embeddings that are not the head's, norms, biases).
         head (`tuple[int, int]`): Rows and columns of the head.
         tied (`bool`): Whether the head is the input embedding.
         layers, width, attention, key_value, intermediate (`int`):
-            Layers, hidden width, width of all heads, of keys (and as wide, values), and widest MLP of a token.
+            Number of layers, hidden width, width of all attention heads together, width of the keys (the values have
+            the same), and width of the widest MLP that a token passes through.
     """
 
     linear: tuple[tuple[int, int], ...]
@@ -37,12 +41,12 @@ class Shape:
 
     @property
     def head_size(self) -> int:
-        """Weights of the head."""
+        """Number of weights of the head."""
         return self.head[0] * self.head[1]
 
     @property
     def size(self) -> int:
-        """Weights of the model, a tied head counted once."""
+        """Number of weights of the model, with a tied head counted once."""
         return sum(rows * columns for rows, columns in self.linear) + self.others + self.head_size
 
 
@@ -51,7 +55,7 @@ def read_shape(name_or_path: str) -> Shape:
 
     Raises:
         `OSError`: if there is no configuration.
-        `ValueError`: if it is not one of a causal language model of transformers.
+        `ValueError`: if the configuration is not that of a causal language model of transformers.
     """
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise FileNotFoundError(f"There is no model in {name_or_path}: no such folder.")
@@ -62,49 +66,66 @@ def read_shape(name_or_path: str) -> Shape:
         return shape_of(model)
     except OSError:
         raise
-    except Exception as error:  # whatever the class of the model raises for numbers that make no sense
-        raise ValueError(f"{name_or_path}: no causal language model can be made of its config.json: {error}") from error
+    except Exception as error:  # model classes raise errors of many types if sizes in a configuration do not fit
+        raise ValueError(
+            f"No causal language model can be made from the config.json of {name_or_path}: {error}. Pass a model that "
+            "transformers can build."
+        ) from error
 
 
 def shape_of(model: torch.nn.Module) -> Shape:
-    """Return the shape of a causal language model, whose weights may lie on the meta device."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    """Return the shape of a causal language model, whose weights may be on the meta device.
+
+    Raises:
+        `ValueError`: if the model has no output embeddings or no attention.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
     if head is None or getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"a {config.model_type} model has no output embeddings, or no attention, to count")
-    kinds = (torch.nn.Linear, Conv1D)
-    layers = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
-    # GPT-2's Conv1D keeps its weight transposed.
-    linear = tuple(tuple(layer.weight.shape)[:: -1 if isinstance(layer, Conv1D) else 1] for layer in layers)
-    known = {id(layer.weight) for layer in layers} | {id(head.weight)}
-    heads, width = config.num_attention_heads, config.hidden_size
+
+    linear = []
+    counted = {id(head.weight)}
+    for layer in model.modules():
+        if layer is head or not isinstance(layer, torch.nn.Linear | Conv1D):
+            continue
+        rows, columns = layer.weight.shape
+        # GPT-2's Conv1D keeps its weight transposed.
+        linear.append((columns, rows) if isinstance(layer, Conv1D) else (rows, columns))
+        counted.add(id(layer.weight))
+
+    heads = config.num_attention_heads
+    width = config.hidden_size
     head_width = getattr(config, "head_dim", None) or width // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    dense_width = getattr(config, "intermediate_size", None) or 4 * width
     experts = getattr(config, "num_experts_per_tok", 1) or 1
+    expert_width = getattr(config, "moe_intermediate_size", 0) or 0
+
     return Shape(
-        linear=linear,
-        others=sum(p.numel() for p in model.parameters() if id(p) not in known),
+        linear=tuple(linear),
+        others=sum(p.numel() for p in model.parameters() if id(p) not in counted),
         head=tuple(head.weight.shape),
         tied=head.weight is model.get_input_embeddings().weight,
         layers=config.num_hidden_layers,
         width=width,
         attention=heads * head_width,
-        key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        intermediate=max(
-            getattr(config, "intermediate_size", None) or 4 * width,
-            experts * (getattr(config, "moe_intermediate_size", 0) or 0),
-        ),
+        key_value=key_value_heads * head_width,
+        intermediate=max(dense_width, experts * expert_width),
     )
 
 
 def weight_bytes(shape: Shape, quantization: str | None, bytes_per_weight: int, *, nested: bool = True) -> int:
-    """Return the bytes of a model's weights as bitsandbytes stores them, with the constants of its quantisation.
+    """Return the bytes of a model's weights as bitsandbytes stores them, including the constants of its quantisation.
 
-    Linear layers only are quantised; embeddings, norms, fused experts and the head stay as they are.
+    Only linear layers are quantised; embeddings, norms, fused experts and the head stay as they are.
     """
     rest = (shape.others + shape.head_size) * bytes_per_weight
     if quantization is None:
         return rest + sum(rows * columns for rows, columns in shape.linear) * bytes_per_weight
     if quantization == "8bit":
-        return rest + sum(rows * columns + rows * FULL for rows, columns in shape.linear)  # a scale for each row
+        # One byte for each weight, and one float32 scale for each row.
+        return rest + sum(rows * columns + rows * FULL for rows, columns in shape.linear)
     packed = sum((rows * columns + 1) // 2 for rows, columns in shape.linear)
     return rest + packed + quantization_constants(shape, nested=nested)
 
@@ -114,12 +135,16 @@ def quantization_constants(shape: Shape, *, nested: bool) -> int:
     total = 0
     for rows, columns in shape.linear:
         blocks = -(-rows * columns // 64)
-        # Nested: the scales themselves in 8 bits, in blocks of 256, with an offset and a table of 256 numbers.
-        total += 16 * FULL + (blocks + -(-blocks // 256) * FULL + FULL + 256 * FULL if nested else blocks * FULL)
+        total += 16 * FULL
+        if nested:
+            # The scales themselves are in 8 bits, in blocks of 256, with an offset and a table of 256 numbers.
+            total += blocks + (-(-blocks // 256) + 257) * FULL
+        else:
+            total += blocks * FULL
     return total
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Return the number of positions that a model has; a configuration that names none (Mamba, ALiBi) has no limit."""
+    """Return the largest number of positions of a model, 2^31 if its configuration names none (Mamba, ALiBi)."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31

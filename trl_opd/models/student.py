@@ -1,4 +1,4 @@
-"""A student that is only read: a model, or the folder of a LoRA adapter on its base; and the one before it."""
+"""Load a student, either a model or a LoRA adapter on its base, and the reference student before distillation."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ from .quantised import make_readable
 def load_student(
     name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None
 ) -> tuple[str | PeftModel, str]:
-    """Return what a trainer takes as its student, and the name of its tokenizer.
+    """Return the student as a trainer takes it, and the name of its tokenizer.
 
-    The name itself for a model, which the trainer loads; for an adapter the adapter on its base.
+    For a model this is its name, and the trainer loads it; for an adapter it is the adapter loaded on its base.
 
     Args:
         name (`str`): A folder, or a name on the Hub.
         kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
-        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the base of an adapter.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): Quantisation of the base of an adapter.
 
     Raises:
         `OSError`: if there is no such folder.
+        `ValueError`: if an adapter does not name its base model.
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"There is no student in {name}: no such folder.")
+        raise FileNotFoundError(
+            f"There is no student in {name}: no such folder. Name an existing folder or a model on the Hub."
+        )
     if find_adapter_config_file(name) is None:
         return name, name
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
-        raise ValueError(f"The adapter in {name} does not name its base model: merge it, and name the merged model.")
+        raise ValueError(
+            f"The adapter in {name} does not name its base model, so it cannot be loaded: merge it, and pass "
+            "the merged model."
+        )
     if quantization is not None:
         kwargs = {**kwargs, "quantization_config": quantization}
-    own = Path(name, TOKENIZER_FILE).is_file()
-    return PeftModel.from_pretrained(create_model_from_path(base, **kwargs), name), name if own else base
+
+    tokenizer_name = name if Path(name, TOKENIZER_FILE).is_file() else base
+    base_model = create_model_from_path(base, **kwargs)
+    return PeftModel.from_pretrained(base_model, name), tokenizer_name
 
 
 def load_student_model(
     name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, str]:
-    """Return a student that is only read, in eval mode and frozen, and the name of its tokenizer.
+    """Return a student that will not be trained, in eval mode and frozen, and the name of its tokenizer.
 
     Args:
         name (`str`): A folder, or a name on the Hub: a model, or a LoRA adapter.
         kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
-        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the model, or of the base of an adapter.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): For the model, or the base of an adapter.
 
     Raises:
         `OSError`: if there is no such folder.
@@ -78,9 +86,9 @@ def load_reference(
     Args:
         name (`str`): A folder, or a name on the Hub.
         kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
-        quantization (`transformers.BitsAndBytesConfig`, *optional*): Of the model, or of the base of an adapter.
-        student (`transformers.PreTrainedModel`): The student that it is compared with.
-        device (`torch.device`): Where it is put, unless it was placed while it was loaded.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*): For the model, or the base of an adapter.
+        student (`transformers.PreTrainedModel`): The student with which it is compared.
+        device (`torch.device`): Device that it is moved to, unless loading placed it already.
 
     Raises:
         `ValueError`: if its vocabulary is not the student's.
@@ -90,8 +98,8 @@ def load_reference(
     student_rows = output_rows(student)
     if reference_rows != student_rows:
         raise ValueError(
-            f"The reference student {name} has {reference_rows} vocabulary entries, the student {student_rows}: it "
-            "must be the same model before the distillation."
+            f"The reference student {name} has {reference_rows} vocabulary entries, the student {student_rows}, so "
+            "they cannot be compared: pass the student's own model from before the distillation."
         )
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
         model.to(device)

@@ -1,4 +1,4 @@
-"""The teacher: load it, place it, and find out whether it speaks the student's vocabulary."""
+"""Load the teacher, move it to its device, and check that its vocabulary is the student's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .vocabulary import require_same_vocabulary
 
 
 def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTrainedModel, args: OPDConfig):
-    """Return the frozen teacher in eval mode: the object given, or the model loaded from a name or path.
+    """Return the frozen teacher in eval mode: the given object, or the model loaded from a name or path.
 
     Args:
         teacher (`str` or `transformers.PreTrainedModel`, *optional*):
@@ -30,8 +30,9 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
         args (`OPDConfig`): The configuration.
 
     Raises:
-        `OSError`: if the path or name leads to no model.
-        `ValueError`: if there is no teacher, it is the student's own object, or the settings contradict each other.
+        `OSError`: if there is no model at the path or under the name.
+        `ValueError`: if there is no teacher, it shares weights with the student, the settings contradict each other,
+            or its adapter, LM head or experts cannot be used.
     """
     if teacher is None:
         teacher = args.teacher_model_name_or_path
@@ -56,9 +57,9 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
                     f"`{name}` has no effect on a teacher that is already instantiated: remove it, or pass the "
                     "teacher's name."
                 )
-        # Also an adapter around the other model's own object: it puts its layers into that object.
-        mine = set() if isinstance(student, str) else {id(parameter) for parameter in student.parameters()}
-        if any(id(parameter) in mine for parameter in teacher.parameters()):
+        # We compare parameters, not objects, because PEFT puts an adapter's layers into the base model's own object.
+        student_parameters = set() if isinstance(student, str) else set(student.parameters())
+        if not student_parameters.isdisjoint(teacher.parameters()):
             raise ValueError(
                 "Student and teacher are the same object, or share weights: training one would change the other. Load "
                 "the teacher separately, or pass its name."
@@ -71,23 +72,23 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
 def place_teacher(
     teacher: PreTrainedModel, accelerator: Accelerator, device: str | None = None, *, sharded: bool
 ) -> PreTrainedModel:
-    """Return the teacher on a device, the accelerator's by default; with FSDP or DeepSpeed, wrapped as TRL wraps it."""
+    """Return the teacher on a device (by default the accelerator's), or wrapped as in TRL with FSDP or DeepSpeed."""
     if sharded:
         if accelerator.state.deepspeed_plugin is not None:
             return prepare_deepspeed(teacher, accelerator)
         return accelerator.prepare_model(teacher, evaluation_mode=True)
-    # A quantised model and one with a device map were placed when they were loaded, and refuse to move.
+    # Loading has already placed a quantised model or one with a device map, and moving it raises an error.
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
         teacher.to(device or accelerator.device)
     return teacher
 
 
 def load_teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrainedTokenizerBase | None:
-    """Return the teacher's tokenizer, or `None` where the teacher names none that can be loaded.
+    """Return the teacher's tokenizer, or `None` if the teacher names no tokenizer that can be loaded.
 
     Args:
         teacher (`transformers.PreTrainedModel`): The teacher, whose configuration names its tokenizer.
-        args (`OPDConfig`): The configuration, which may name another one.
+        args (`OPDConfig`): The configuration, which may name another tokenizer.
 
     Raises:
         `ValueError`: if the configuration names a tokenizer that cannot be loaded.
@@ -98,7 +99,7 @@ def load_teacher_tokenizer(teacher: PreTrainedModel, args: OPDConfig) -> PreTrai
     revision = None if args.teacher_tokenizer_name_or_path else args.teacher_model_revision
     try:
         found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-        # For a folder without tokenizer files transformers 5 makes one up that knows its special tokens only.
+        # For a folder without tokenizer files transformers 5 builds a tokenizer that has only special tokens.
         if found.get_vocab().keys() <= found.get_added_vocab().keys():
             raise ValueError("its vocabulary is empty")
         return found
@@ -115,13 +116,16 @@ def check_teacher_vocabulary(
     student_rows: int,
     teacher_rows: int,
 ) -> None:
-    """Raise `ValueError` unless student and teacher number their tokens alike, as far as that can be known.
+    """Raise `ValueError` if the ids of student and teacher mean different tokens, or warn if that cannot be known.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
-        teacher_tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): The teacher's, where it is known.
-        student_rows (`int`): Rows of the student's output embeddings.
-        teacher_rows (`int`): Rows of the teacher's.
+        teacher_tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): The teacher's, if it is known.
+        student_rows (`int`): Number of rows of the student's output embeddings.
+        teacher_rows (`int`): Number of rows of the teacher's output embeddings.
+
+    Raises:
+        `ValueError`: if the tokenizers differ, or the teacher has none and the numbers of rows differ.
     """
     if teacher_tokenizer is not None:
         require_same_vocabulary(tokenizer, teacher_tokenizer)
@@ -132,21 +136,21 @@ def check_teacher_vocabulary(
     if student_rows != teacher_rows:
         raise ValueError(
             f"The student has {student_rows} vocabulary entries, the teacher {teacher_rows}, and the teacher names no "
-            f"tokenizer that can be loaded, so nothing tells whether their ids mean the same tokens. {advice}"
+            f"tokenizer that can be loaded, so we cannot check that their ids mean the same tokens. {advice}"
         )
     warnings.warn(
-        f"The teacher names no tokenizer that can be loaded: its {teacher_rows} ids are taken to mean the student's "
-        f"tokens. {advice}",
+        f"The teacher names no tokenizer that can be loaded: we assume that its {teacher_rows} ids mean the "
+        f"same tokens as the student's. {advice}",
         stacklevel=2,
     )
 
 
 def teacher_end_ids(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Return the ids that end what a teacher generates, empty where nothing names them.
+    """Return the ids at which a teacher ends its generations, empty if they are not known.
 
     Args:
         teacher (`transformers.PreTrainedModel`): The teacher; its generation settings come before its configuration.
-        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Its tokenizer, which is asked last.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, *optional*): Its tokenizer, read only if neither has them.
     """
     for holder in (getattr(teacher, "generation_config", None), teacher.config.get_text_config(), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
@@ -159,12 +163,13 @@ def _init_kwargs(args: OPDConfig) -> dict:
     kwargs = dict(args.teacher_model_init_kwargs or {})
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        torch_dtype = getattr(torch, dtype, None)
+        if not isinstance(torch_dtype, torch.dtype):
             raise ValueError(
                 f"`dtype` of the teacher must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}."
             )
-        kwargs["dtype"] = getattr(torch, dtype)
-    # TRL's own default for the teacher, whose configuration names the dtype it was saved in.
+        kwargs["dtype"] = torch_dtype
+    # None is TRL's own default for the teacher, whose configuration names the dtype in which it was saved.
     kwargs.setdefault("dtype", None)
     if args.teacher_quantization is not None:
         kwargs["quantization_config"] = _quantization(args, kwargs)
@@ -172,7 +177,7 @@ def _init_kwargs(args: OPDConfig) -> dict:
         kwargs.setdefault("device_map", {"": args.teacher_device})
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
-    # A device map of "auto" would spread the teacher over the other ranks' GPUs.
+    # The default device map, "auto", would spread the teacher over the GPUs of other ranks.
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED") and args.teacher_device is None:
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -180,7 +185,7 @@ def _init_kwargs(args: OPDConfig) -> dict:
 
 
 def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
-    """Return what `teacher_quantization` stands for, and set the dtype of what is not quantised."""
+    """Return the config that `teacher_quantization` names, and set `kwargs["dtype"]` for layers left unquantised."""
     on_cpu = torch.device(args.teacher_device or args.device).type == "cpu"
     dtype = torch.float32 if on_cpu else torch.bfloat16
     if kwargs["dtype"] is None:

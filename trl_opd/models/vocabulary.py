@@ -1,4 +1,4 @@
-"""Whether two tokenizers number their tokens alike and two models end their turns alike; a tokenizer's fingerprint."""
+"""Checks that two tokenizers give tokens the same ids, and that two models end their turns with the same tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ if TYPE_CHECKING:
 
 
 def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` unless every token that both tokenizers have has one id and no id names two tokens.
+    """Raise `ValueError` if a shared token has different ids in two tokenizers, or one id means different tokens.
 
-    Tokens on one side only (added tokens, a larger release) are allowed: a warning tells their number.
+    Tokens that only one tokenizer has (added tokens, a larger release) are allowed; a warning gives their number.
 
     Args:
         student (`transformers.PreTrainedTokenizerBase`): The tokenizer of the rollouts.
-        teacher (`transformers.PreTrainedTokenizerBase`): The teacher's.
+        teacher (`transformers.PreTrainedTokenizerBase`): The teacher's tokenizer.
+
+    Raises:
+        `ValueError`: if the two number their tokens differently.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours = student.get_vocab()
+    theirs = teacher.get_vocab()
     moved = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
     by_id = {id: token for token, id in ours.items()}
     renamed = [token for token, id in theirs.items() if by_id.get(id, token) != token]
@@ -28,14 +32,17 @@ def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTraine
         if moved:
             example = f"{token!r} is id {ours[token]} for the student and {theirs[token]} for the teacher"
         else:
-            example = f"id {theirs[token]} is {by_id[theirs[token]]!r} for the student and {token!r} for the teacher"
+            id = theirs[token]
+            example = f"id {id} is {by_id[id]!r} for the student and {token!r} for the teacher"
         raise ValueError(
             f"The tokenizers of student ({_name(student)}) and teacher ({_name(teacher)}) number their tokens "
             f"differently ({max(len(moved), len(renamed))} tokens; for example {example}), so their distributions "
             "cannot be compared token by token. Use a teacher with the student's tokenizer, or TRL's GOLD trainer for "
             "different tokenizers."
         )
-    only_student, only_teacher = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
+
+    only_student = len(ours.keys() - theirs.keys())
+    only_teacher = len(theirs.keys() - ours.keys())
     if only_student or only_teacher:
         warnings.warn(
             f"The tokenizers of student ({_name(student)}) and teacher ({_name(teacher)}) agree on every shared token, "
@@ -45,7 +52,7 @@ def require_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTraine
 
 
 def require_reachable(tokenizer: PreTrainedTokenizerBase, ends: Collection[int], rows: int) -> None:
-    """Raise `ValueError` when the padding, or every end of a rollout, is an id that a student of `rows` ids lacks."""
+    """Raise `ValueError` if the padding token, or every end of a rollout, is outside the student's `rows` ids."""
     advice = "resize the student's embeddings (`model.resize_token_embeddings(len(tokenizer))`), or name another token"
     if min(ends) >= rows:
         raise ValueError(
@@ -61,11 +68,12 @@ def require_reachable(tokenizer: PreTrainedTokenizerBase, ends: Collection[int],
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> int | None:
     """Return the id of the special token that the chat template puts after an assistant's turn, `None` without one."""
-    mark = "qvzx"  # in no template, as "turn" is in Gemma's
+    # The mark must occur in no template; a word such as "turn" does in Gemma's.
+    mark = "qvzx"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, **(template_kwargs or {}))
-    except Exception:  # no template, or one that raises: prompts that need it are answered when they are rendered
+    except Exception:  # there is no template, or it raises; rendering a prompt that needs it reports the error later
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
@@ -78,23 +86,26 @@ def warn_of_other_ends(
     teacher_ends: Collection[int],
     closing: int | None,
 ) -> None:
-    """Warn when the student is taught to end where its rollouts go on.
+    """Warn if the student may learn an end token that does not stop its rollouts.
 
     Args:
-        tokenizer (`transformers.PreTrainedTokenizerBase`): Names the ids.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Tokenizer that gives the tokens of the ids.
         student_ends (`Collection[int]`): Ids that end a rollout.
-        teacher_ends (`Collection[int]`): Ids that end what the teacher generates; empty where that is not known.
+        teacher_ends (`Collection[int]`): Ids at which the teacher ends its generations; empty if not known.
         closing (`int`, *optional*): Id that the chat template puts after an assistant's turn.
     """
-    parted = bool(teacher_ends) and not set(student_ends) & set(teacher_ends)
-    if not parted and (closing is None or closing in student_ends):
+    disjoint = bool(teacher_ends) and set(student_ends).isdisjoint(teacher_ends)
+    if not disjoint and (closing is None or closing in student_ends):
         return
-    said = f" and the chat template closes a turn with {_tokens(tokenizer, [closing])}" if closing is not None else ""
+
+    template = ""
+    if closing is not None:
+        template = f" and the chat template closes a turn with {_tokens(tokenizer, [closing])}"
     warnings.warn(
         f"Student and teacher may end their turns differently: rollouts end at {_tokens(tokenizer, student_ends)}, the "
-        f"teacher ends at {_tokens(tokenizer, teacher_ends) or 'an unknown token'}{said}. A student that learns an end "
-        "at which its rollouts go on writes up to max_completion_length (length explosion): name every end of a turn "
-        "in `generation_config.eos_token_id` of the student, or as its tokenizer's `eos_token`.",
+        f"teacher ends at {_tokens(tokenizer, teacher_ends) or 'an unknown token'}{template}. A student that learns "
+        "an end token that does not stop its rollouts writes up to max_completion_length (length explosion): name "
+        "every end of a turn in `generation_config.eos_token_id` of the student, or as its tokenizer's `eos_token`.",
         stacklevel=2,
     )
 
