@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
@@ -173,6 +174,23 @@ def at_positions(hidden: torch.Tensor, positions: torch.Tensor, device: torch.de
             Device of the head. When a model is split over devices, the backbone may end on a different one.
     """
     return hidden.to(device).flatten(0, 1)[positions.to(device)]
+
+
+def pad_token_ids(
+    rows: Sequence[Sequence[int]], pad_id: int, *, side: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask of lists of token ids, padded to the longest one, int64, `(B, length)` each.
+
+    Args:
+        rows (`Sequence[Sequence[int]]`): Lists of token ids.
+        pad_id (`int`): Id that fills shorter rows.
+        side (`str`): Side of the padding, "left" or "right".
+        device (`torch.device`): Where the tensors are made.
+    """
+    ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    mask = pad_sequence(ones, batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side), mask
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from ..artefacts.occurrences import Occurrences, read_prompts
 from ..loss.logits import logit_chunks, reverse_kl_gradient
-from ..rollouts.batches import locate_loss_positions
+from ..rollouts.batches import locate_loss_positions, pad_token_ids
 from ..training.model_pair import ModelPair
 
 RANDOM_TYPES = 100  # at most this many of the types that are neither rocks nor rare
@@ -158,8 +157,10 @@ def add_rollouts(
         flags.extend(own_flags)
     device = pair.device
     inputs = {}
-    inputs["prompt_ids"], inputs["prompt_mask"] = _pad(prompts, pad_id, "left", device)
-    inputs["completion_ids"], inputs["completion_mask"] = _pad(completions, pad_id, "right", device)
+    inputs["prompt_ids"], inputs["prompt_mask"] = pad_token_ids(prompts, pad_id, side="left", device=device)
+    inputs["completion_ids"], inputs["completion_mask"] = pad_token_ids(
+        completions, pad_id, side="right", device=device
+    )
     inputs = locate_loss_positions(inputs)
 
     pair.student.eval()
@@ -181,16 +182,6 @@ def _require_finite(logits: torch.Tensor, name: str) -> None:
             f"The {name}'s logits are not finite (NaN or infinite): load it in bfloat16 or float32, and check its "
             "weights."
         )
-
-
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask of token lists, padded on the given side to the longest one, int64, `(B, length)` each."""
-    ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
-    return padded, pad_sequence(mask, batch_first=True, padding_side=side)
 
 
 def choose_types(
