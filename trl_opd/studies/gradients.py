@@ -155,20 +155,22 @@ def add_rollouts(
         prompts.append(prompt)
         completions.append(completion)
         flags.extend(own_flags)
-    device = pair.device
-    inputs = {}
-    inputs["prompt_ids"], inputs["prompt_mask"] = pad_token_ids(prompts, pad_id, side="left", device=device)
-    inputs["completion_ids"], inputs["completion_mask"] = pad_token_ids(
-        completions, pad_id, side="right", device=device
-    )
-    inputs = locate_loss_positions(inputs)
+    prompt_ids, prompt_mask = pad_token_ids(prompts, pad_id, side="left", device=pair.device)
+    completion_ids, completion_mask = pad_token_ids(completions, pad_id, side="right", device=pair.device)
+    batch = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+    }
+    inputs = locate_loss_positions(batch)
 
     pair.student.eval()
     with pair.teacher_resident():
         states = pair.hidden_states(inputs)
 
     device = states.student.device
-    token_ids = inputs["completion_ids"].flatten()[inputs["positions"]].to(device)
+    token_ids = completion_ids.flatten()[inputs["positions"]].to(device)
     matched = torch.tensor(flags, device=device)
     for rows, student_logits, teacher_logits in logit_chunks(states, temperature=pair.temperature):
         _require_finite(student_logits, "student")
