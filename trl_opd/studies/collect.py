@@ -161,7 +161,7 @@ class Collector:
             pq.write_table(table, part)
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Return divergence and entropy at the positions of a batch, and the divergence of the reference student if any."""
+        """Return divergence and entropy at the positions of a batch, and the reference student's divergence if any."""
         student = self._pair.student
         if "teacher_hidden" not in inputs:
             inputs["teacher_hidden"] = self._pair.teacher_states.compute_states(inputs)
