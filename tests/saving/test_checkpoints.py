@@ -437,7 +437,7 @@ def test_a_journal_that_was_cut_begins_anew_and_one_of_others_stays(collected, t
     journal = tmp_path / ".k.json.journal.jsonl"
     journal.write_bytes(content)
     assert main(commands(collected, tmp_path)["probe"]) == (0 if goes_on else 1)
-    assert goes_on or f"{journal} is of an interrupted probe with other settings" in capsys.readouterr().err
+    assert goes_on or f"{journal} belongs to an interrupted probe with other settings" in capsys.readouterr().err
     assert journal.exists() != goes_on
 
 

@@ -188,10 +188,10 @@ def test_an_interrupted_probe_goes_on_and_ends_alike(world, tmp_path, monkeypatc
         kept.replace(str(world / "rock_set.json"), str(tmp_path / "fewer.json"))
     )  # another file's content
     assert main(given) == 1
-    assert "is of an interrupted probe with other settings" in capsys.readouterr().err
+    assert "belongs to an interrupted probe with other settings" in capsys.readouterr().err
     journal.write_text(kept)
     assert main([*run, "--seed", "9"] if not more else [*run[:-1], "9"]) == 1
-    assert "is of an interrupted probe with other settings" in capsys.readouterr().err
+    assert "belongs to an interrupted probe with other settings" in capsys.readouterr().err
     assert main(run) == 0
     assert json.loads((tmp_path / "k.json").read_text()) == whole
 
@@ -291,7 +291,7 @@ def test_problems_without_answers_and_candidates_that_nobody_wrote_are_sentences
     content["rocks"], content["controls"] = [{**content["rocks"][0], "id": absent}], None
     (tmp_path / "r.json").write_text(json.dumps(content))
     assert main(arguments(world, tmp_path, "--rock_set", tmp_path / "r.json")) == 1
-    assert "No candidate stands in any completion of the baseline" in capsys.readouterr().err
+    assert "None of the candidates occurs in the baseline's completions" in capsys.readouterr().err
 
 
 def test_bad_usage_and_help(capsys):

@@ -1,8 +1,9 @@
-"""A generation batch: its positions of the loss, its cut rollouts, and micro-batches without needless padding."""
+"""Functions on a batch of rollouts: positions of the loss, truncated rollouts, micro-batches with little padding."""
 
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
@@ -10,19 +11,21 @@ PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the positions of the loss, bool, shape `(B, C)`: tokens of the completion that no tool wrote."""
     mask = inputs["completion_mask"]
-    return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    return mask.bool()
 
 
 def completions_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    """Return the token ids of the completions of a batch that have a position of the loss, without padding."""
-    rows = zip(batch["completion_ids"].tolist(), batch["completion_mask"].sum(1).tolist(), strict=True)
-    return [
-        ids[:length] for (ids, length), counts in zip(rows, loss_mask(batch).any(1).tolist(), strict=True) if counts
-    ]
+    """Return the token ids, without padding, of the completions of a batch that have a position of the loss."""
+    counts = loss_mask(batch).any(1)
+    ids = batch["completion_ids"][counts].tolist()
+    lengths = batch["completion_mask"][counts].sum(1).tolist()
+    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
 def is_truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, stop_ids: Sequence[int]) -> torch.Tensor:
-    """Return which rollouts were cut at the length limit, bool, shape `(B,)`: those that end in no stop token.
+    """Return which rollouts were cut at the length limit, bool, shape `(B,)`: those whose last token is no stop token.
 
     Args:
         completion_ids (`torch.Tensor`): Right-padded completions, int64, shape `(B, C)`.
@@ -37,57 +40,91 @@ def is_truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, st
 def tight_micro_batches(
     batches: list[dict[str, torch.Tensor]], multiple: int | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the rollouts of micro-batches in micro-batches of the same number and size, of rollouts of like length.
+    """Return the rollouts of micro-batches, regrouped by length into micro-batches of the same number and size.
 
-    Sorted by the length of prompt and completion, the longest first: when memory does not suffice, the first
-    micro-batch says so. Each is trimmed to its own longest prompt and its own longest completion.
+    Rollouts are sorted by the length of prompt plus completion, the longest first, so a run that lacks memory fails in
+    its first micro-batch. Each micro-batch is trimmed to its own longest prompt and its own longest completion.
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`):
-            Micro-batches padded alike: prompts on the left, completions and what goes with them on the right.
+            Micro-batches with the same padding: prompts on the left, completions and their per-token tensors on the
+            right.
         multiple (`int`, *optional*): Lengths are rounded up to a multiple of this.
     """
-    whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
+    whole = {key: _join([batch[key] for batch in batches]) for key in batches[0]}
+    # One copy to the host, because every group reads its lengths there.
     lengths = torch.stack([whole["prompt_mask"].sum(1), whole["completion_mask"].sum(1)]).cpu()
     order = lengths.sum(0).argsort(descending=True, stable=True)
-    groups = order.chunk(len(batches))
-    return [_trimmed(whole, rows, *lengths[:, rows].amax(1).tolist(), multiple or 1) for rows in groups]
+    tight = []
+    for rows in order.chunk(len(batches)):
+        prompt, completion = lengths[:, rows].amax(1).tolist()
+        tight.append(_trim(whole, rows, prompt=prompt, completion=completion, multiple=multiple or 1))
+    return tight
 
 
 def take_rollouts(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return some rollouts of a batch, int64 `(b,)` on the host, trimmed to their longest prompt and completion."""
-    lengths = (batch[name][rows.to(batch[name].device)].sum(1).amax() for name in ("prompt_mask", "completion_mask"))
-    return _trimmed(batch, rows, *(int(length) for length in lengths), 1)
+    """Return some rollouts of a batch, trimmed to their longest prompt and completion.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): Rollouts.
+        rows (`torch.Tensor`): Indices of the rollouts to return, int64, `(b,)`, on the host.
+    """
+    prompt = _longest(batch["prompt_mask"], rows)
+    completion = _longest(batch["completion_mask"], rows)
+    return _trim(batch, rows, prompt=prompt, completion=completion)
 
 
-def _joined(parts: list) -> torch.Tensor | list:
-    if isinstance(parts[0], list):
+def _longest(mask: torch.Tensor, rows: torch.Tensor) -> int:
+    return int(mask[rows.to(mask.device)].sum(1).amax())
+
+
+def _round_up(length: int, multiple: int) -> int:
+    """Return a length rounded up to a multiple, at least one multiple, because a model cannot run on no columns."""
+    return max(1, -(-length // multiple)) * multiple
+
+
+def _join(parts: list) -> torch.Tensor | list:
+    """Return the parts of all micro-batches as one; a scalar is the same in every micro-batch."""
+    first = parts[0]
+    if isinstance(first, list):
         return [entry for part in parts for entry in part]
-    return torch.cat(parts) if parts[0].ndim else parts[0]
+    return torch.cat(parts) if first.ndim else first
 
 
-def _trimmed(whole: dict[str, torch.Tensor], rows: torch.Tensor, prompt: int, completion: int, multiple: int):
-    prompt, completion = (max(1, -(-length // multiple)) * multiple for length in (prompt, completion))
-    width, on_device = whole["completion_ids"].shape[1], rows.to(whole["completion_ids"].device)
+def _trim(
+    whole: dict[str, torch.Tensor], rows: torch.Tensor, *, prompt: int, completion: int, multiple: int = 1
+) -> dict:
+    """Return some rollouts, with at most `prompt` columns of the prompts and `completion` columns of the completions.
+
+    Both numbers are first rounded up to a multiple.
+    """
+    prompt = _round_up(prompt, multiple)
+    completion = _round_up(completion, multiple)
+    completion_ids = whole["completion_ids"]
+    width = completion_ids.shape[1]
+    rows_on_device = rows.to(completion_ids.device)
     batch = {}
     for key, value in whole.items():
         if isinstance(value, list):  # one entry for each rollout
             batch[key] = [value[row] for row in rows.tolist()]
             continue
-        value = value[on_device] if value.ndim else value
+
+        if value.ndim:
+            value = value[rows_on_device]
         if key in PROMPT_KEYS:
             value = value[:, -prompt:]
-        elif value.shape[1:2] == (width,):  # completions, and whatever is known of their positions
+        elif value.shape[1:2] == (width,):  # completions and their per-token tensors
             value = value[:, :completion]
         batch[key] = value
     return batch
 
 
 def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch with `positions`, `(N,)`, the places of the loss mask in its completions, flattened, in order.
+    """Return a batch with the positions of the loss and their weights.
 
-    And with `position_weights`, float32, `(N,)`, which stay on the host: so it is known there which rows are projected,
-    and nobody waits for a device in the middle of a step.
+    Adds `positions`, int64, `(N,)`, the indices of the loss mask in the flattened completions, in order, and
+    `position_weights`, float32, `(N,)`. The weights stay on the host, so the host knows which rows to project without
+    waiting for the device in the middle of a step.
     """
     positions = loss_mask(batch).flatten().cpu().nonzero().squeeze(1)
     weights = batch["weights"].flatten().cpu()[positions] if "weights" in batch else torch.ones(len(positions))
@@ -96,42 +133,71 @@ def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Return the rows in groups of like length, the longest first, of at most `tokens` tokens each with their padding.
+    """Return the rows in groups of similar length, the longest first, each of at most `tokens` tokens with padding.
 
-    A row that is longer alone is a group alone.
+    A row that alone is longer than `tokens` gets its own group.
     """
     groups = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens:
+    longest = 0
+    # The sort is stable in reverse, too, so rows of one length keep their order.
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not groups or (len(groups[-1]) + 1) * longest > tokens:
             groups.append([])
+            longest = lengths[row]
         groups[-1].append(row)
     return groups
 
 
 def left_aligned(batch: dict[str, torch.Tensor], rows: list[int], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask `(len(rows), longest)` of some rollouts, prompt and completion from the left on."""
-    rows = torch.tensor(rows, device=batch["completion_ids"].device)
-    ids, mask = (
-        torch.cat([batch[f"prompt_{name}"][rows], batch[f"completion_{name}"][rows]], dim=1) for name in ("ids", "mask")
-    )
-    # Prompts are padded on the left and completions on the right, so a rollout is one piece between them.
-    start = batch["prompt_mask"].shape[1] - batch["prompt_mask"][rows].sum(1, keepdim=True)
-    places = (start + torch.arange(longest, device=rows.device)).clamp(max=ids.shape[1] - 1)
-    inside = torch.arange(longest, device=rows.device) < mask.sum(1, keepdim=True)
+    """Return ids and attention mask of some rollouts, `(len(rows), longest)` each, with all padding on the right."""
+    device = batch["completion_ids"].device
+    rows = torch.tensor(rows, device=device)
+    prompt_mask = batch["prompt_mask"][rows]
+    ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
+    mask = torch.cat([prompt_mask, batch["completion_mask"][rows]], dim=1)
+
+    # Prompts are padded on the left and completions on the right, so the tokens of a rollout are contiguous.
+    start = prompt_mask.shape[1] - prompt_mask.sum(1, keepdim=True)
+    columns = torch.arange(longest, device=device)
+    places = (start + columns).clamp(max=ids.shape[1] - 1)
+    inside = columns < mask.sum(1, keepdim=True)
     return ids.gather(1, places), inside.to(mask.dtype)
 
 
 def at_positions(hidden: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the rows of hidden states `(B, C, H)` at places `(N,)` of the flattened completions, `(N, H)`.
+    """Return the hidden states of some positions of the completions, `(N, H)`, on a device.
 
-    With a model split over devices the backbone may end on another device than the head.
+    Args:
+        hidden (`torch.Tensor`): Hidden states, `(B, C, H)`.
+        positions (`torch.Tensor`): Indices in the flattened completions, `(N,)`.
+        device (`torch.device`):
+            Device of the head. When a model is split over devices, the backbone may end on a different one.
     """
     return hidden.to(device).flatten(0, 1)[positions.to(device)]
 
 
+def pad_token_ids(
+    rows: Sequence[Sequence[int]], pad_id: int, *, side: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask of lists of token ids, padded to the longest one, int64, `(B, length)` each.
+
+    Args:
+        rows (`Sequence[Sequence[int]]`): Lists of token ids.
+        pad_id (`int`): Id that fills shorter rows.
+        side (`str`): Side of the padding, "left" or "right".
+        device (`torch.device`): Where the tensors are made.
+    """
+    ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    mask = pad_sequence(ones, batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side), mask
+
+
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return ids and attention mask of prompts and completions, `(B, P + C)` each, and the completion length C."""
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    input_ids = input_ids.clamp(max=vocab_size - 1)  # the padding id may be one that the teacher lacks
+    completion_ids = batch["completion_ids"]
+    input_ids = torch.cat([batch["prompt_ids"], completion_ids], dim=1)
+    # The teacher may lack the padding id; the attention mask hides these positions.
+    input_ids = input_ids.clamp(max=vocab_size - 1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return input_ids, attention_mask, batch["completion_ids"].size(1)
+    return input_ids, attention_mask, completion_ids.size(1)

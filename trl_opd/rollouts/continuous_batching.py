@@ -16,7 +16,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from .sampling import logits_processor_names, resolve_generation_config
 
-# What each request is sampled with. The engine drops other processors, or calls them without the request's own tokens.
+# Logits processors that the engine applies to each request. It drops others, or runs them without the request's tokens.
 PROCESSORS = {
     "MinPLogitsWarper",
     "SuppressTokensLogitsProcessor",

@@ -1,4 +1,4 @@
-"""Which prompts are drawn when: TRL's order, also after a resume, for several rollouts per prompt and for streams."""
+"""Order of the prompts: TRL's order, also after a resume, with several rollouts per prompt, and for streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._trl import RepeatSampler, repeat_iterable_dataset
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler, which draws the permutation of the epoch that it is in.
+    """TRL's sampler with the permutation chosen by the number of the epoch.
 
     TRL's own draws permutation after permutation from one generator, so a run that is resumed in epoch 3 sees the
     prompts of epoch 1 again. Uninterrupted, the two are the same.
@@ -28,11 +28,12 @@ class EpochRepeatSampler(RepeatSampler):
 
     def __init__(self, *, epoch: Callable[[], int], **kwargs):
         super().__init__(**kwargs)
-        self._complete, self._epoch = epoch, None
+        self._complete = epoch
+        self._epoch = None
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            # From then on it is the next one each time, also after an epoch that was cut short.
+            # After the first call, count one up each time, also after an epoch that was cut short.
             self._epoch = self._complete() if self._epoch is None else self._epoch + 1
             self.generator.manual_seed(self.seed)
             for _ in range(self._epoch):
@@ -50,7 +51,7 @@ def place_after_resume(
     max_steps: int,
     num_train_epochs: int,
 ) -> tuple[int, int]:
-    """Return the epochs that a resumed run has behind it, and the batches of the one that it is in.
+    """Return the number of epochs that a resumed run has completed, and of batches done in the current epoch.
 
     Corrects transformers' Trainer in two places. It would train one extra step when a finished run is resumed. And a
     streaming dataset is one epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's
@@ -71,7 +72,7 @@ def place_after_resume(
         return num_train_epochs, 0
     if args.ignore_data_skip or not isinstance(dataset, IterableDataset):
         return place
-    before = TrainerState.load_from_json(path)  # its `max_steps` may be another now
+    before = TrainerState.load_from_json(path)  # `max_steps` may have changed since
     epochs = int(before.epoch)
     batches = (before.epoch - epochs) * before.max_steps * args.gradient_accumulation_steps
     return epochs, round(batches)
@@ -79,7 +80,7 @@ def place_after_resume(
 
 @contextmanager
 def grouped_stream(trainer: DistillationTrainer, *, prompts: int, rollouts: int) -> Iterator[None]:
-    """Let TRL's `get_train_dataloader` read a streaming dataset in which each prompt stands `rollouts` times.
+    """Let TRL's `get_train_dataloader` read a streaming dataset with each prompt repeated `rollouts` times.
 
     TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the
     order that the sampler has for indexed datasets; the shuffle has to come before that. Other datasets and single
@@ -90,7 +91,8 @@ def grouped_stream(trainer: DistillationTrainer, *, prompts: int, rollouts: int)
         prompts (`int`): Different prompts of a generation batch.
         rollouts (`int`): Rollouts of each.
     """
-    stream, shuffle = trainer.train_dataset, trainer.shuffle_dataset
+    stream = trainer.train_dataset
+    shuffle = trainer.shuffle_dataset
     if rollouts == 1 or not isinstance(stream, IterableDataset):
         yield
         return
@@ -100,4 +102,5 @@ def grouped_stream(trainer: DistillationTrainer, *, prompts: int, rollouts: int)
     try:
         yield
     finally:
-        trainer.train_dataset, trainer.shuffle_dataset = stream, shuffle
+        trainer.train_dataset = stream
+        trainer.shuffle_dataset = shuffle

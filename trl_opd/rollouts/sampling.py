@@ -18,12 +18,13 @@ from .batches import loss_mask
 
 
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Leave out of the loss mask the rows that Accelerate repeats to fill the last evaluation batch of every process.
+    """Remove from the loss mask the rows that Accelerate repeats to fill the last evaluation batch of every process.
 
     So an evaluation set that the number of processes does not divide counts every prompt once. Accelerate's `remainder`
     is the number of real rows of that batch over all processes, in order of rank.
     """
-    state, rows = accelerator.gradient_state, len(batch["completion_mask"])
+    state = accelerator.gradient_state
+    rows = len(batch["completion_mask"])
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return
     place = accelerator.process_index * rows + torch.arange(rows, device=batch["completion_mask"].device)
@@ -32,21 +33,22 @@ def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> N
 
 @contextmanager
 def own_random_stream(seed: int):
-    """Draw from a stream of its own, the same each time, and leave every random state as it was."""
+    """Seed all random generators inside this block, and restore their states afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    python, numpy = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         set_seed(seed, device_specific=True)
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 @contextmanager
 def sampling_mode(model: torch.nn.Module):
-    """Hold the model in eval mode: dropout in a rollout would sample from another model than the one that is scored."""
+    """Keep the model in eval mode, because with dropout the rollouts would come from another model than we score."""
     training = model.training
     model.eval()
     try:
@@ -57,10 +59,10 @@ def sampling_mode(model: torch.nn.Module):
 
 @contextmanager
 def positions_from_mask(model: torch.nn.Module):
-    """Give a model with learned absolute positions those of the attention mask, in every forward inside.
+    """Compute the positions of a model with learned absolute positions from the attention mask, in each forward inside.
 
-    With left padding such a model (GPT-2, OPT) otherwise counts the padding and sees another prompt. Rotary and other
-    relative positions do not care, and are left alone.
+    With left padding such a model (GPT-2, OPT) otherwise counts the padding and sees another prompt. Models
+    with rotary or other relative positions need no correction, so nothing changes for them.
     """
     backbone = model.base_model.model.base_model if is_peft_model(model) else model.base_model
     if not has_absolute_positions(backbone):
@@ -91,13 +93,13 @@ def _add_positions(module, args, kwargs):
 
 
 def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
-    """Return the generation settings as `generate` resolves them: what is left open is as the model's own has it."""
+    """Return the generation settings as `generate` resolves them: unset ones come from the model's configuration."""
     settings, _ = model._prepare_generation_config(given)
     return settings
 
 
 def logits_processor_names(model: PreTrainedModel, settings: GenerationConfig) -> set[str]:
     """Return the class names of the logits processors that `generate` would apply with some settings."""
-    model._prepare_special_tokens(settings, device=model.device)  # some processors look for them
+    model._prepare_special_tokens(settings, device=model.device)  # some processors need them
     processors = model._get_logits_processor(settings, input_ids_seq_length=1)
     return {type(processor).__name__ for processor in processors}

@@ -1,7 +1,7 @@
-"""Rollouts of a student, scored by its teacher and, where asked, by the student before the distillation.
+"""Collect a student's rollouts, scored by its teacher and optionally by the student before distillation.
 
-Everything is the trainer's own: its sampling, its scoring, in eval mode. The rows go to a part file for each batch of
-prompts, so memory does not grow with their number, and a run that was killed goes on with the next batch.
+The trainer's own code samples and scores, in eval mode. Each batch of prompts has its own part file, so memory does not
+grow with the number of rollouts, and a run that was killed resumes with the next batch.
 """
 
 from __future__ import annotations
@@ -29,26 +29,30 @@ from ..rollouts.sampling import own_random_stream
 from ..training.model_pair import ModelPair
 
 ADAPTER_OFF = "adapter_off"
-# Of an unfinished collection, in its folder.
+# Folder and file of an unfinished collection, inside its output folder.
 PARTS = "parts"
 SETTINGS = "settings.json"
 
 
 class Collector:
-    """Collects rollouts with their divergences into a folder.
+    """Collects rollouts and the divergence at each of their tokens into a folder.
 
     Args:
         pair (`ModelPair`): Student and teacher.
-        sample_rollouts (`Callable`): Samples a rollout for each of some dataset rows ([`OPDTrainer.sample_rollouts`]).
-        dataset (`datasets.Dataset`): Rows with a `prompt`, all of which are used, in order.
-        folder (`Path`): Where `occurrences.parquet` and `prompts.parquet` go.
+        sample_rollouts (`Callable`): Samples one rollout for each given dataset row ([`OPDTrainer.sample_rollouts`]).
+        dataset (`datasets.Dataset`): Rows with a `prompt`; all rows are used, in order.
+        folder (`Path`): Folder for `occurrences.parquet` and `prompts.parquet`.
         num_generations (`int`): Rollouts per prompt.
-        batch_size (`int`): Rollouts of a batch.
+        batch_size (`int`): Rollouts sampled and scored at once.
         seed (`int`): Seed of the rollouts.
-        chunk_bytes (`int`): Memory for the rows of the vocabulary, as [`weighted_divergence`] takes it.
+        chunk_bytes (`int`): Upper limit in bytes for the logits held at once, as in [`weighted_divergence`].
         reference (`transformers.PreTrainedModel` or `str`, *optional*):
-            The student before the distillation, or "adapter_off" for a LoRA student without its adapter.
-        settings (`dict`): What makes the rows what they are; a folder that was begun with others is refused.
+            The student before distillation, or "adapter_off" for a LoRA student without its adapter.
+        settings (`dict`):
+            Arguments that determine the rows; a folder with an unfinished collection of other settings is an error.
+
+    Raises:
+        `ValueError`: if `reference` is "adapter_off" and the student has no LoRA adapter.
     """
 
     def __init__(
@@ -66,7 +70,10 @@ class Collector:
         settings: dict[str, Any],
     ):
         if reference == ADAPTER_OFF and not is_peft_model(pair.student):
-            raise ValueError("adapter_off is for a student with a LoRA adapter, and this one has none: name a model.")
+            raise ValueError(
+                "adapter_off is for a student with a LoRA adapter, and this one has none: give the name or path of a "
+                "reference model."
+            )
         self._pair = pair
         self._sample_rollouts = sample_rollouts
         self._dataset = dataset
@@ -79,39 +86,46 @@ class Collector:
         self._settings = settings
 
     def collect(self) -> None:
-        """Collect what is missing, and join it."""
+        """Collect the batches that are missing, and join all parts into the two files.
+
+        Raises:
+            `ValueError`: if the folder holds an unfinished collection of other settings, or logits are not finite.
+        """
         self._begin()
         starts = range(0, len(self._dataset), self._step)
         done = [start for start in starts if self._part(start).is_file()]
-        tokens, began = 0, time.monotonic()
-        with tqdm(
-            total=len(self._dataset), initial=self._prompts_in(done), unit="prompt", desc="collect", delay=0
-        ) as bar:
+        tokens = 0
+        began = time.monotonic()
+        finished = self._prompts_in(done)
+        with tqdm(total=len(self._dataset), initial=finished, unit="prompt", desc="collect", delay=0) as bar:
             for start in starts:
                 if self._part(start).is_file():
                     continue
                 tokens += self._collect_batch(start)
                 bar.update(self._prompts_in([start]))
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.0f} tokens/s")
+                seconds = time.monotonic() - began
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
         self._join(starts)
 
     def _prompts_in(self, starts: list[int]) -> int:
+        """Return the number of prompts in the batches with the given starts; the last batch may be smaller."""
         return sum(min(self._step, len(self._dataset) - start) for start in starts)
 
     def _part(self, start: int, kind: str = "rows") -> Path:
         return self._folder / PARTS / f"{kind}-{start:08d}.parquet"
 
     def _begin(self) -> None:
-        """Make the folder of parts, or raise `ValueError` where another collection was begun there."""
+        """Make the folder of parts, or raise `ValueError` if it holds a collection of other settings."""
         parts = self._folder / PARTS
         parts.mkdir(parents=True, exist_ok=True)
         path = parts / SETTINGS
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        require_same_settings(self._folder, known, self._settings)
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            require_same_settings(self._folder, known, self._settings)
         write_json(path, self._settings)
 
     def _collect_batch(self, start: int) -> int:
-        """Sample and score the rollouts of some prompts, write their part, and return how many tokens they have."""
+        """Sample and score the rollouts of some prompts, write their part, and return the number of their tokens."""
         places = range(start, min(start + self._step, len(self._dataset)))
         rows = [self._dataset[place] for place in places for _ in range(self._generations)]
         seed = int(np.random.SeedSequence([self._seed, start]).generate_state(1)[0])
@@ -119,32 +133,36 @@ class Collector:
             inputs = self._sample_rollouts(rows)
             columns = self._measure(inputs)
 
-        width = inputs["completion_ids"].shape[1]
+        completion_ids = inputs["completion_ids"]
+        width = completion_ids.shape[1]
         positions = inputs["positions"].cpu().numpy()
         rollout = start * self._generations + positions // width
         columns["rollout"] = rollout
         columns["position"] = positions % width
         columns["prompt"] = rollout // self._generations
-        columns["token_id"] = inputs["completion_ids"].flatten()[inputs["positions"]].cpu().numpy()
+        columns["token_id"] = completion_ids.flatten()[inputs["positions"]].cpu().numpy()
         self._write_prompts(start, places, inputs)
-        write_occurrences(self._part(start), columns, {})  # last: it says that the batch is complete
+        # This file is written last, because its presence marks the batch as complete.
+        write_occurrences(self._part(start), columns, {})
         return len(rollout)
 
     def _write_prompts(self, start: int, places: range, inputs: dict[str, torch.Tensor]) -> None:
         """Write the token ids of the prompts of a batch."""
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        ]
+        # Each prompt is in as many consecutive rows as it has rollouts.
+        prompt_ids = inputs["prompt_ids"][:: self._generations]
+        prompt_mask = inputs["prompt_mask"][:: self._generations].bool()
+        token_ids = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
         arrays = [
-            pa.array(list(places), pa.int32()),
-            pa.array(prompts[:: self._generations], PROMPT_SCHEMA.field("token_ids").type),
-            pa.array(list(places), pa.int64()),
+            pa.array(places, pa.int32()),
+            pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
+            pa.array(places, pa.int64()),
         ]
+        table = pa.Table.from_arrays(arrays, schema=PROMPT_SCHEMA)
         with complete_file(self._part(start, "prompts")) as part:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=PROMPT_SCHEMA), part)
+            pq.write_table(table, part)
 
     def _measure(self, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Return divergence and entropy of a batch's positions, and the divergence under the reference student."""
+        """Return divergence and entropy at the positions of a batch, and the reference student's divergence if any."""
         student = self._pair.student
         if "teacher_hidden" not in inputs:
             inputs["teacher_hidden"] = self._pair.teacher_states.compute_states(inputs)
@@ -175,15 +193,21 @@ class Collector:
         kl = signals.divergence.cpu().numpy()
         entropy = signals.entropy.cpu().numpy()
         if not (np.isfinite(kl).all() and np.isfinite(entropy).all()):
-            raise ValueError(f"The logits of {who} are not finite: another dtype (bfloat16, float32) may help.")
+            raise ValueError(
+                f"The logits of {who} are not finite: load the model in another dtype (bfloat16, float32), and check "
+                "its weights."
+            )
         return kl, entropy
 
     def _join(self, starts: range) -> None:
+        """Join the parts into the two files, and remove the parts."""
         measure = self._pair.measure
         reference = self._settings.get("reference_model_name_or_path")
         metadata = {
             "vocab_size": self._pair.vocab_size,
-            **{name: measure[name] for name in ("tokenizer", "teacher", "temperature")},
+            "tokenizer": measure["tokenizer"],
+            "teacher": measure["teacher"],
+            "temperature": measure["temperature"],
             "student": self._settings.get("model_name_or_path") or measure["student"],
             "reference": reference,
             "beta": 1.0,
@@ -197,10 +221,10 @@ class Collector:
 
 
 def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Return whether a folder holds this collection already.
+    """Return whether a folder already holds the complete collection with the given settings.
 
     Raises:
-        `ValueError`: if it holds another one, or part of another one.
+        `ValueError`: if it holds a collection, complete or not, of other settings.
     """
     path = folder / OCCURRENCES_FILE
     if path.is_file():
@@ -213,7 +237,10 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def require_same_settings(folder: Path, known: dict[str, Any] | None, settings: dict[str, Any]) -> None:
-    """Raise `ValueError` where a folder belongs to a collection of other settings, with the first that differs."""
+    """Raise `ValueError` with the first setting that differs if a folder holds a collection of other settings.
+
+    A folder whose settings are unknown (`None`) passes.
+    """
     if known is None or known == settings:
         return
     name = next(name for name in (*settings, *known) if known.get(name) != settings.get(name))
@@ -227,11 +254,11 @@ class CollectionSummary(NamedTuple):
     """Size and mean divergence of a collection.
 
     Args:
-        rollouts (`int`): Rollouts.
-        prompts (`int`): Prompts.
-        tokens (`int`): Tokens of all rollouts.
+        rollouts (`int`): Number of rollouts.
+        prompts (`int`): Number of prompts.
+        tokens (`int`): Number of tokens in all rollouts.
         mean_kl (`float`): Mean divergence over tokens, nats.
-        mean_kl_pre (`float`, *optional*): The same under the reference student, where there is one.
+        mean_kl_pre (`float`, *optional*): Mean divergence of the reference student, if there is one.
     """
 
     rollouts: int
@@ -242,7 +269,7 @@ class CollectionSummary(NamedTuple):
 
 
 def summarise_collection(folder: Path) -> CollectionSummary:
-    """Return size and mean divergence of the collection in a folder."""
+    """Return the size and the mean divergence of the collection in a folder."""
     file = Occurrences(folder / OCCURRENCES_FILE)
     kl_sum = 0.0
     kl_pre_sum = 0.0

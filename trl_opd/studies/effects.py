@@ -1,4 +1,4 @@
-"""Effects of forbidding tokens: the arms of a probe, tested and corrected, and the roles of rocks."""
+"""Effects of forbidding tokens: arms of a probe, tests corrected for multiple comparisons, and roles of rocks."""
 
 from __future__ import annotations
 
@@ -23,24 +23,28 @@ from ..statistics import (
 )
 from .knockout import BASELINE
 
-ROCKS, CONTROLS = "rocks", "controls"  # arms that forbid all of them at once
+# Arms that forbid all rocks, or all controls, at once.
+ROCKS = "rocks"
+CONTROLS = "controls"
 
 
 def make_arms(
     rocks: Sequence[int], controls: Sequence[int], candidates: Sequence[int]
 ) -> dict[str, tuple[str, frozenset[int]]]:
-    """Return the arms of a probe: name -> kind and forbidden ids.
+    """Return the arms of a probe by name: the kind and the forbidden ids of each.
 
     Args:
         rocks (`Sequence[int]`): Rocks that are candidates.
         controls (`Sequence[int]`): Their mass-matched controls.
-        candidates (`Sequence[int]`): Every single token to forbid; rocks and controls among them keep their kind.
+        candidates (`Sequence[int]`): Tokens to forbid one at a time; rocks and controls among them keep their kind.
     """
     kinds = dict.fromkeys(candidates, "other") | dict.fromkeys(controls, "control") | dict.fromkeys(rocks, "rock")
     arms = {f"token {id}": (kind, frozenset([id])) for id, kind in kinds.items()}
-    for name, ids in ((ROCKS, rocks), (CONTROLS, controls)):
-        if len(ids) > 1:
-            arms[name] = (name, frozenset(ids))
+    # With one rock or one control, its own arm already forbids all of them.
+    if len(rocks) > 1:
+        arms[ROCKS] = (ROCKS, frozenset(rocks))
+    if len(controls) > 1:
+        arms[CONTROLS] = (CONTROLS, frozenset(controls))
     return arms
 
 
@@ -51,19 +55,19 @@ def evaluate_arms(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the effects of all arms, corrected over the single tokens, and the tests between groups of them.
+    """Return the effects of all arms, p values corrected over the single tokens, and tests between groups of tokens.
 
     Args:
-        arms (`Mapping`): Kind and forbidden ids of each.
-        rewards (`Mapping`): Of all problems, for each arm and the baseline.
+        arms (`Mapping`): Kind and forbidden ids of each arm ([`make_arms`]).
+        rewards (`Mapping`): Rewards of all problems, for each arm and the baseline.
         measures (`Mapping`): Properties of the tokens, by name and id, that effects are correlated with.
-        seed (`int`): Of resamples and draws.
+        seed (`int`): Seed of resamples and draws.
     """
     baseline = rewards[BASELINE]
     problems = len(baseline)
     effects = {arm: effect_of(rewards[arm], baseline, seed=seed) for arm in arms}
 
-    # Only single tokens are tested; the arms that forbid many at once are shown beside them.
+    # Only arms of single tokens are tested; arms that forbid many tokens get no test.
     single = [arm for arm, (kind, _) in arms.items() if kind not in (ROCKS, CONTROLS)]
     p_values = [effects[arm].p for arm in single]
     p_bh = dict(zip(single, benjamini_hochberg(p_values), strict=True))
@@ -77,14 +81,23 @@ def evaluate_arms(
             row |= dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
         rows.append(row)
 
-    rock_effects = [effects[arm].estimate for arm in single if arms[arm][0] == "rock"]
-    control_effects = [effects[arm].estimate for arm in single if arms[arm][0] == "control"]
+    estimates = []
+    shares = []
+    single_ids = []
+    by_kind: dict[str, list[float]] = {"rock": [], "control": [], "other": []}
+    for arm in single:
+        kind, ids = arms[arm]
+        effect = effects[arm]
+        estimates.append(effect.estimate)
+        shares.append((effect.better + effect.worse) / problems)
+        single_ids.extend(ids)
+        by_kind[kind].append(effect.estimate)
+
+    rock_effects = by_kind["rock"]
+    control_effects = by_kind["control"]
     correlations = {}
     for name, values in measures.items():
-        estimates = [effects[arm].estimate for arm in single]
-        correlations[name] = correlation(estimates, [values.get(min(arms[arm][1])) for arm in single])
-
-    shares = [(effects[arm].better + effects[arm].worse) / problems for arm in single]
+        correlations[name] = correlation(estimates, [values.get(id) for id in single_ids])
     discordance = float(np.mean(shares)) if single else 0.0
     is_binary = set(baseline) <= {0.0, 1.0}
     return {
@@ -125,19 +138,19 @@ def _describe_tests(effect: Effect, p_bh: float, p_holm: float) -> dict[str, Any
 
 
 def count_tests(result: dict[str, Any]) -> int:
-    """Return the number of tests of a result: one for each single token."""
+    """Return the number of tests of a result: one for each arm of a single token."""
     return sum(arm["label"] is not None for arm in result["arms"])
 
 
 def problems_needed(result: dict[str, Any], effect: float) -> int | None:
-    """Return about how many problems it takes to find an effect; `None` where the result has enough."""
+    """Return roughly how many problems are needed to detect an effect; `None` if the result already has enough."""
     if result["minimal_effect"] <= effect:
         return None
     return problems_for(effect, count_tests(result), result["discordance"])
 
 
 def add_roles(rock_set: RockSet, result: dict[str, Any]) -> RockSet:
-    """Return the rock set with the label that the probe gave to each of its rocks as the rock's role."""
+    """Return the rock set with the role of each rock set to the label that the probe gave it."""
     tested = {arm["ids"][0]: arm for arm in result["arms"] if arm["label"] is not None}
     rocks = []
     for rock in rock_set.rocks:

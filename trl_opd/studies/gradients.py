@@ -1,7 +1,7 @@
-"""Do tokens still teach? The gradient of the reverse KL with respect to the student's logits, summed by token type.
+"""Sums of the gradient of the reverse KL with respect to the student's logits, by token type: do tokens still teach?
 
-At one position, with p the student and q the teacher, it is `g_u = p_u (log p_u - log q_u - KL)` (arXiv:2605.09253).
-Kept are one vector for each type that is looked at and two for all types together, never a matrix of all.
+At one position, with student p and teacher q, the gradient is `g_u = p_u (log p_u - log q_u - KL)` (arXiv:2605.09253).
+We keep two vectors for each chosen type and two for all types together, never the gradients of all types.
 """
 
 from __future__ import annotations
@@ -14,87 +14,119 @@ import torch
 
 from ..artefacts.occurrences import Occurrences, read_prompts
 from ..loss.logits import logit_chunks, reverse_kl_gradient
-from ..rollouts.batches import locate_loss_positions
+from ..rollouts.batches import locate_loss_positions, pad_token_ids
 from ..training.model_pair import ModelPair
+
+RANDOM_TYPES = 100  # at most this many of the types that are neither rocks nor rare
 
 
 class GradientSums:
     """Sums of the gradients over positions.
 
     Args:
-        counts (`torch.Tensor`): How often each type occurs in all rows that will be added, int64, shape `(V,)`.
-        ids (`torch.Tensor`): Types that are looked at, shape `(T,)`.
+        counts (`torch.Tensor`): How often each type occurs in all positions that will be added, int64, shape `(V,)`.
+        ids (`torch.Tensor`): Types to measure, shape `(T,)`.
         device (`torch.device`): Where the sums are kept.
 
     Attributes:
         of_types, of_matched (`torch.Tensor`): Sum over all and over the matched positions of each type, `(T, V)`.
         squares (`torch.Tensor`): Sum of the squared norms, float64, `(T,)`.
-        balanced (`torch.Tensor`): G_balanced: every type's mean, once, `(V,)`.
-        total (`torch.Tensor`): G_global: every position, once, `(V,)`.
+        balanced (`torch.Tensor`): G_balanced, the sum of every type's mean gradient, `(V,)`.
+        total (`torch.Tensor`): G_global, the sum of the gradients of all positions, `(V,)`.
     """
 
     def __init__(self, counts: torch.Tensor, ids: torch.Tensor, device: torch.device | str = "cpu"):
         vocab_size = len(counts)
-        self.counts, self.ids = counts.to(device), ids.to(device)
-        self.of_types, self.of_matched = (torch.zeros(len(ids), vocab_size, device=device) for _ in range(2))
-        self.matched_counts = torch.zeros(len(ids), dtype=torch.long, device=device)
-        self.squares = torch.zeros(len(ids), dtype=torch.float64, device=device)
-        self.balanced, self.total = (torch.zeros(vocab_size, dtype=torch.float64, device=device) for _ in range(2))
+        types = len(ids)
+        self.counts = counts.to(device)
+        self.ids = ids.to(device)
+        self.of_types = torch.zeros(types, vocab_size, device=device)
+        self.of_matched = torch.zeros_like(self.of_types)
+        self.matched_counts = torch.zeros(types, dtype=torch.long, device=device)
+        self.squares = torch.zeros(types, dtype=torch.float64, device=device)
+        self.balanced = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+        self.total = torch.zeros_like(self.balanced)
         self._place = torch.full((vocab_size,), -1, device=device)
-        self._place[self.ids] = torch.arange(len(ids), device=device)
+        self._place[self.ids] = torch.arange(types, device=device)
 
     def add(self, token_ids: torch.Tensor, gradients: torch.Tensor, matched: torch.Tensor) -> None:
         """Add positions: their tokens `(N,)`, gradients `(N, V)`, and which of them are matched, bool, `(N,)`."""
-        # Products with the gradients sum them without a copy.
-        self.total += (torch.ones(1, len(gradients), device=gradients.device) @ gradients)[0].double()
-        self.balanced += ((1.0 / self.counts[token_ids].float())[None] @ gradients)[0].double()
+        # We sum with matrix products, because they need no weighted copy of the gradients.
+        ones = torch.ones(1, len(gradients), device=gradients.device)
+        self.total += (ones @ gradients)[0].double()
+        shares = 1.0 / self.counts[token_ids].float()
+        self.balanced += (shares[None] @ gradients)[0].double()
+
         places = self._place[token_ids]
-        for sums, chosen in ((self.of_types, places >= 0), (self.of_matched, (places >= 0) & matched)):
-            sums.index_add_(0, places[chosen], gradients[chosen])
         known = places >= 0
-        self.squares.index_add_(0, places[known], gradients[known].square().sum(-1, dtype=torch.float64))
-        self.matched_counts.index_add_(0, places[known & matched], torch.ones_like(places[known & matched]))
+        known_places = places[known]
+        known_gradients = gradients[known]
+        self.of_types.index_add_(0, known_places, known_gradients)
+        self.squares.index_add_(0, known_places, known_gradients.square().sum(-1, dtype=torch.float64))
+
+        chosen = known & matched
+        matched_places = places[chosen]
+        self.of_matched.index_add_(0, matched_places, gradients[chosen])
+        self.matched_counts.index_add_(0, matched_places, torch.ones_like(matched_places))
 
     def measures(self) -> dict[str, np.ndarray]:
         """Return the measures of the types, `(T,)` each; NaN where a type occurs too rarely for one.
 
-        `norm` of the mean gradient; `norm_unbiased`, the root of an estimate of its square that noise does not raise
-        (0 where that is negative); cosines to G_balanced and G_global, with and without the type itself in them;
-        `contribution` n x norm x cosine to G_balanced; `norm_matched` and `cos_matched` from equally many positions.
+        - `count`: positions of the type, n.
+        - `norm`: norm of the mean gradient.
+        - `norm_unbiased`: root of an unbiased estimate of the squared norm, which noise does not raise; 0 where the
+          estimate is negative.
+        - `cos_balanced`, `cos_global`: cosine to G_balanced and to G_global.
+        - `cos_balanced_without`, `cos_global_without`: the same cosines to sums that leave the type itself out.
+        - `contribution`: n x norm x cosine to G_balanced.
+        - `matched_count`, `norm_matched`, `cos_matched`: the same from an equal number of positions of each type.
         """
-        n, few = self.counts[self.ids].double(), self.matched_counts.double()
+        n = self.counts[self.ids].double()
+        matched_n = self.matched_counts.double()
         norm = _norms(self.of_types) / n
         unbiased = ((n * norm).square() - self.squares) / (n * (n - 1))
-        balanced = _cosines(self.of_types, self.balanced)  # of a mean and of a sum they are the same
+        # The sum of a type's gradients has the same cosine as their mean.
+        cos_balanced = _cosines(self.of_types, self.balanced)
         found = {
             "count": n,
             "norm": norm,
             "norm_unbiased": torch.where(n > 1, unbiased.clamp(min=0).sqrt(), torch.nan),
-            "cos_balanced": balanced,
+            "cos_balanced": cos_balanced,
             "cos_global": _cosines(self.of_types, self.total),
             "cos_balanced_without": _cosines(self.of_types, self.balanced, 1.0 / n),
             "cos_global_without": _cosines(self.of_types, self.total, torch.ones_like(n)),
-            "contribution": n * norm * balanced,
-            "matched_count": few,
-            "norm_matched": _norms(self.of_matched) / few,
+            "contribution": n * norm * cos_balanced,
+            "matched_count": matched_n,
+            "norm_matched": _norms(self.of_matched) / matched_n,
             "cos_matched": _cosines(self.of_matched, self.balanced),
         }
         return {name: values.cpu().numpy() for name, values in found.items()}
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
-    return torch.stack([row.double().norm() for row in rows]) if len(rows) else torch.zeros(0, dtype=torch.float64)
+    """Return the norm of each row, float64; a row at a time, because a float64 copy of all rows may not fit."""
+    norms = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for place, row in enumerate(rows):
+        norms[place] = row.double().norm()
+    return norms
 
 
 def _cosines(rows: torch.Tensor, vector: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the cosine of each row to a vector, less a part of the row itself; a row at a time, without a copy."""
-    found = []
+    """Return the cosine of each row to a vector, NaN where one of them is zero.
+
+    With `parts`, that multiple of the row is first subtracted from the vector.
+    """
+    cosines = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=rows.device)
     for place, row in enumerate(rows):
         own = row.double()
-        other = vector if parts is None else vector - parts[place] * own
+        other = vector
+        if parts is not None:
+            other = vector - parts[place] * own
+
         size = own.norm() * other.norm()
-        found.append((own @ other) / size if size > 0 else torch.full_like(size, torch.nan))
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+        if size > 0:
+            cosines[place] = (own @ other) / size
+    return cosines
 
 
 @torch.no_grad()
@@ -105,112 +137,149 @@ def add_rollouts(
     *,
     pad_id: int,
 ) -> None:
-    """Add the gradients of stored rollouts, a batch of them.
+    """Add the gradients of a batch of stored rollouts to the sums.
 
     Args:
         pair (`ModelPair`): Student and teacher.
-        sums (`GradientSums`): What they are added to.
+        sums (`GradientSums`): Sums that the gradients are added to.
         rollouts: Token ids of prompt and completion, and which positions of the completion are matched.
         pad_id (`int`): Token that fills the batch.
 
     Raises:
-        `ValueError`: where the logits of a model are not finite.
+        `ValueError`: if a model's logits are not finite.
     """
-    inputs = locate_loss_positions(_padded(rollouts, pad_id, pair.device))
+    prompts = []
+    completions = []
+    flags = []
+    for prompt, completion, own_flags in rollouts:
+        prompts.append(prompt)
+        completions.append(completion)
+        flags.extend(own_flags)
+    prompt_ids, prompt_mask = pad_token_ids(prompts, pad_id, side="left", device=pair.device)
+    completion_ids, completion_mask = pad_token_ids(completions, pad_id, side="right", device=pair.device)
+    batch = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+    }
+    inputs = locate_loss_positions(batch)
+
     pair.student.eval()
     with pair.teacher_resident():
         states = pair.hidden_states(inputs)
+
     device = states.student.device
-    token_ids = inputs["completion_ids"].flatten()[inputs["positions"]].to(device)
-    matched = torch.tensor([flag for *_, flags in rollouts for flag in flags], device=device)
+    token_ids = completion_ids.flatten()[inputs["positions"]].to(device)
+    matched = torch.tensor(flags, device=device)
     for rows, student_logits, teacher_logits in logit_chunks(states, temperature=pair.temperature):
-        for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
-            if not torch.isfinite(logits).all():
-                raise ValueError(
-                    f"The {name}'s logits are not finite (NaN or infinite): load it in bfloat16 or float32, and check "
-                    "its weights."
-                )
+        _require_finite(student_logits, "student")
+        _require_finite(teacher_logits, "teacher")
         sums.add(token_ids[rows], reverse_kl_gradient(student_logits, teacher_logits), matched[rows])
 
 
-def _padded(rollouts, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return rollouts as the trainer has them: prompts padded on the left, completions on the right."""
-    width, length = (max(len(rollout[place]) for rollout in rollouts) for place in (0, 1))
-    batch = {}
-    for name, place, size in (("prompt", 0, width), ("completion", 1, length)):
-        rows = [list(rollout[place]) for rollout in rollouts]
-        fill = [size - len(row) for row in rows]
-        left = name == "prompt"
-        pairs = list(zip(rows, fill, strict=True))
-        ids = [[pad_id] * count + row if left else row + [pad_id] * count for row, count in pairs]
-        mask = [[0] * count + [1] * len(row) if left else [1] * len(row) + [0] * count for row, count in pairs]
-        batch[f"{name}_ids"] = torch.tensor(ids, device=device)
-        batch[f"{name}_mask"] = torch.tensor(mask, device=device)
-    return batch
+def _require_finite(logits: torch.Tensor, name: str) -> None:
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"The {name}'s logits are not finite (NaN or infinite): load it in bfloat16 or float32, and check its "
+            "weights."
+        )
 
 
 def choose_types(
     counts: np.ndarray, mean_kl: np.ndarray, rocks: Sequence[int], *, most: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Return the types of the three groups: rocks, rare high-KL types, and a random rest of a hundred.
+    """Return the ids of the types in three groups: rocks, rare types of high KL, and up to 100 random other types.
+
+    Rare types occur 2 to 10 times and have a mean KL above the 90 % quantile.
 
     Args:
         counts (`np.ndarray`): Occurrences, `(V,)`.
         mean_kl (`np.ndarray`): Mean divergence, `(V,)`.
-        rocks (`Sequence[int]`): The rocks.
+        rocks (`Sequence[int]`): Ids of the rocks; those that do not occur are left out.
         most (`int`): Rare types at most.
-        seed (`int`): Of what is drawn.
+        seed (`int`): Seed of the random choice.
     """
-    rng, present = np.random.default_rng(seed), np.flatnonzero(counts > 0)
+    rng = np.random.default_rng(seed)
+    present = np.flatnonzero(counts > 0)
     rocks = np.array([id for id in rocks if id < len(counts) and counts[id] > 0], dtype=np.int64)
+
     high = np.quantile(mean_kl[present], 0.9)
-    rare = present[(counts[present] >= 2) & (counts[present] <= 10) & (mean_kl[present] > high)]
-    rare = np.setdiff1d(rare, rocks)
+    present_counts = counts[present]
+    is_rare = (present_counts >= 2) & (present_counts <= 10) & (mean_kl[present] > high)
+    rare = np.setdiff1d(present[is_rare], rocks)
     rare = np.sort(rng.choice(rare, min(most, len(rare)), replace=False))
+
     rest = np.setdiff1d(present, np.concatenate([rocks, rare]))
-    return {"rock": rocks, "rare": rare, "random": np.sort(rng.choice(rest, min(100, len(rest)), replace=False))}
+    rest = np.sort(rng.choice(rest, min(RANDOM_TYPES, len(rest)), replace=False))
+    return {"rock": rocks, "rare": rare, "random": rest}
 
 
 def matched_rows(token_ids: np.ndarray, ids: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return which rows are among `count` drawn of their type, bool, `(N,)`; all of a rarer type's rows are."""
-    rng, chosen = np.random.default_rng(seed), np.zeros(len(token_ids), dtype=bool)
+    """Return a mask of `count` random rows of each type, bool, `(N,)`; all rows of a type that has fewer.
+
+    Args:
+        token_ids (`np.ndarray`): Token of each row, `(N,)`.
+        ids (`np.ndarray`): Types to choose rows of.
+        count (`int`): Rows of each type.
+        seed (`int`): Seed of the random choice.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(token_ids), dtype=bool)
     order = np.argsort(token_ids, kind="stable")
-    starts = np.searchsorted(token_ids[order], ids)
-    ends = np.searchsorted(token_ids[order], ids, side="right")
+    sorted_ids = token_ids[order]
+    starts = np.searchsorted(sorted_ids, ids)
+    ends = np.searchsorted(sorted_ids, ids, side="right")
     for start, end in zip(starts, ends, strict=True):
         rows = order[start:end]
-        chosen[rng.choice(rows, count, replace=False) if len(rows) > count else rows] = True
+        if len(rows) > count:
+            rows = rng.choice(rows, count, replace=False)
+        chosen[rows] = True
     return chosen
 
 
 def read_rollouts(
     occurrences: Occurrences, prompts: Path
 ) -> tuple[list[tuple[list[int], slice]], np.ndarray, np.ndarray]:
-    """Return the rollouts of a file (prompt's ids, rows of the completion), and the columns `token_id` and `kl`.
+    """Return the rollouts of a file (token ids of the prompt, rows of the completion), and its `token_id` and `kl`.
 
     Raises:
-        `ValueError`: if the prompts are missing, or a completion is not there as a whole.
+        `ValueError`: if a prompt is missing or has no ids, or a rollout lacks some of its positions.
         `OSError`: if there is no file of prompts.
     """
     columns = {name: [] for name in ("rollout", "position", "token_id", "unit", "kl")}
     for batch in occurrences.batches():
         for name, parts in columns.items():
             parts.append(batch[name])
-    rollout, position, token_id, unit, kl = (np.concatenate(parts) for parts in columns.values())
+    columns = {name: np.concatenate(parts) for name, parts in columns.items()}
     if not prompts.is_file():
         raise FileNotFoundError(f"There is no {prompts}: the gradients need the prompts that `trl-opd collect` writes.")
+
+    unit = columns["unit"]
     ids_of = read_prompts(prompts)
     known = {int(prompt): ids_of(int(prompt)) for prompt in np.unique(unit)}
-    if wrong := [prompt for prompt, ids in known.items() if not all(type(id) is int for id in ids or [])]:
-        raise ValueError(f"{prompts}: prompt {wrong[0]} has a token without an id.")
-    starts = np.flatnonzero(np.concatenate([[True], rollout[1:] != rollout[:-1]]))
+    for prompt, ids in known.items():
+        if ids and not all(type(id) is int for id in ids):
+            raise ValueError(f"{prompts}: prompt {prompt} has a token without an id.")
+
+    rollout = columns["rollout"]
+    position = columns["position"]
+    is_last = np.append(rollout[1:] != rollout[:-1], True)
     found = []
-    for start, end in zip(starts, [*starts[1:], len(rollout)], strict=True):
-        if position[start] != 0 or position[end - 1] != end - start - 1:
+    start = 0
+    for last in np.flatnonzero(is_last).tolist():
+        if position[start] != 0 or position[last] != last - start:
             raise ValueError(
-                f"Rollout {rollout[start]} of {occurrences.path} is not there as a whole: positions go 0, 1, 2 ..."
+                f"Rollout {rollout[start]} of {occurrences.path} is incomplete: its positions must be 0, 1, 2 ... "
+                "without a gap. Collect the rollouts again."
             )
-        if not known.get(int(unit[start])):
-            raise ValueError(f"{prompts} has no prompt {unit[start]}, which rollout {rollout[start]} goes on from.")
-        found.append((known[int(unit[start])], slice(int(start), int(end))))
-    return found, token_id, kl
+        ids = known[int(unit[start])]
+        if not ids:
+            raise ValueError(
+                f"{prompts} has no prompt {unit[start]}, which rollout {rollout[start]} of {occurrences.path} needs: "
+                "use the two files of one collection."
+            )
+        end = last + 1
+        found.append((ids, slice(start, end)))
+        start = end
+    return found, columns["token_id"], columns["kl"]

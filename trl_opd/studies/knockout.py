@@ -1,10 +1,10 @@
 """Completions with tokens forbidden at every step, decoded again only where that can change anything.
 
-Forbidding v changes a completion only if v was chosen in it, and then only from there on: the completion without v is
-its own prefix up to the first v, and decoded from that. This holds for the likeliest token, and for sampling when the
-noise of every (position, token) is fixed: then the sample is the token of the largest sum of logit and noise (Gumbel),
-and a token that was not the largest may be left out. It does not hold where a token's absence changes which others may
-be drawn (top_p, top_k, min_p): there everything is decoded again.
+Forbidding a token changes a completion only if the completion contains the token, and then only from its first
+occurrence on. So we keep the prefix up to that occurrence and decode the rest. This holds for greedy decoding. It also
+holds for sampling when the noise of every (position, token) is fixed: the sample is then the token with the largest
+sum of logit and Gumbel noise, and removing a token that was not the largest changes nothing. It does not hold where
+the absence of a token changes which other tokens may be drawn (top_p, top_k, min_p): there we decode everything again.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from transformers import (
 )
 
 from ..loss.hashing import hash_counters
+from ..rollouts.batches import pad_token_ids
 
 BASELINE = "baseline"  # the arm that forbids nothing
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are decoded.
+    """Settings of decoding.
 
     Args:
-        max_new_tokens (`int`): Longest completion.
-        greedy (`bool`): Whether to take the likeliest token; the others are for sampling.
-        temperature, top_p, top_k, min_p: As in TRL's configuration; `top_k` 0 and `top_p` 1 cut nothing.
-        seed (`int`): Of the noise.
-        batch_size (`int`): Rows of a batch.
+        max_new_tokens (`int`): Maximum length of a completion.
+        greedy (`bool`): Whether to take the most likely token; the settings below except `batch_size` are for sampling.
+        temperature, top_p, top_k, min_p: As in TRL's configuration; `top_k` 0 and `top_p` 1 exclude no token.
+        seed (`int`): Seed of the noise.
+        batch_size (`int`): Completions decoded at once.
     """
 
     max_new_tokens: int
@@ -51,21 +52,24 @@ class Sampling:
 
     @property
     def reuses(self) -> bool:
-        """Whether a completion without a token is its own prefix up to where the token was chosen."""
-        return self.greedy or (self.temperature > 0 and self.top_p == 1.0 and self.top_k == 0 and not self.min_p)
+        """Whether an arm can reuse the baseline's completion up to the first forbidden token."""
+        if self.greedy:
+            return True
+        excludes_none = self.top_p == 1.0 and self.top_k == 0 and not self.min_p
+        return excludes_none and self.temperature > 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A completion to decode.
+    """One completion to decode.
 
     Args:
-        arm (`str`): Whose it is.
+        arm (`str`): Name of the arm.
         problem (`int`): Index of the problem.
         prompt (`tuple[int, ...]`): Token ids of the prompt.
-        prefix (`tuple[int, ...]`): Token ids of the completion that are kept.
+        prefix (`tuple[int, ...]`): Token ids of the completion that are not decoded again.
         forbidden (`frozenset[int]`): Ids that may not be chosen.
-        expected (`int`): Tokens that it may take; the longest are decoded first.
+        expected (`int`): Estimated number of tokens to decode; the longest jobs are decoded first.
     """
 
     arm: str
@@ -77,11 +81,26 @@ class Job:
 
 
 def baseline_jobs(prompts: Sequence[Sequence[int]], sampling: Sampling, *, forbidden: Iterable[int] = ()) -> list[Job]:
-    """Return the completions of all problems, with nothing forbidden, or what no arm may choose."""
-    return [
-        Job(BASELINE, problem, tuple(prompt), (), frozenset(forbidden), sampling.max_new_tokens)
-        for problem, prompt in enumerate(prompts)
-    ]
+    """Return a job for each problem in the baseline.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`): Token ids of the prompts.
+        sampling (`Sampling`): How to decode.
+        forbidden (`Iterable[int]`): Ids that may not be chosen; by default all ids may be.
+    """
+    forbidden = frozenset(forbidden)
+    jobs = []
+    for problem, prompt in enumerate(prompts):
+        job = Job(
+            arm=BASELINE,
+            problem=problem,
+            prompt=tuple(prompt),
+            prefix=(),
+            forbidden=forbidden,
+            expected=sampling.max_new_tokens,
+        )
+        jobs.append(job)
+    return jobs
 
 
 def knockout_jobs(
@@ -90,7 +109,10 @@ def knockout_jobs(
     arms: Mapping[str, frozenset[int]],
     sampling: Sampling,
 ) -> list[Job]:
-    """Return what has to be decoded for arms that forbid tokens: suffixes of the problems that chose one of them.
+    """Return the jobs of arms that forbid tokens.
+
+    If the baseline's completions can be reused, only problems whose completion contains a forbidden token are decoded,
+    from its first occurrence on; otherwise all problems are decoded from the start.
 
     Args:
         prompts (`Sequence[Sequence[int]]`): Token ids of the prompts.
@@ -98,58 +120,73 @@ def knockout_jobs(
         arms (`Mapping[str, frozenset[int]]`): Forbidden ids of each arm.
         sampling (`Sampling`): How the baseline was decoded.
     """
+    reuses = sampling.reuses
+    first_places = [_first_places(completion) for completion in baseline]
     jobs = []
-    first: list[dict[int, int]] = []
-    for completion in baseline:
-        places: dict[int, int] = {}
-        for place, id in enumerate(completion):
-            places.setdefault(id, place)
-        first.append(places)
     for arm, forbidden in arms.items():
-        for problem, places in enumerate(first):
-            start = min((places[id] for id in forbidden if id in places), default=None)
-            if start is None and sampling.reuses:
-                continue
-            start = start if sampling.reuses else 0
+        for problem, places in enumerate(first_places):
+            start = 0
+            if reuses:
+                chosen = forbidden & places.keys()
+                if not chosen:
+                    continue
+                start = min(places[id] for id in chosen)
+
             prefix = tuple(baseline[problem][:start])
-            jobs.append(Job(arm, problem, tuple(prompts[problem]), prefix, forbidden, len(baseline[problem]) - start))
+            job = Job(
+                arm=arm,
+                problem=problem,
+                prompt=tuple(prompts[problem]),
+                prefix=prefix,
+                forbidden=forbidden,
+                expected=len(baseline[problem]) - start,
+            )
+            jobs.append(job)
     return jobs
+
+
+def _first_places(completion: Sequence[int]) -> dict[int, int]:
+    """Return the position of the first occurrence of each token."""
+    places: dict[int, int] = {}
+    for place, id in enumerate(completion):
+        places.setdefault(id, place)
+    return places
 
 
 @torch.no_grad()
 def decode(
     model: PreTrainedModel, jobs: Sequence[Job], sampling: Sampling, *, pad_id: int, eos_ids: Sequence[int]
 ) -> Iterator[list[tuple[Job, list[int]]]]:
-    """Yield the jobs with their whole completions, the end token included, a batch at a time, the longest first.
+    """Yield batches of jobs with their whole completions, end token included, the longest jobs first.
 
     Args:
         model (`transformers.PreTrainedModel`): The student, in eval mode.
-        jobs (`Sequence[Job]`): What to decode.
-        sampling (`Sampling`): How.
+        jobs (`Sequence[Job]`): Completions to decode.
+        sampling (`Sampling`): How to decode.
         pad_id (`int`): Id that fills shorter rows.
         eos_ids (`Sequence[int]`): Ids that end a completion.
 
     Raises:
-        `ValueError`: where a step has no token left, or logits that are not numbers.
+        `ValueError`: if a step has no token left to choose, or logits that are not finite.
     """
     order = sorted(jobs, key=lambda job: (-job.expected, -len(job.prompt), job.problem, job.arm))
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
-        yield [
-            (job, ids) for job, ids in zip(batch, _decode_batch(model, batch, sampling, pad_id, eos_ids), strict=True)
-        ]
+        completions = _decode_batch(model, batch, sampling, pad_id=pad_id, eos_ids=eos_ids)
+        yield list(zip(batch, completions, strict=True))
 
 
 def _decode_batch(
-    model: PreTrainedModel, jobs: Sequence[Job], sampling: Sampling, pad_id: int, eos_ids: Sequence[int]
+    model: PreTrainedModel, jobs: Sequence[Job], sampling: Sampling, *, pad_id: int, eos_ids: Sequence[int]
 ) -> list[list[int]]:
-    rows = [[*job.prompt, *job.prefix] for job in jobs]
-    width, device = max(map(len, rows)), model.get_input_embeddings().weight.device
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    device = model.get_input_embeddings().weight.device
+    rows = [job.prompt + job.prefix for job in jobs]
+    ids, mask = pad_token_ids(rows, pad_id, side="left", device=device)
+    width = ids.shape[1]
     rooms = [sampling.max_new_tokens - len(job.prefix) for job in jobs]
-    # Greedy to `generate`: what is sampled is decided by the noise that is added to the logits. What is left open here
-    # (suppressed tokens, penalties) is as the student's own configuration has it.
+
+    # `generate` decodes greedily also when we sample, because the noise that we add to the logits decides the sample.
+    # Settings that are not given here (suppressed tokens, penalties) come from the student's own configuration.
     config = GenerationConfig(
         max_new_tokens=max(rooms), do_sample=False, pad_token_id=pad_id, eos_token_id=list(eos_ids), use_cache=True
     )
@@ -159,11 +196,16 @@ def _decode_batch(
         generation_config=config,
         logits_processor=LogitsProcessorList([_Knockout(jobs, sampling, width, device)]),
     )
-    found = []
+
+    completions = []
     for job, room, row in zip(jobs, rooms, output[:, width:].tolist(), strict=True):
-        end = next((place + 1 for place, id in enumerate(row[:room]) if id in eos_ids), room)
-        found.append([*job.prefix, *row[: min(end, room)]])
-    return found
+        completion = list(job.prefix)
+        for id in row[:room]:
+            completion.append(id)
+            if id in eos_ids:
+                break
+        completions.append(completion)
+    return completions
 
 
 class _Knockout(LogitsProcessor):
@@ -171,48 +213,59 @@ class _Knockout(LogitsProcessor):
 
     def __init__(self, jobs: Sequence[Job], sampling: Sampling, width: int, device: torch.device):
         pairs = [(row, id) for row, job in enumerate(jobs) for id in sorted(job.forbidden)]
+        # The reshape is for jobs that forbid nothing.
         self._rows, self._ids = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).T
-        self._jobs, self._sampling, self._width = jobs, sampling, width
+        self._jobs = jobs
+        self._sampling = sampling
+        self._width = width
         self._problems = torch.tensor([job.problem for job in jobs], device=device)
         self._starts = torch.tensor([len(job.prefix) for job in jobs], device=device)
         self._cuts = []
         if not sampling.greedy:
-            cuts = (
-                (TopKLogitsWarper, sampling.top_k),
-                (TopPLogitsWarper, sampling.top_p),
-                (MinPLogitsWarper, sampling.min_p),
-            )
-            self._cuts = [cut(value) for cut, value in cuts if value and value != 1.0]
+            cuts = {
+                TopKLogitsWarper: sampling.top_k,
+                TopPLogitsWarper: sampling.top_p,
+                MinPLogitsWarper: sampling.min_p,
+            }
+            self._cuts = [cut(value) for cut, value in cuts.items() if value and value != 1.0]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.float().clone()
         inside = self._ids < scores.shape[1]
         scores[self._rows[inside], self._ids[inside]] = -torch.inf
-        best = scores.max(dim=1).values
-        if not (best > -torch.inf).all() or (best == torch.inf).any():  # NaN is not above anything
-            row = int((~(best > -torch.inf) | (best == torch.inf)).nonzero()[0])
-            why = "no token is left to choose" if best[row] == -torch.inf else "the student's logits are not finite"
-            raise ValueError(f"Problem {self._jobs[row].problem}, arm {self._jobs[row].arm!r}: {why}.")
+        self._require_finite(scores.max(dim=1).values)
         if self._sampling.greedy:
             return scores
+
         scores = scores / self._sampling.temperature
         for cut in self._cuts:
             scores = cut(input_ids, scores)
         places = self._starts + (input_ids.shape[1] - self._width)
         return scores + gumbel(self._sampling.seed, self._problems, places, scores.shape[1])
 
+    def _require_finite(self, best: torch.Tensor) -> None:
+        """Raise `ValueError` with the first row whose largest logit is not finite."""
+        finite = best.isfinite()
+        if finite.all():
+            return
+        row = int((~finite).nonzero()[0])
+        job = self._jobs[row]
+        why = "no token is left to choose" if best[row] == -torch.inf else "the student's logits are not finite"
+        raise ValueError(f"Problem {job.problem}, arm {job.arm!r}: {why}.")
+
 
 def gumbel(seed: int, problems: torch.Tensor, places: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return Gumbel noise of (seed, problem, position, token), float32, shape `(B, vocab_size)`.
+    """Return Gumbel noise that depends only on (seed, problem, position, token), float32, `(B, vocab_size)`.
 
     Args:
         seed (`int`): Seed.
         problems (`torch.Tensor`): Indices of the problems, `(B,)`.
         places (`torch.Tensor`): Positions in the completion, `(B,)`.
-        vocab_size (`int`): Tokens.
+        vocab_size (`int`): Size of the vocabulary.
     """
     tokens = torch.arange(vocab_size, device=problems.device)
     bits = hash_counters(seed, problems[:, None], places[:, None], tokens[None]) & (2**52 - 1)
-    kind = torch.float32 if problems.device.type == "mps" else torch.float64
-    uniform = (bits.to(kind) + 0.5) / 2**52
+    # MPS has no float64.
+    dtype = torch.float32 if problems.device.type == "mps" else torch.float64
+    uniform = (bits.to(dtype) + 0.5) / 2**52
     return -torch.log(-torch.log(uniform)).float()

@@ -1,4 +1,4 @@
-"""The causal probe: forbid a token at every step of decoding and measure what that does to the rewards."""
+"""The causal probe: forbid a token at every step of decoding and measure how the rewards change."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .effects import evaluate_arms, make_arms
 from .knockout import BASELINE, Job, Sampling, baseline_jobs, decode, knockout_jobs
 from .rewards import reward_completions
 
-UNSTABLE_PROBLEMS = 64
-# Arguments that change no completion, so an interrupted probe may be resumed with others.
+UNSTABLE_PROBLEMS = 64  # problems decoded a second time to measure how many completions depend on the batch
+# Arguments that change no completion, so an interrupted probe may be resumed with other values of them.
 FREE_ARGUMENTS = ("output", "batch_size", "reward", "effect")
 
 
@@ -41,15 +41,15 @@ def run_probe(
     is_exact: bool,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the effect of forbidding each candidate, and rocks and controls together: the content of knockout.json.
+    """Return the content of knockout.json: the effects of forbidding each candidate, all rocks, and all controls.
 
     Args:
         probe (`Probe`): Decodes and rewards.
         rock_set (`RockSet`, *optional*): Rocks and controls.
         candidates (`str`): "rocks" for rocks and controls, "all" for every token type of the baseline's completions.
-        top_n (`int`): Rocks to probe, from the first on.
+        top_n (`int`): Number of rocks to probe, highest ranked first.
         seed (`int`): Seed of resamples and draws.
-        is_exact (`bool`): Whether the shape of a batch leaves completions unchanged; if not, that is measured, too.
+        is_exact (`bool`): Whether completions do not depend on the batch; if they may, the share that does is measured.
         settings (`dict`): Arguments of the command, for the record.
 
     Raises:
@@ -57,13 +57,16 @@ def run_probe(
     """
     rocks = [] if rock_set is None else rock_set.rocks
     rock_ids = [rock.id for rock in rocks[:top_n]]
-    control_ids = [] if rock_set is None or rock_set.controls is None else list(rock_set.controls.ids)
+    control_ids = _control_ids(rock_set)
 
-    # Only what the baseline chose can have an effect.
+    # Forbidding a token that the baseline never chose has no effect.
     counts = Counter(id for completion in probe.baseline for id in completion)
     single = sorted(counts) if candidates == "all" else [*rock_ids, *control_ids]
     if counts.keys().isdisjoint(single):
-        raise ValueError("No candidate stands in any completion of the baseline, so forbidding one changes nothing.")
+        raise ValueError(
+            "None of the candidates occurs in the baseline's completions, so forbidding them changes nothing: check "
+            "that the rock set was made from this student's rollouts, or pass `--candidates all`."
+        )
     arms = make_arms(rock_ids, control_ids, single)
     forbidden = {arm: ids for arm, (_, ids) in arms.items()}
     rewards = probe.rewards_of(forbidden)
@@ -84,8 +87,14 @@ def run_probe(
     return result
 
 
+def _control_ids(rock_set: RockSet | None) -> list[int]:
+    if rock_set is None or rock_set.controls is None:
+        return []
+    return list(rock_set.controls.ids)
+
+
 def journal_settings(arguments: Mapping[str, Any], rock_set: RockSet | None) -> dict[str, Any]:
-    """Return what decides the completions of a probe, which the head of its journal records.
+    """Return the settings that determine the completions of a probe; the first line of its journal records them.
 
     Args:
         arguments (`Mapping`): Arguments of the command.
@@ -93,26 +102,28 @@ def journal_settings(arguments: Mapping[str, Any], rock_set: RockSet | None) -> 
     """
     settings = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
     if rock_set is not None:
-        controls = [] if rock_set.controls is None else list(rock_set.controls.ids)
-        settings["ids"] = [rock_set.ids.tolist(), controls]
+        settings["ids"] = [rock_set.ids.tolist(), _control_ids(rock_set)]
     return settings
 
 
 class Probe:
-    """Decodes the arms of a probe, resumes what was decoded before, and rewards them.
+    """Decodes and rewards the completions of a probe; completions in the journal are not decoded again.
 
     Args:
         model (`transformers.PreTrainedModel`): The student, in eval mode.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
-        rows (`Sequence[Mapping]`): Problems with a `prompt` and whatever the reward takes.
-        reward (`Callable`): With TRL's signature.
+        rows (`Sequence[Mapping]`): Problems with a `prompt` and the columns that the reward uses.
+        reward (`Callable`): Reward function with TRL's signature.
         sampling (`Sampling`): How to decode.
-        journal (`Path`): File of the completions so far; an interrupted probe resumes from it.
-        settings (`dict`): What decides the completions ([`journal_settings`]).
+        journal (`Path`): File of the completions decoded so far; an interrupted probe resumes from it.
+        settings (`dict`): Settings that determine the completions ([`journal_settings`]).
 
     Attributes:
-        decoded (`int`): Tokens that were decoded, those of an interrupted probe included.
-        baseline (`list[list[int]]`): Completions with nothing forbidden.
+        decoded (`int`): Number of decoded tokens, including those decoded before an interruption.
+        baseline (`list[list[int]]`): Token ids of the completions with nothing forbidden.
+
+    Raises:
+        `ValueError`: if the journal is damaged or belongs to a probe with other settings.
     """
 
     def __init__(
@@ -134,10 +145,17 @@ class Probe:
         self._journal = journal
         self._prompts = [tokenize(row["prompt"], tokenizer) for row in rows]
 
+        ends = {tokenizer.eos_token_id}
         own_ends = model.generation_config.eos_token_id
-        own_ends = own_ends if isinstance(own_ends, list) else [own_ends]
-        self._eos = sorted({id for id in (*own_ends, tokenizer.eos_token_id) if id is not None})
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos[0]
+        if isinstance(own_ends, list):
+            ends.update(own_ends)
+        else:
+            ends.add(own_ends)
+        self._eos = sorted(ends - {None})
+
+        self._pad = tokenizer.pad_token_id
+        if self._pad is None:
+            self._pad = self._eos[0]
 
         self._head = json.dumps(settings)
         self._known = self._read_journal()
@@ -149,20 +167,22 @@ class Probe:
         """Return the rewards of all problems for each arm, and for the baseline."""
         jobs = knockout_jobs(self._prompts, self.baseline, arms, self.sampling)
         completions = self._complete(jobs, "knockouts")
-        base = self._reward_all(dict(enumerate(self.baseline)))
-        rewards = {BASELINE: [base[problem] for problem in range(len(self._rows))]}
+        baseline_rewards = self._reward_all(dict(enumerate(self.baseline)))
+        rewards = {BASELINE: list(baseline_rewards.values())}
+
+        # A completion equal to the baseline's has the baseline's reward.
+        changed: dict[str, dict[int, list[int]]] = {arm: {} for arm in arms}
+        for (arm, problem), ids in completions.items():
+            if ids != self.baseline[problem]:
+                changed[arm][problem] = ids
+
         for arm in arms:
-            # A completion that came out as the baseline's has the baseline's reward.
-            changed = {}
-            for job in jobs:
-                if job.arm == arm and completions[arm, job.problem] != self.baseline[job.problem]:
-                    changed[job.problem] = completions[arm, job.problem]
-            changed_rewards = self._reward_all(changed)
-            rewards[arm] = [changed_rewards.get(problem, value) for problem, value in enumerate(rewards[BASELINE])]
+            arm_rewards = baseline_rewards | self._reward_all(changed[arm])
+            rewards[arm] = list(arm_rewards.values())
         return rewards
 
     def naive_tokens(self, arms: Mapping[str, frozenset[int]]) -> int:
-        """Return how many tokens the arms would take from scratch, after `rewards_of`."""
+        """Return how many tokens baseline and arms would take without reuse; call it after `rewards_of`."""
         total = sum(len(completion) for completion in self.baseline)
         for arm in arms:
             for problem, completion in enumerate(self.baseline):
@@ -172,17 +192,20 @@ class Probe:
     def unstable_share(self) -> float:
         """Return the share of the first 64 problems whose completion changes when it is decoded alone.
 
-        In half precision logits depend on the shape of the batch, so suffixes are not exactly those of whole
-        completions.
+        In half precision, logits depend on the shape of the batch, so a suffix decoded from a prefix may differ from
+        the end of a completion decoded from scratch.
         """
         jobs = baseline_jobs(self._prompts[:UNSTABLE_PROBLEMS], self.sampling)
         alone = replace(self.sampling, batch_size=1)
         batches = decode(self._model, jobs, alone, pad_id=self._pad, eos_ids=self._eos)
-        return float(np.mean([ids != self.baseline[job.problem] for batch in batches for job, ids in batch]))
+        changed = []
+        for batch in batches:
+            changed += [ids != self.baseline[job.problem] for job, ids in batch]
+        return float(np.mean(changed))
 
     @torch.no_grad()
     def entropies(self) -> dict[int, float]:
-        """Return the student's mean entropy where it chose each token of the baseline, nats, at temperature 1."""
+        """Return the student's mean entropy where the baseline chose each token, in nats, at temperature 1."""
         entropies: dict[int, list[float]] = {}
         device = self._model.get_input_embeddings().weight.device
         pairs = list(zip(self._prompts, self.baseline, strict=True))
@@ -207,10 +230,12 @@ class Probe:
         """Return the completions of jobs by arm and problem; those that are not in the journal are decoded."""
         missing = []
         for job in jobs:
-            if (job.arm, job.problem) in self._known:
-                self.decoded += len(self._known[job.arm, job.problem]) - len(job.prefix)
-            else:
+            ids = self._known.get((job.arm, job.problem))
+            if ids is None:
                 missing.append(job)
+            else:
+                self.decoded += len(ids) - len(job.prefix)
+
         with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="completion", desc=description) as bar:
             for batch in decode(self._model, missing, self.sampling, pad_id=self._pad, eos_ids=self._eos):
                 for job, ids in batch:
@@ -228,17 +253,18 @@ class Probe:
             file.write("".join(line + "\n" for line in lines))
 
     def _read_journal(self) -> dict[tuple[str, int], list[int]]:
-        """Return the completions of the journal by arm and problem; nothing where there is none."""
+        """Return the completions of the journal by arm and problem; no completions if there is no journal."""
         if not self._journal.is_file():
             return {}
-        # Text behind the last line break is a line whose writing was interrupted.
+        # Text after the last line break is a line whose writing was interrupted, so it is dropped.
         *lines, _ = self._journal.read_bytes().decode(errors="replace").split("\n")
         if not lines:
             self._journal.unlink()
             return {}
         if lines[0] != self._head:
             raise ValueError(
-                f"{self._journal} is of an interrupted probe with other settings: finish that one, or remove the file."
+                f"{self._journal} belongs to an interrupted probe with other settings: finish that one, or "
+                "remove the file."
             )
         known = {}
         for number, line in enumerate(lines[1:], 2):
@@ -263,13 +289,13 @@ def require_prompts_fit(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
 ) -> None:
-    """Raise `ValueError` for a prompt without tokens, or one whose completion would not fit into the context.
+    """Raise `ValueError` for a prompt without tokens, or one that leaves no room in the context for its completion.
 
     Args:
         rows (`Sequence[Mapping]`): Problems with a `prompt`.
         model (`transformers.PreTrainedModel`): The student.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
-        max_new_tokens (`int`): Longest completion.
+        max_new_tokens (`int`): Maximum length of a completion.
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = tokenize_prompts(lambda given: [tokenize(prompt, tokenizer) for prompt in given], prompts)

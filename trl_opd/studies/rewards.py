@@ -1,4 +1,4 @@
-"""Reward functions with TRL's signature, built in ones and the user's own; each error names the problem."""
+"""Reward functions with TRL's signature, built-in or the user's; each error names the problem."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def exact_match(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 where a completion is the answer, but for white space around it."""
+    """Return 1 where a completion equals the answer, ignoring white space around both."""
     return [float(text_of(one).strip() == str(other).strip()) for one, other in zip(completions, answer, strict=True)]
 
 
@@ -19,8 +19,10 @@ def last_number(completions: Sequence, answer: Sequence[str], **_: Any) -> list[
     """Return 1 where the last number of a completion is the last number of the answer."""
     found = []
     for one, other in zip(completions, answer, strict=True):
-        numbers = _last_number(text_of(one)), _last_number(str(other))
-        found.append(float(None not in numbers and math.isclose(*numbers, rel_tol=1e-9)))
+        number = _last_number(text_of(one))
+        expected = _last_number(str(other))
+        is_equal = None not in (number, expected) and math.isclose(number, expected, rel_tol=1e-9)
+        found.append(float(is_equal))
     return found
 
 
@@ -37,7 +39,7 @@ BUILT_IN = {"exact_match": exact_match, "last_number": last_number, "math_verify
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """Return the text of a completion as TRL hands it to rewards: a text, or a list of messages."""
+    """Return the text of a completion in the form that TRL passes to rewards: a text, or a list of messages."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
@@ -53,7 +55,7 @@ def reward_completions(
         problems (`Sequence[int]`): Their indices, for errors.
 
     Raises:
-        `ValueError`: if the function raises, or returns something else than a finite number for each.
+        `ValueError`: if the function raises, or does not return one finite number for each completion.
     """
     if not texts:
         return []
