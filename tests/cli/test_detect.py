@@ -250,7 +250,7 @@ def test_the_tokenizer_is_looked_for_on_this_machine_only(named, capsys):
     (folder / "tokenizer").rename(folder / "elsewhere")
     code, printed, _ = run([folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT], capsys)
     assert code == 0
-    assert "The tokens have no names: --tokenizer PATH" in printed
+    assert "pass --tokenizer PATH to add names" in printed
     code, printed, _ = run(
         [folder / "o.parquet", "--output", folder / "r.json", "--tokenizer", folder / "elsewhere", *NO_CONTEXT], capsys
     )

@@ -196,7 +196,7 @@ def test_a_run_that_broke_off_goes_on_and_ends_with_equal_rows(world, tmp_path, 
 
     monkeypatch.setattr(Collector, "_collect_batch", break_off)
     assert main(arguments(world, tmp_path / "broken", *more)) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert not (tmp_path / "broken" / "occurrences.parquet").exists()
     assert collect(world, tmp_path / "broken", *more) == whole
     assert batches == [0, 2, 4, 4, 6]  # none twice but the one that broke off

@@ -1,4 +1,4 @@
-"""`trl-opd collect`: a student's rollouts with the divergence of every token, before and after the distillation."""
+"""`trl-opd collect`: sample rollouts from a student and store the divergence of every token."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ if TYPE_CHECKING:
 
 @dataclass
 class CollectArguments:
-    """Arguments of `trl-opd collect` beside those of `trl-opd train`."""
+    """Arguments of `trl-opd collect` in addition to those of `trl-opd train`."""
 
     num_prompts: int | None = field(
         default=None,
-        metadata={"metavar": "N", "help": "Number of prompts to use, from the first on; all when omitted."},
+        metadata={"metavar": "N", "help": "Use only the first N prompts; all of them when omitted."},
     )
     greedy: bool = field(
         default=False,
-        metadata={"help": "Take the likeliest token instead of sampling as in training."},
+        metadata={"help": "Decode greedily instead of sampling as in training."},
     )
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "metavar": "P",
-            "help": "The student before the distillation: a model, or adapter_off for a LoRA student without its "
-            "adapter (no extra memory).",
+            "help": "The student before distillation: a model, or adapter_off to score a LoRA student with its adapter "
+            "switched off (needs no extra memory).",
         },
     )
 
 
 HELP = f"""usage: trl-opd collect --model_name_or_path M --teacher_model_name_or_path T --dataset_name D [...]
 
-Let a student write completions for the prompts of a dataset, in its order, and score every token of them with the
-teacher. Writes DIR/occurrences.parquet and DIR/prompts.parquet, which `trl-opd detect` reads. A run that was killed
-goes on with the next batch. Takes the options of `trl-opd train` for models, sampling and data, and those below.
+Sample completions from a student for the prompts of a dataset, in dataset order, and score every token with the
+teacher. Writes DIR/occurrences.parquet, which `trl-opd detect` reads, and DIR/prompts.parquet. To resume a run that was
+killed, run the same command again; it continues with the next batch. Takes the options of `trl-opd train` for models,
+sampling and data, and those below.
 
 usual options:
-  --model_name_or_path M              the student: a model, or the folder of a LoRA adapter
+  --model_name_or_path M              the student: a model name or folder, or the folder of a LoRA adapter
   --teacher_model_name_or_path T      the teacher
-  --dataset_name D                    prompts: a name on the Hub, a folder, or a file of JSON lines
-  --output_dir DIR                    where the two files go
-  --max_completion_length N           tokens of a completion at most
+  --dataset_name D                    prompts: a dataset on the Hub, a folder, or a JSON Lines file
+  --output_dir DIR                    folder for the two files
+  --max_completion_length N           maximum number of tokens in a completion
   --num_generations N                 rollouts per prompt (1)
-  --per_device_eval_batch_size N      rollouts of a batch (8)
-  --use_cpu --bf16 false              without a GPU
+  --per_device_eval_batch_size N      rollouts per batch (8)
+  --use_cpu --bf16 false              run without a GPU
 
 {format_options("options of collect:", options_of(CollectArguments))}
 
@@ -61,9 +62,9 @@ example:
       --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit --dataset_name trl-lib/tldr \\
       --num_prompts 500 --output_dir rollouts"""
 
-INTERRUPTED = ": finished batches are kept, and the same command goes on from there"
+INTERRUPTED = ": finished batches are kept, run the same command again to resume"
 
-# Options that decide the rows, beside the models and the dataset.
+# Options that change the collected rows, in addition to the models and the dataset.
 SETTINGS = (
     "seed",
     "num_generations",

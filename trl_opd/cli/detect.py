@@ -1,4 +1,4 @@
-"""`trl-opd detect`: occurrences -> rocks, with controls and the figures of prompts that did not choose them."""
+"""`trl-opd detect`: find rocks and matched controls in stored rollouts, and evaluate the rocks on held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,84 +18,95 @@ if TYPE_CHECKING:
     from ..rocks.from_occurrences import Detection
     from ..rocks.rock_set import Controls, Rock
 
-# Wider surroundings hardly differ: the farthest of these tokens counts 1 / 64 of the nearest.
+# A wider window hardly changes a similarity: a token weighs 1 / distance, so the farthest one weighs 1 / 64.
 MOST_WINDOW = 64
-UNNAMED = "The tokens have no names: --tokenizer PATH gives them theirs, and their families."
+UNNAMED = "The tokens have no names, because no tokenizer was found: pass --tokenizer PATH to add names and families."
 
 
 @dataclass
 class DetectArguments:
-    """Arguments of `trl-opd detect` beside the file of occurrences."""
+    """Arguments of `trl-opd detect` in addition to the file of occurrences."""
 
     output: str = field(
         default=ROCK_SET_FILE,
         metadata={
             "metavar": "FILE",
-            "help": "The rock set. With --top_k auto a plot of the sweep is written beside it.",
+            "help": "Where to write the rock set. --top_k auto also writes a plot of the sweep next to it.",
         },
     )
     top_k: str | None = field(
         default=None,
         metadata={
             "metavar": "K",
-            "help": "Largest number of rocks, 100 when omitted, or auto: the largest stable one.",
+            "help": "Maximum number of rocks (100 when omitted), or auto for the largest number at which the list is "
+            "stable.",
         },
     )
     score: str = field(
         default="context",
-        metadata={"metavar": "S", "help": "context (R_ctx) or aggregate (R, the divergence of a type alone)."},
+        metadata={
+            "metavar": "S",
+            "help": "How to rank types: context (R_ctx) or aggregate (R, summed divergence, no context).",
+        },
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
             "metavar": "PATH",
-            "help": "Names the tokens; when omitted, the occurrences' own tokenizer, where it is on this machine.",
+            "help": "Tokenizer that names the tokens. When omitted, the one that the occurrences file names is "
+            "used if it is on this machine.",
         },
     )
     tau_pre: str = field(
         default="q0.7",
         metadata={
             "metavar": "X",
-            "help": "Least divergence under the reference student, in nats, or qP for the quantile P.",
+            "help": "Minimum divergence under the reference student, in nats, or qP for the quantile P.",
         },
     )
     tau_post: str = field(
         default="q0.8",
-        metadata={"metavar": "X", "help": "Least divergence under the student, in nats, or qP for the quantile P."},
+        metadata={"metavar": "X", "help": "Minimum divergence under the student, in nats, or qP for the quantile P."},
     )
     window: int = field(
         default=2,
-        metadata={"metavar": "W", "help": "Tokens on each side that are compared."},
+        metadata={"metavar": "W", "help": "Number of tokens compared on each side of an occurrence."},
     )
     gamma: float = field(
         default=0.5,
-        metadata={"metavar": "G", "help": "Least similarity of two surroundings, above 0, at most 1."},
+        metadata={"metavar": "G", "help": "Minimum similarity for two contexts to match, above 0 and at most 1."},
     )
     eta: float = field(
         default=0.05,
-        metadata={"metavar": "E", "help": "Least share of similar occurrences of the type, from 0 to 1."},
+        metadata={
+            "metavar": "E",
+            "help": "Minimum share of a type's occurrences with a matching context, from 0 to 1.",
+        },
     )
     max_occurrences: int = field(
         default=8192,
-        metadata={"metavar": "N", "help": "Occurrences of a type that are compared; of more, a sample."},
+        metadata={
+            "metavar": "N",
+            "help": "Maximum number of occurrences compared per type; types with more are sampled.",
+        },
     )
     joint: str | None = field(
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Occurrences of a second student: the smaller of the two scores counts.",
+            "help": "Occurrences of a second student. Each type then gets the smaller of its two scores.",
         },
     )
     seed: int = field(
         default=0,
-        metadata={"metavar": "S", "help": "Seed of controls, samples and intervals."},
+        metadata={"metavar": "S", "help": "Seed for the choice of controls, sampling and bootstrap intervals."},
     )
 
 
 HELP = f"""usage: trl-opd detect OCCURRENCES.parquet [--output rock_set.json] [options] [--config FILE.yaml]
 
-Find the token types whose divergence stays high in recurring surroundings, and controls that occur as often. One half
-of the prompts selects, the other half judges. docs/detection.md explains every stage.
+Find the token types whose divergence stays high in recurring contexts, and control types that occur equally often.
+Half of the prompts select the rocks; the other half evaluate them. docs/detection.md explains every stage.
 
 {format_options("options:", options_of(DetectArguments))}
 

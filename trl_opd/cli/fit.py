@@ -1,4 +1,4 @@
-"""`trl-opd fit`: will a distillation fit on a card? Answered from two configurations, before anything is downloaded."""
+"""`trl-opd fit`: predict from two model configurations, without their weights, whether a run fits on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .options import format_options, options_of
 from .parsing import parse
 
 REQUIRED = ("model_name_or_path", "teacher_model_name_or_path", "gpu")
-# Name -> bytes of a weight.
+# Data type -> bytes per weight.
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Options that take a whole number above 0.
+# Options that must be a whole number of at least 1.
 COUNTS = (
     "lora_r",
     "per_device_train_batch_size",
@@ -27,19 +27,19 @@ class FitArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "S", "help": "The student: a folder, or a name on the Hub."},
+        metadata={"metavar": "S", "help": "The student: a folder or a model on the Hub."},
     )
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "T", "help": "The teacher: a folder, or a name on the Hub."},
+        metadata={"metavar": "T", "help": "The teacher: a folder or a model on the Hub."},
     )
     gpu: str | None = field(
         default=None,
-        metadata={"metavar": "SIZE", "help": "Memory of the card, such as 24GB."},
+        metadata={"metavar": "SIZE", "help": "Memory of the GPU, for example 24GB."},
     )
     reserve: float = field(
         default=0.75,
-        metadata={"metavar": "GIB", "help": "GiB of the card's memory that CUDA and fragmentation take."},
+        metadata={"metavar": "GIB", "help": "GiB of GPU memory to set aside for CUDA itself and for fragmentation."},
     )
     teacher_quantization: str | None = field(
         default=None,
@@ -49,12 +49,12 @@ class FitArguments:
         default="resident",
         metadata={
             "metavar": "P",
-            "help": "Where the teacher is: resident (always on the card), or parked (off the card when not used).",
+            "help": "resident keeps the teacher on the GPU; parked moves it off the GPU while it is not used.",
         },
     )
     use_peft: bool = field(
         default=False,
-        metadata={"help": "The student is trained with LoRA."},
+        metadata={"help": "Train the student with LoRA."},
     )
     lora_r: int = field(
         default=16,
@@ -62,31 +62,31 @@ class FitArguments:
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "The base of the LoRA student is in 4 bits (QLoRA)."},
+        metadata={"help": "Load the base model of the LoRA student in 4-bit precision (QLoRA)."},
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "metavar": "DTYPE",
-            "help": "Dtype of the student's weights: bfloat16, float16 or float32. When omitted bfloat16 for a LoRA "
-            "student, float32 for one that is trained in full.",
+            "help": "Data type of the student's weights: bfloat16, float16 or float32. When omitted, bfloat16 for "
+            "LoRA and float32 for full training.",
         },
     )
     per_device_train_batch_size: int = field(
         default=8,
-        metadata={"metavar": "N", "help": "Rollouts of a forward."},
+        metadata={"metavar": "N", "help": "Rollouts per forward pass."},
     )
     gradient_accumulation_steps: int = field(
         default=1,
-        metadata={"metavar": "N", "help": "Forwards of an optimizer step."},
+        metadata={"metavar": "N", "help": "Forward passes per optimizer step."},
     )
     prompt_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of the longest prompt."},
+        metadata={"metavar": "N", "help": "Number of tokens in the longest prompt."},
     )
     max_completion_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of the longest completion."},
+        metadata={"metavar": "N", "help": "Number of tokens in the longest completion."},
     )
     json: bool = field(
         default=False,
@@ -97,8 +97,8 @@ class FitArguments:
 HELP = f"""\
 usage: trl-opd fit --model_name_or_path S --teacher_model_name_or_path T --gpu 24GB [...] [--config FILE.yaml]
 
-Predict the memory of a run on one card, phase by phase, from the configurations of both models alone, and say what to
-change when it does not fit. Estimates for CUDA, bfloat16 and gradient checkpointing.
+Predict how much memory a run needs on one GPU in each phase, using only the configurations of the two models, and
+suggest changes if it does not fit. The estimate assumes CUDA, bfloat16 and gradient checkpointing.
 
 {format_options("options:", options_of(FitArguments), required=REQUIRED)}"""
 

@@ -1,4 +1,4 @@
-"""`trl-opd gradients`: do rocks still teach? Gradients by token type, on rollouts that were collected."""
+"""`trl-opd gradients`: measure the gradient of each token type on stored rollouts."""
 
 from __future__ import annotations
 
@@ -16,48 +16,52 @@ if TYPE_CHECKING:
     from ..artefacts.gradient_table import Study
     from ..studies.gradient_study import MannWhitney, Wilcoxon
 
-# Columns in which rocks and rare types are compared -> their names in the table.
+# Columns on which rocks are tested against rare types -> their names in the printed table.
 TESTED = {"norm": "norm, as published", "norm_unbiased": "unbiased norm", "norm_matched": "equal n"}
 
 
 @dataclass
 class GradientArguments:
-    """Arguments of `trl-opd gradients` beside those of `trl-opd train`."""
+    """Arguments of `trl-opd gradients` in addition to those of `trl-opd train`."""
 
     early: str | None = field(
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Occurrences of an earlier student, to see how the divergence of each group changed.",
+            "help": "Occurrences of an earlier student, to show how the divergence of each group changed.",
         },
     )
     matched: int = field(
         default=3,
-        metadata={"metavar": "N", "help": "Positions of each type in the groups of equal number."},
+        metadata={"metavar": "N", "help": "Positions drawn per type for the comparison at equal sample size."},
     )
     rare: int = field(
         default=200,
-        metadata={"metavar": "N", "help": "Largest number of rare types of high divergence."},
+        metadata={"metavar": "N", "help": "Maximum number of rare types with high divergence to compare with."},
     )
     output: str = field(
         default=GRADIENTS_FILE,
-        metadata={"metavar": "FILE", "help": "The result: a row for each type. A plot is written beside it."},
+        metadata={
+            "metavar": "FILE",
+            "help": "Where to write the result, one row per type. A plot is written next to it.",
+        },
     )
 
 
 HELP = f"""usage: trl-opd gradients OCCURRENCES.parquet --rock_set F --model_name_or_path M [...]
 
-Norm and direction of the gradient of each token type with respect to the student's logits, on stored rollouts: of the
-rocks, of rare types of high divergence, and of a random rest. Averaging alone makes the mean gradient of frequent types
-small, so the unbiased norm and groups of equally many positions stand beside. Takes the options of `trl-opd train` for
-models, and those below; prompts.parquet is read from beside the occurrences.
+Measure the norm and direction of each token type's gradient with respect to the student's logits, on stored rollouts,
+for three groups: the rocks, rare types with high divergence, and a random sample of the other types. Averaging alone
+makes the mean gradient of frequent types small, so the table also shows an unbiased norm and a comparison at equal
+sample size. Takes the model options of `trl-opd train` and those below. Reads prompts.parquet from the folder of the
+occurrences.
 
 usual options:
-  --rock_set F                      the rocks (required)
-  --model_name_or_path M            the student: a model, or the folder of a LoRA adapter
+  --rock_set F                      the rock set file (required)
+  --model_name_or_path M            the student: a model name or folder, or the folder of a LoRA adapter
   --teacher_model_name_or_path T    the teacher
-  --per_device_eval_batch_size N    rollouts of a forward (8)
-  --use_cpu --bf16 false            without a GPU
+  --per_device_eval_batch_size N    rollouts per forward pass (8)
+  --use_cpu --bf16 false            run without a GPU
 
 {format_options("options of gradients:", options_of(GradientArguments))}
 

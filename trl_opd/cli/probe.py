@@ -1,4 +1,4 @@
-"""`trl-opd probe`: do rocks matter? Forbid a token at every step, and compare the rewards."""
+"""`trl-opd probe`: ban a token at every decoding step, and compare the rewards with those of normal decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..studies.knockout import Sampling
 
 REQUIRED = ("model_name_or_path", "dataset_name")
-INTERRUPTED = ": finished completions are kept, and the same command goes on from there"
+INTERRUPTED = ": finished completions are kept, run the same command again to resume"
 
 
 @dataclass
@@ -25,104 +25,113 @@ class ProbeArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "M", "help": "The student: a model, or the folder of a LoRA adapter."},
+        metadata={"metavar": "M", "help": "The student: a model name or folder, or the folder of a LoRA adapter."},
     )
     rock_set: str | None = field(
         default=None,
-        metadata={"metavar": "F", "help": "Rocks and controls; required unless --candidates all."},
+        metadata={
+            "metavar": "F",
+            "help": "Rock set file with rocks and controls. Required unless you pass --candidates all.",
+        },
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"metavar": "D", "help": "Problems: a name on the Hub, a folder, or a file of JSON lines."},
+        metadata={"metavar": "D", "help": "Problems to solve: a dataset on the Hub, a folder, or a JSON Lines file."},
     )
     dataset_config: str | None = field(
         default=None,
-        metadata={"metavar": "C", "help": "Configuration of the dataset."},
+        metadata={"metavar": "C", "help": "Configuration name of the dataset."},
     )
     dataset_split: str = field(
         default="train",
-        metadata={"metavar": "S", "help": "Split of the dataset."},
+        metadata={"metavar": "S", "help": "Split of the dataset to use."},
     )
     reward: str = field(
         default="last_number",
         metadata={
             "metavar": "R",
-            "help": "exact_match, last_number or math_verify (with the column `answer`), or a dotted path to a "
-            "function with TRL's signature.",
+            "help": "Built-in reward: exact_match, last_number or math_verify (these need a column `answer`), or the "
+            "dotted path of a function with TRL's reward signature.",
         },
     )
     candidates: str = field(
         default="rocks",
-        metadata={"metavar": "C", "help": "rocks (and controls), or all: every type of the baseline's completions."},
+        metadata={
+            "metavar": "C",
+            "help": "Types to ban: rocks (with controls), or all types in the baseline completions.",
+        },
     )
     top_n: int = field(
         default=200,
-        metadata={"metavar": "N", "help": "Rocks to probe, from the first on."},
+        metadata={"metavar": "N", "help": "Maximum number of rocks to probe, in the order of the rock set."},
     )
     num_prompts: int | None = field(
         default=None,
-        metadata={"metavar": "N", "help": "Problems to use, from the first on; all when omitted."},
+        metadata={"metavar": "N", "help": "Use only the first N problems; all of them when omitted."},
     )
     max_completion_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of a completion at most."},
+        metadata={"metavar": "N", "help": "Maximum number of tokens in a completion."},
     )
     greedy: bool = field(
         default=False,
-        metadata={"help": "Take the likeliest token instead of sampling."},
+        metadata={"help": "Decode greedily instead of sampling."},
     )
     temperature: float = field(
         default=1.0,
-        metadata={"metavar": "T", "help": "Temperature of sampling."},
+        metadata={"metavar": "T", "help": "Sampling temperature."},
     )
     top_p: float = field(
         default=1.0,
-        metadata={"metavar": "P", "help": "Sample from the likeliest tokens of this total probability; 1.0 cuts none."},
+        metadata={
+            "metavar": "P",
+            "help": "Nucleus sampling: keep the likeliest tokens up to this total probability; 1.0 keeps all.",
+        },
     )
     top_k: int = field(
         default=0,
-        metadata={"metavar": "K", "help": "Sample from this many of the likeliest tokens; 0 cuts none."},
+        metadata={"metavar": "K", "help": "Sample from only the K likeliest tokens; 0 keeps all."},
     )
     min_p: float | None = field(
         default=None,
         metadata={
             "metavar": "P",
-            "help": "Sample from the tokens of at least this share of the largest probability; none cuts none.",
+            "help": "Drop tokens less likely than this fraction of the likeliest token; none keeps all.",
         },
     )
     batch_size: int = field(
         default=64,
-        metadata={"metavar": "N", "help": "Rows of a batch."},
+        metadata={"metavar": "N", "help": "Number of completions decoded together."},
     )
     dtype: str = field(
         default="float32",
-        metadata={"metavar": "DTYPE", "help": "Dtype of the student's weights: float32, bfloat16 or float16."},
+        metadata={"metavar": "DTYPE", "help": "Data type of the student's weights: float32, bfloat16 or float16."},
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Load the student in 4 bits."},
+        metadata={"help": "Load the student in 4-bit precision (NF4)."},
     )
     use_cpu: bool = field(
         default=False,
-        metadata={"help": "Decode on the CPU, also where there is a GPU."},
+        metadata={"help": "Decode on the CPU even if a GPU is available."},
     )
     seed: int = field(
         default=0,
-        metadata={"metavar": "S", "help": "Seed of sampling and intervals."},
+        metadata={"metavar": "S", "help": "Seed for sampling and bootstrap intervals."},
     )
     effect: float = field(
         default=0.01,
         metadata={
             "metavar": "E",
-            "help": "Effect that is asked about: where there are too few problems to find it, the output says how many "
-            "it takes.",
+            "help": "Size of the effect you want to detect. If there are too few problems for it, the output says how "
+            "many are needed.",
         },
     )
     output: str = field(
         default=KNOCKOUT_FILE,
         metadata={
             "metavar": "FILE",
-            "help": "The result. A plot, and a copy of the rock set with roles, are written beside it.",
+            "help": "Where to write the result. A plot and a copy of the rock set with roles are written next to it.",
         },
     )
 
@@ -130,9 +139,10 @@ class ProbeArguments:
 HELP = f"""\
 usage: trl-opd probe --model_name_or_path M --rock_set F --dataset_name D [--reward R] [options]
 
-Forbid a token at every step of decoding and see what it does to the rewards of a task: each rock alone, all together,
-and the mass-matched controls, each and together. Only completions in which a token was chosen are decoded again, from
-there on. Effects are tested and corrected for their number. An interrupted probe goes on where it was.
+Ban tokens at every decoding step and measure how the rewards of a task change: each rock alone, all rocks together,
+each mass-matched control alone, and all controls together. A completion is decoded again only if it used a banned
+token, and only from that token on. The effects are tested for significance and corrected for multiple comparisons. To
+resume an interrupted probe, run the same command again.
 
 {format_options("options:", options_of(ProbeArguments), required=REQUIRED)}
 
