@@ -151,7 +151,11 @@ example:
 
 
 def run(argv: list[str]) -> None:
-    """Probe, write the result, and print the table; raises `ValueError` or `OSError` for a user's error."""
+    """Run the probe, write the result, and print its table.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from trl import TrlParser
 
     parser = TrlParser((ProbeArguments,), prog="trl-opd probe")
@@ -174,10 +178,11 @@ def run(argv: list[str]) -> None:
     require_writable(output)
     reward = load_reward(args.reward)
     problems = load_problems(args)
-    rock_set = None if args.rock_set is None else RockSet.load(args.rock_set)
+    rock_set = RockSet.load(args.rock_set) if args.rock_set is not None else None
     model, tokenizer = load_student_and_tokenizer(args, rock_set)
     require_prompts_fit(problems, model, tokenizer, args.max_completion_length)
 
+    settings = asdict(args)
     probe = Probe(
         model,
         tokenizer,
@@ -185,7 +190,7 @@ def run(argv: list[str]) -> None:
         reward,
         make_sampling(args),
         journal=output.with_name(f".{output.name}.journal.jsonl"),
-        settings=journal_settings(asdict(args), rock_set),
+        settings=journal_settings(settings, rock_set),
     )
     result = run_probe(
         probe,
@@ -194,8 +199,9 @@ def run(argv: list[str]) -> None:
         top_n=args.top_n,
         seed=args.seed,
         is_exact=args.dtype == "float32" and not args.load_in_4bit,
-        settings=asdict(args),
+        settings=settings,
     )
+
     write_json(output, result)
     save_png(plot_forest(result), output.with_suffix(".png"))
     written = f"The result is in {output}"
@@ -209,30 +215,37 @@ def run(argv: list[str]) -> None:
 
 
 def check_arguments(args: ProbeArguments) -> None:
-    """Raise `ValueError` for invalid values, before anything is loaded."""
+    """Raise `ValueError` if an argument is invalid, before anything is loaded."""
     if args.candidates not in ("rocks", "all"):
         raise ValueError(f"--candidates must be rocks or all, got {args.candidates!r}.")
     if args.candidates == "rocks" and args.rock_set is None:
-        raise ValueError("--candidates rocks needs --rock_set; without one use --candidates all.")
+        raise ValueError("--candidates rocks needs a rock set: pass --rock_set FILE, or use --candidates all.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {args.dtype!r}.")
     for name, least in (("top_n", 1), ("max_completion_length", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
-        if type(getattr(args, name)) is not int or getattr(args, name) < least:
-            raise ValueError(f"--{name} must be a whole number of at least {least}, got {getattr(args, name)!r}.")
+        value = getattr(args, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"--{name} must be a whole number of at least {least}, got {value!r}.")
     if args.num_prompts is not None and (type(args.num_prompts) is not int or args.num_prompts < 1):
-        raise ValueError(f"--num_prompts counts problems, at least 1, got {args.num_prompts!r}.")
+        raise ValueError(f"--num_prompts must be a whole number of at least 1, got {args.num_prompts!r}.")
     if type(args.temperature) not in (int, float) or not 0 < args.temperature < math.inf:
-        raise ValueError(f"--temperature must be above 0 (or --greedy), got {args.temperature!r}.")
-    if type(args.top_p) not in (int, float) or not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p must lie in (0, 1], got {args.top_p!r}.")
-    if type(args.effect) not in (int, float) or not 0 < args.effect <= 1:
-        raise ValueError(f"--effect must lie in (0, 1], got {args.effect!r}.")
+        raise ValueError(f"--temperature must be above 0, got {args.temperature!r}: for greedy decoding pass --greedy.")
+    for name in ("top_p", "effect"):
+        value = getattr(args, name)
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise ValueError(f"--{name} must lie in (0, 1], got {value!r}.")
     if args.min_p is not None and not 0 <= args.min_p <= 1:
         raise ValueError(f"--min_p must lie in [0, 1], got {args.min_p!r}.")
 
 
 def load_problems(args: ProbeArguments) -> list[dict]:
-    """Return the rows of the dataset, each with a `prompt`, and with an `answer` for a built-in reward."""
+    """Return the problems as rows of the dataset.
+
+    Every row has a `prompt`. For a built-in reward it also has an `answer`.
+
+    Raises:
+        `ValueError` or `OSError`: if the dataset cannot be read or lacks a column.
+    """
     from ..rollouts.prompts import require_prompts
     from ..studies.rewards import BUILT_IN
     from .prompts import PromptSource, dataset_errors, take_prompts
@@ -250,27 +263,38 @@ def load_problems(args: ProbeArguments) -> list[dict]:
 
 
 def load_student_and_tokenizer(args: ProbeArguments, rock_set: RockSet | None):
-    """Return the student in eval mode, and its tokenizer, which the rock set must fit."""
+    """Return the student in eval mode, and its tokenizer.
+
+    Raises:
+        `ValueError`: if the tokenizer has no eos_token, or the rock set belongs to another tokenizer.
+    """
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
     from ..models.student import load_student_model
     from ..studies.probe import require_rock_set_fits
 
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
-    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
+    device_map = None
+    if torch.cuda.is_available() and not args.use_cpu:
+        device_map = {"": 0}
+    quantization = None
+    if args.load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    kwargs = {"dtype": args.dtype, "device_map": device_map, "trust_remote_code": False}
     student, tokenizer_name = load_student_model(args.model_name_or_path, kwargs, quantization)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos_token, so no completion could end.")
+        raise ValueError(
+            f"The tokenizer {tokenizer_name} has no eos_token, so no completion could end: use a student whose tokenizer has one."
+        )
     if rock_set is not None:
         require_rock_set_fits(rock_set, student, tokenizer)
     return student, tokenizer
 
 
 def make_sampling(args: ProbeArguments) -> Sampling:
-    """Return how completions are decoded."""
+    """Return the settings with which completions are decoded."""
     from ..studies.knockout import Sampling
 
     return Sampling(
