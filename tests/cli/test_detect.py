@@ -102,7 +102,7 @@ def test_rollouts_of_one_prompt_have_no_other_half(tmp_path, capsys):
     write_occurrences(tmp_path / "a.parquet", columns() | {"prompt": np.zeros(8)}, {})
     code, printed, _ = run([tmp_path / "a.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
     assert code == 0
-    assert "There is no other half" in printed
+    assert "There is no held-out half" in printed
     assert RockSet.load(tmp_path / "r.json").heldout is None
 
 
@@ -250,7 +250,7 @@ def test_the_tokenizer_is_looked_for_on_this_machine_only(named, capsys):
     (folder / "tokenizer").rename(folder / "elsewhere")
     code, printed, _ = run([folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT], capsys)
     assert code == 0
-    assert "The tokens have no names: --tokenizer PATH" in printed
+    assert "pass --tokenizer PATH to add names" in printed
     code, printed, _ = run(
         [folder / "o.parquet", "--output", folder / "r.json", "--tokenizer", folder / "elsewhere", *NO_CONTEXT], capsys
     )
@@ -404,12 +404,12 @@ def test_metadata_that_cannot_be_is_a_sentence(metadata, message, tmp_path, caps
         (["--tau_pre", "-1"], "--tau_pre takes nats, at least 0, or a quantile such as q0.8, got '-1'"),
         (["--tau_post", "q1.5"], "--tau_post takes nats"),
         (["--tau_post", "nan"], "--tau_post takes nats"),
-        (["--window", "0"], "--window must be a whole number of at least 1"),
-        (["--window", "100000000"], "--window must be a whole number of at least 1, at most 64"),
-        (["--gamma", "0"], "--gamma must lie between 0 and 1 and be above 0"),
+        (["--window", "0"], "--window must be a whole number from 1"),
+        (["--window", "100000000"], "--window must be a whole number from 1 to 64"),
+        (["--gamma", "0"], "--gamma must be above 0"),
         (["--eta", "2"], "--eta must lie between 0 and 1"),
-        (["--max_occurrences", "1"], "--max_occurrences must be a whole number of at least 2"),
-        (["--seed", "-1"], "--seed must be a whole number of at least 0"),
+        (["--max_occurrences", "1"], "--max_occurrences must be a whole number from 2"),
+        (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--output", "/nowhere/r.json"], "There is no folder /nowhere"),
         (["--joint", "/nowhere.parquet"], "There is no file /nowhere.parquet"),
     ],

@@ -38,7 +38,7 @@ def test_a_plan_that_does_not_fit_says_what_would(pair, capsys):
     assert "It does not fit" in printed
     assert "--teacher_placement parked" in printed
     assert main([*pair, *FOURTEEN, "--gpu", "4GB"]) == 0
-    assert "No change that is known here is enough. Even " in capsys.readouterr().out
+    assert "None of the known changes is enough. Even " in capsys.readouterr().out
 
 
 def test_json_is_one_object_with_the_same_figures(pair, capsys):
@@ -54,7 +54,7 @@ def test_json_is_one_object_with_the_same_figures(pair, capsys):
 def test_settings_may_come_from_a_file(pair, tmp_path, capsys):
     (tmp_path / "fit.yaml").write_text("gpu: 24GB\nuse_peft: true\nteacher_quantization: 4bit\n")
     assert main([*pair, "--config", str(tmp_path / "fit.yaml")]) == 0
-    assert "GiB on the card" in capsys.readouterr().out
+    assert "GiB on the GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_settings_may_come_from_a_file(pair, tmp_path, capsys):
         (["--gpu", "24GB", "--teacher_placement", "parked", "--teacher_quantization", "8bit"], "cannot move a teacher"),
         (["--gpu", "24GB", "--load_in_4bit"], "add --use_peft"),
         (["--gpu", "24GB", "--max_completion_length", "0"], "--max_completion_length must be a whole number above 0"),
-        (["--gpu", "24GB", "--reserve", "-1"], "--reserve counts GiB"),
-        (["--gpu", "24GB", "--reserve", "nan"], "--reserve counts GiB"),
-        (["--gpu", "24GB", "--reserve", "inf"], "--reserve counts GiB"),
+        (["--gpu", "24GB", "--reserve", "-1"], "--reserve must be a number of GiB"),
+        (["--gpu", "24GB", "--reserve", "nan"], "--reserve must be a number of GiB"),
+        (["--gpu", "24GB", "--reserve", "inf"], "--reserve must be a number of GiB"),
         (["--gpu", "24GB", "--reserve", "24"], "--reserve 24.0 leaves nothing of --gpu 24GB"),
         (["--gpu", "24GB", "--model_name_or_path", " "], "--model_name_or_path takes a folder or a name"),
         (["--gpu", "24GB", "--dtype", "int3"], "--dtype must be one of bfloat16, float16, float32"),
@@ -90,7 +90,7 @@ def test_a_wrong_value_is_a_sentence_before_anything_is_read(changes, message, c
         ("use_peft: 1", "fit.yaml: use_peft is 1, and must be bool"),
         ("model_name_or_path: ''", "--model_name_or_path takes a folder"),
         ("reserve: [1]", "fit.yaml: reserve is [1], and must be float"),
-        ("reserve: -1", "--reserve counts GiB"),
+        ("reserve: -1", "--reserve must be a number of GiB"),
     ],
 )
 def test_a_value_of_the_wrong_kind_in_a_file_is_a_sentence(pair, tmp_path, line, message, capsys):

@@ -34,16 +34,16 @@ MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (BOMB, "with its anchors unfolded it has more than 16384 values"),
-        (MERGES, "with its anchors unfolded it has more than 16384 values"),
-        ("output_dir: &a [*a]", "with its anchors unfolded it has more than"),
+        (BOMB, "with its anchors expanded it has more than 16384 values"),
+        (MERGES, "with its anchors expanded it has more than 16384 values"),
+        ("output_dir: &a [*a]", "with its anchors expanded it has more than"),
         ("output_dir: " + "[" * 500, "nested too deeply"),
         ("a: '" + "x" * 70_000 + "'", "it has more than 65536 bytes"),
         ("seed: !!python/object/apply:os.system ['touch ran']", "is not YAML: could not determine a constructor"),
         ("learning_rate: !!float ''", "is not YAML"),
         ("bf16: !!bool perhaps", "is not YAML: 'perhaps'"),
-        ("1: 2", "1 is no name of an option"),
-        ("self: 2", "'self' is no name of an option"),
+        ("1: 2", "1 is not the name of an option"),
+        ("self: 2", "'self' is not the name of an option"),
         ("env: [A]", "env must be a mapping of names to values"),
         ("learning_rate: [1]", "learning_rate is [1], and must be float"),
         ("max_steps: 1.5", "max_steps is 1.5, and must be int"),
@@ -121,7 +121,7 @@ def test_resume_may_stand_without_a_value(tmp_path, words, value):
 def test_a_word_that_yaml_reads_as_a_truth_is_told(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
     assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
-    assert "YAML reads yes, no, on and off as truths: put them in quotes" in capsys.readouterr().err
+    assert "YAML reads yes, no, on and off as booleans: put them in quotes" in capsys.readouterr().err
 
 
 def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):

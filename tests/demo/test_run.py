@@ -116,7 +116,7 @@ def test_interrupted_demo_resumes_with_the_same_result(finished, tmp_path, monke
     monkeypatch.setattr(run, "run_arm", interrupted)
     assert demo(tmp_path) == 130
     error = capsys.readouterr().err
-    assert "interrupted: finished arms are kept, and the same command goes on from there." in error
+    assert "interrupted: finished arms are kept, run the same command again to resume." in error
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.setattr(run, "run_arm", run_arm)
     written = (tmp_path / "uniform" / "result.json").stat().st_mtime_ns

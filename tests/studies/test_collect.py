@@ -196,7 +196,7 @@ def test_a_run_that_broke_off_goes_on_and_ends_with_equal_rows(world, tmp_path, 
 
     monkeypatch.setattr(Collector, "_collect_batch", break_off)
     assert main(arguments(world, tmp_path / "broken", *more)) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert not (tmp_path / "broken" / "occurrences.parquet").exists()
     assert collect(world, tmp_path / "broken", *more) == whole
     assert batches == [0, 2, 4, 4, 6]  # none twice but the one that broke off
@@ -248,14 +248,14 @@ def test_collecting_on_gsm8k_is_killed_and_continued(world, tmp_path):
     ("more", "message"),
     [
         (["--num_prompts", "9"], "--num_prompts 9 is more than the 8 rows of the dataset"),
-        (["--num_prompts", "0"], "--num_prompts counts prompts, at least 1"),
+        (["--num_prompts", "0"], "--num_prompts must be a whole number of at least 1"),
         (["--reference_model_name_or_path", "adapter_off"], "adapter_off is for a student with a LoRA adapter"),
         (["--reference_model_name_or_path", "/nowhere"], "There is no student in /nowhere: no such folder."),
         (["--model_name_or_path", "/nowhere"], "There is no student in /nowhere: no such folder."),
         (["--teacher_model_name_or_path", "/nowhere"], "There is no teacher in /nowhere: no such folder."),
         (["--dataset_name", "/nowhere.jsonl"], "There is no dataset file /nowhere.jsonl"),
-        (["--greedy", "--temperature", "0.5"], "--greedy knows no temperature"),
-        (["--use_peft"], "--use_peft makes a new adapter"),
+        (["--greedy", "--temperature", "0.5"], "--greedy does not use a temperature"),
+        (["--use_peft"], "--use_peft would create a new adapter"),
         (["--num_generations", "0"], "num_generations must be a whole number of at least 1"),
     ],
 )

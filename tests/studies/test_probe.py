@@ -264,7 +264,7 @@ def test_prompts_are_tokenised_as_trl_does():
         (["--rock_set", "/nowhere.json"], "/nowhere.json"),
         (["--model_name_or_path", "/nowhere"], "There is no student in /nowhere"),
         (["--num_prompts", "9"], "--num_prompts 9 is more than the 8 rows"),
-        (["--num_prompts", "0"], "--num_prompts counts problems, at least 1"),
+        (["--num_prompts", "0"], "--num_prompts must be a whole number of at least 1"),
         (["--max_completion_length", "1000"], "more than the 256 positions of the models"),
     ],
 )

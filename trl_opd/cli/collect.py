@@ -1,4 +1,4 @@
-"""`trl-opd collect`: a student's rollouts with the divergence of every token, before and after the distillation."""
+"""`trl-opd collect`: sample rollouts from a student and store the divergence of every token."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ if TYPE_CHECKING:
 
 @dataclass
 class CollectArguments:
-    """Arguments of `trl-opd collect` beside those of `trl-opd train`."""
+    """Arguments of `trl-opd collect` in addition to those of `trl-opd train`."""
 
     num_prompts: int | None = field(
         default=None,
-        metadata={"metavar": "N", "help": "Number of prompts to use, from the first on; all when omitted."},
+        metadata={"metavar": "N", "help": "Use only the first N prompts; all of them when omitted."},
     )
     greedy: bool = field(
         default=False,
-        metadata={"help": "Take the likeliest token instead of sampling as in training."},
+        metadata={"help": "Decode greedily instead of sampling as in training."},
     )
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "metavar": "P",
-            "help": "The student before the distillation: a model, or adapter_off for a LoRA student without its "
-            "adapter (no extra memory).",
+            "help": "The student before distillation: a model, or adapter_off to score a LoRA student with its adapter "
+            "switched off (needs no extra memory).",
         },
     )
 
 
 HELP = f"""usage: trl-opd collect --model_name_or_path M --teacher_model_name_or_path T --dataset_name D [...]
 
-Let a student write completions for the prompts of a dataset, in its order, and score every token of them with the
-teacher. Writes DIR/occurrences.parquet and DIR/prompts.parquet, which `trl-opd detect` reads. A run that was killed
-goes on with the next batch. Takes the options of `trl-opd train` for models, sampling and data, and those below.
+Sample completions from a student for the prompts of a dataset, in dataset order, and score every token with the
+teacher. Writes DIR/occurrences.parquet, which `trl-opd detect` reads, and DIR/prompts.parquet. To resume a run that was
+killed, run the same command again; it continues with the next batch. Takes the options of `trl-opd train` for models,
+sampling and data, and those below.
 
 usual options:
-  --model_name_or_path M              the student: a model, or the folder of a LoRA adapter
+  --model_name_or_path M              the student: a model name or folder, or the folder of a LoRA adapter
   --teacher_model_name_or_path T      the teacher
-  --dataset_name D                    prompts: a name on the Hub, a folder, or a file of JSON lines
-  --output_dir DIR                    where the two files go
-  --max_completion_length N           tokens of a completion at most
+  --dataset_name D                    prompts: a dataset on the Hub, a folder, or a JSON Lines file
+  --output_dir DIR                    folder for the two files
+  --max_completion_length N           maximum number of tokens in a completion
   --num_generations N                 rollouts per prompt (1)
-  --per_device_eval_batch_size N      rollouts of a batch (8)
-  --use_cpu --bf16 false              without a GPU
+  --per_device_eval_batch_size N      rollouts per batch (8)
+  --use_cpu --bf16 false              run without a GPU
 
 {format_options("options of collect:", options_of(CollectArguments))}
 
@@ -61,9 +62,9 @@ example:
       --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --teacher_quantization 4bit --dataset_name trl-lib/tldr \\
       --num_prompts 500 --output_dir rollouts"""
 
-INTERRUPTED = ": finished batches are kept, and the same command goes on from there"
+INTERRUPTED = ": finished batches are kept, run the same command again to resume"
 
-# Options that decide the rows, beside the models and the dataset.
+# Options that change the collected rows, in addition to the models and the dataset.
 SETTINGS = (
     "seed",
     "num_generations",
@@ -88,7 +89,11 @@ SETTINGS = (
 
 
 def run(argv: list[str]) -> None:
-    """Parse, collect, and print a summary; raises `ValueError` or `OSError` for a user's error."""
+    """Collect rollouts into the output folder and print a summary.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from ..studies.collect import is_complete, summarise_collection
     from .models import make_parser, set_init_kwargs
     from .prompts import dataset_errors, make_source, take_prompts
@@ -98,11 +103,13 @@ def run(argv: list[str]) -> None:
     set_init_kwargs(args, model_args)
     if own.greedy:
         args.generation_kwargs = {**(args.generation_kwargs or {}), "do_sample": False}
+
     settings = describe_settings(own, args, model_args, script_args, dataset_args)
     folder = Path(args.output_dir)
     if is_complete(folder, settings):
-        print(f"{args.output_dir} is complete already: nothing to do.")
+        print(f"{args.output_dir} is complete already, so there is nothing to do.")
         return
+
     with dataset_errors(script_args.dataset_name):
         dataset = take_prompts(make_source(script_args, dataset_args, args), own.num_prompts)
         make_collector(dataset, args, model_args, own.reference_model_name_or_path, settings).collect()
@@ -110,12 +117,12 @@ def run(argv: list[str]) -> None:
 
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
-    """Return the collector of a dataset's rollouts, with the models loaded."""
+    """Load the models and return the object that collects rollouts for a dataset."""
     from ..models.student import load_reference
     from ..studies.collect import ADAPTER_OFF, Collector
     from .models import make_trainer
 
-    num_generations = args.num_generations
+    num_generations = args.num_generations  # `make_trainer` sets it to 1
     trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
     if reference not in (None, ADAPTER_OFF):
         reference = load_reference(
@@ -136,19 +143,19 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
 
 
 def format_summary(summary: CollectionSummary, folder: Path) -> str:
-    """Return the lines that end a collection."""
+    """Return the summary that is printed at the end of a collection."""
     from ..artefacts.run_files import OCCURRENCES_FILE
 
     before = "" if summary.mean_kl_pre is None else f", {summary.mean_kl_pre:.4f} before the distillation"
     return (
         f"Collected {summary.rollouts} rollouts of {summary.prompts} prompts, {summary.tokens} tokens; mean divergence "
         f"{summary.mean_kl:.4f} nats per token{before} (no interval).\n"
-        f"They are in {folder}: `trl-opd detect {folder / OCCURRENCES_FILE}` finds the rocks."
+        f"The rollouts are in {folder}. To find the rocks, run `trl-opd detect {folder / OCCURRENCES_FILE}`."
     )
 
 
 def describe_settings(own: CollectArguments, args, model_args, script_args, dataset_args) -> dict:
-    """Return the settings that decide the rows, as JSON holds them."""
+    """Return the settings that determine the collected rows, as JSON values."""
     settings = {
         "model_name_or_path": model_args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
@@ -159,27 +166,33 @@ def describe_settings(own: CollectArguments, args, model_args, script_args, data
         "num_prompts": own.num_prompts,
         "load_in_4bit": model_args.load_in_4bit,
         "load_in_8bit": model_args.load_in_8bit,
-        **{name: getattr(args, name) for name in SETTINGS},
     }
+    for name in SETTINGS:
+        settings[name] = getattr(args, name)
     return json.loads(json.dumps(settings, default=str))
 
 
 def check_arguments(own: CollectArguments, args, model_args) -> None:
-    """Raise `ValueError` for invalid values, before anything is loaded."""
+    """Raise `ValueError` if an argument is invalid, before anything is loaded."""
     for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
         value = getattr(holder, name)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"Student and teacher are required: set --{name}.")
     if own.num_prompts is not None and (type(own.num_prompts) is not int or own.num_prompts < 1):
-        raise ValueError(f"--num_prompts counts prompts, at least 1, got {own.num_prompts!r}.")
+        raise ValueError(f"--num_prompts must be a whole number of at least 1, got {own.num_prompts!r}.")
     reference = own.reference_model_name_or_path
     if reference is not None and (not isinstance(reference, str) or not reference.strip()):
         raise ValueError(f"--reference_model_name_or_path takes a model, or adapter_off, got {reference!r}.")
     if own.greedy and args.temperature != 1.0:
-        raise ValueError(f"--greedy knows no temperature: leave it at 1.0, got {args.temperature}.")
+        raise ValueError(f"--greedy does not use a temperature, got --temperature {args.temperature}: leave it at 1.0.")
     if model_args.use_peft:
-        raise ValueError("--use_peft makes a new adapter, and collect reads a student: name the adapter's folder.")
+        raise ValueError(
+            "--use_peft would create a new adapter, but collect needs a trained student: leave it out, and set "
+            "--model_name_or_path to the folder of the adapter."
+        )
     if args.world_size > 1:
-        raise ValueError(f"collect runs in one process, and there are {args.world_size}: start it without a launcher.")
+        raise ValueError(
+            f"collect cannot run in {args.world_size} processes: start it without a launcher, in one process."
+        )
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder.")

@@ -1,4 +1,4 @@
-"""`trl-opd demo`: the rock experiment on tiny models that come with the package."""
+"""`trl-opd demo`: run the rock experiment on tiny models that come with the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .options import format_options, options_of
 from .parsing import parse
 
-INTERRUPTED = ": finished arms are kept, and the same command goes on from there"
+INTERRUPTED = ": finished arms are kept, run the same command again to resume"
 
 
 @dataclass
@@ -18,21 +18,21 @@ class DemoArguments:
 
     output_dir: str = field(
         default="opd_demo",
-        metadata={"metavar": "DIR", "help": "Where students, rock_set.json, summary.json and plots go."},
+        metadata={"metavar": "DIR", "help": "Folder for the students, rock_set.json, summary.json and plots."},
     )
     seed: int = field(
         default=0,
-        metadata={"metavar": "S", "help": "Seed of prompts, rollouts and controls."},
+        metadata={"metavar": "S", "help": "Seed for prompts, rollouts and controls."},
     )
     steps: int = field(
         default=240,
-        metadata={"metavar": "N", "help": "Optimizer steps of each arm."},
+        metadata={"metavar": "N", "help": "Optimizer steps per arm."},
     )
     arms: str = field(
         default="uniform,rock,control",
         metadata={
             "metavar": "LIST",
-            "help": "Arms to run, separated by commas, of uniform, rock, control, random; uniform always runs.",
+            "help": "Arms to run, separated by commas: uniform, rock, control, random. uniform always runs.",
         },
     )
 
@@ -40,11 +40,12 @@ class DemoArguments:
 HELP = f"""usage: trl-opd demo [--output_dir DIR] [--seed S] [--steps N] [--arms LIST] [--config FILE.yaml]
 
 Distil a tiny teacher into a tiny student that solves word problems, find the tokens that never converge, freeze them,
-and compare with freezing as many others. Needs no network and no accelerator; about three minutes on two cores.
+and compare that with freezing an equal share of other tokens. Needs no network and no accelerator, and takes about
+three minutes on two cores.
 
 {format_options("options:", options_of(DemoArguments))}
 
-Finished arms are kept: an interrupted demo goes on where it was when it is started again."""
+Finished arms are kept: to resume an interrupted demo, run the same command again."""
 
 
 def run(argv: list[str]) -> None:

@@ -1,8 +1,9 @@
-"""`trl-opd detect`: occurrences -> rocks, with controls and the figures of prompts that did not choose them."""
+"""`trl-opd detect`: find rocks and matched controls in stored rollouts, and evaluate the rocks on held-out prompts."""
 
 from __future__ import annotations
 
 import math
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,84 +19,95 @@ if TYPE_CHECKING:
     from ..rocks.from_occurrences import Detection
     from ..rocks.rock_set import Controls, Rock
 
-# Wider surroundings hardly differ: the farthest of these tokens counts 1 / 64 of the nearest.
+# A wider window hardly changes a similarity: a token weighs 1 / distance, so the farthest one weighs 1 / 64.
 MOST_WINDOW = 64
-UNNAMED = "The tokens have no names: --tokenizer PATH gives them theirs, and their families."
+UNNAMED = "The tokens have no names, because no tokenizer was found: pass --tokenizer PATH to add names and families."
 
 
 @dataclass
 class DetectArguments:
-    """Arguments of `trl-opd detect` beside the file of occurrences."""
+    """Arguments of `trl-opd detect` in addition to the file of occurrences."""
 
     output: str = field(
         default=ROCK_SET_FILE,
         metadata={
             "metavar": "FILE",
-            "help": "The rock set. With --top_k auto a plot of the sweep is written beside it.",
+            "help": "Where to write the rock set. --top_k auto also writes a plot of the sweep next to it.",
         },
     )
     top_k: str | None = field(
         default=None,
         metadata={
             "metavar": "K",
-            "help": "Largest number of rocks, 100 when omitted, or auto: the largest stable one.",
+            "help": "Maximum number of rocks (100 when omitted), or auto for the largest number at which the list is "
+            "stable.",
         },
     )
     score: str = field(
         default="context",
-        metadata={"metavar": "S", "help": "context (R_ctx) or aggregate (R, the divergence of a type alone)."},
+        metadata={
+            "metavar": "S",
+            "help": "How to rank types: context (R_ctx) or aggregate (R, summed divergence, no context).",
+        },
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
             "metavar": "PATH",
-            "help": "Names the tokens; when omitted, the occurrences' own tokenizer, where it is on this machine.",
+            "help": "Tokenizer that names the tokens. When omitted, the one that the occurrences file names is "
+            "used if it is on this machine.",
         },
     )
     tau_pre: str = field(
         default="q0.7",
         metadata={
             "metavar": "X",
-            "help": "Least divergence under the reference student, in nats, or qP for the quantile P.",
+            "help": "Minimum divergence under the reference student, in nats, or qP for the quantile P.",
         },
     )
     tau_post: str = field(
         default="q0.8",
-        metadata={"metavar": "X", "help": "Least divergence under the student, in nats, or qP for the quantile P."},
+        metadata={"metavar": "X", "help": "Minimum divergence under the student, in nats, or qP for the quantile P."},
     )
     window: int = field(
         default=2,
-        metadata={"metavar": "W", "help": "Tokens on each side that are compared."},
+        metadata={"metavar": "W", "help": "Number of tokens compared on each side of an occurrence."},
     )
     gamma: float = field(
         default=0.5,
-        metadata={"metavar": "G", "help": "Least similarity of two surroundings, above 0, at most 1."},
+        metadata={"metavar": "G", "help": "Minimum similarity for two contexts to match, above 0 and at most 1."},
     )
     eta: float = field(
         default=0.05,
-        metadata={"metavar": "E", "help": "Least share of similar occurrences of the type, from 0 to 1."},
+        metadata={
+            "metavar": "E",
+            "help": "Minimum share of a type's occurrences with a matching context, from 0 to 1.",
+        },
     )
     max_occurrences: int = field(
         default=8192,
-        metadata={"metavar": "N", "help": "Occurrences of a type that are compared; of more, a sample."},
+        metadata={
+            "metavar": "N",
+            "help": "Maximum number of occurrences compared per type; types with more are sampled.",
+        },
     )
     joint: str | None = field(
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Occurrences of a second student: the smaller of the two scores counts.",
+            "help": "Occurrences of a second student. Each type then gets the smaller of its two scores.",
         },
     )
     seed: int = field(
         default=0,
-        metadata={"metavar": "S", "help": "Seed of controls, samples and intervals."},
+        metadata={"metavar": "S", "help": "Seed for the choice of controls, sampling and bootstrap intervals."},
     )
 
 
 HELP = f"""usage: trl-opd detect OCCURRENCES.parquet [--output rock_set.json] [options] [--config FILE.yaml]
 
-Find the token types whose divergence stays high in recurring surroundings, and controls that occur as often. One half
-of the prompts selects, the other half judges. docs/detection.md explains every stage.
+Find the token types whose divergence stays high in recurring contexts, and control types that occur equally often.
+Half of the prompts select the rocks; the other half evaluate them. docs/detection.md explains every stage.
 
 {format_options("options:", options_of(DetectArguments))}
 
@@ -104,11 +116,15 @@ example:
 
 
 def run(argv: list[str]) -> None:
-    """Detect, write the rock set, and print the table; raises `ValueError` or `OSError` for a user's error."""
+    """Detect rocks, write the rock set, and print the tables.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from trl import TrlParser
 
     parser = TrlParser((DetectArguments,), prog="trl-opd detect")
-    parser.add_argument("occurrences", help="occurrences.parquet")
+    parser.add_argument("occurrences", help="the file occurrences.parquet of trl-opd collect")
     args, given = parse(parser, argv)
     top_k = read_top_k(args.top_k)
     check_arguments(args)
@@ -121,7 +137,7 @@ def run(argv: list[str]) -> None:
 
     output = Path(args.output)
     require_writable(output)
-    # Read first, so that a broken file is reported before a tokenizer is looked for.
+    # The file comes first, so that a broken one is reported before a tokenizer is loaded.
     file = Occurrences(given.occurrences)
     tokenizer = find_tokenizer(args.tokenizer, file.metadata.get("tokenizer"))
     settings = ContextSettings(
@@ -133,6 +149,7 @@ def run(argv: list[str]) -> None:
         max_occurrences=args.max_occurrences,
         seed=args.seed,
     )
+
     detection = detect_from_occurrences(
         given.occurrences, joint=args.joint, score=args.score, top_k=top_k, settings=settings, tokenizer=tokenizer
     )
@@ -142,14 +159,21 @@ def run(argv: list[str]) -> None:
         from ..report.plots.rocks import plot_sweep
 
         save_png(plot_sweep(detection.sweep), output.with_name(f"{output.stem}_sweep.png"))
+
     lines = format_detection(detection)
     if tokenizer is None:
         lines.append(UNNAMED)
-    print("\n".join([*lines, *detection.notes, f"The rock set is in {output}"]))
+    lines += detection.notes
+    lines.append(f"The rock set is in {output}")
+    print("\n".join(lines))
 
 
 def read_top_k(given: str | int | None) -> int | str | None:
-    """Return the number of rocks that `--top_k` asks for: a whole number, "auto", or `None` when omitted."""
+    """Return the value of `--top_k`: a whole number above 0, "auto", or `None` when omitted.
+
+    Raises:
+        `ValueError`: for any other value.
+    """
     if given is None or given == "auto":
         return given
     try:
@@ -162,13 +186,18 @@ def read_top_k(given: str | int | None) -> int | str | None:
 
 
 def read_threshold(given: str | float, name: str) -> float | str:
-    """Return a threshold: nats as a number, a quantile as its text ("q0.8")."""
+    """Return a threshold: a number of nats, or a quantile as text such as "q0.8".
+
+    Raises:
+        `ValueError`: if the text is neither.
+    """
     quantile = isinstance(given, str) and given.startswith("q")
     try:
         value = float(given[1:] if quantile else given)
     except (TypeError, ValueError):
         value = math.nan
-    if isinstance(given, bool) or not 0 <= value < math.inf or (quantile and value > 1):
+    most = 1 if quantile else sys.float_info.max
+    if isinstance(given, bool) or not 0 <= value <= most:
         raise ValueError(f"--{name} takes nats, at least 0, or a quantile such as q0.8, got {given!r}.")
     return given if quantile else value
 
@@ -180,12 +209,13 @@ def check_arguments(args: DetectArguments) -> None:
     for name, least, most in (("window", 1, MOST_WINDOW), ("max_occurrences", 2, 2**31), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"--{name} must be a whole number of at least {least}, at most {most}, got {value!r}.")
+            raise ValueError(f"--{name} must be a whole number from {least} to {most}, got {value!r}.")
     for name in ("gamma", "eta"):
         value = getattr(args, name)
-        if type(value) not in (int, float) or not 0 <= value <= 1 or (name == "gamma" and value == 0):
-            above = " and be above 0" if name == "gamma" else ""
-            raise ValueError(f"--{name} must lie between 0 and 1{above}, got {value!r}.")
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise ValueError(f"--{name} must lie between 0 and 1, got {value!r}.")
+    if args.gamma == 0:
+        raise ValueError("--gamma must be above 0, got 0: with 0 every two contexts would match.")
     for name in ("output", "tokenizer", "joint"):
         value = getattr(args, name)
         if value is not None and (not isinstance(value, str) or not value.strip()):
@@ -193,11 +223,15 @@ def check_arguments(args: DetectArguments) -> None:
 
 
 def format_detection(detection: Detection) -> list[str]:
-    """Return the tables of a detection, a line each: sweep, rocks, stages, shares and controls."""
+    """Return the printed lines of a detection: sweep, rocks, stages, held-out shares and controls."""
     rock_set = detection.rock_set
-    lines = [] if detection.sweep is None else [*_format_sweep(detection.sweep), ""]
+    lines = []
+    if detection.sweep is not None:
+        lines += _format_sweep(detection.sweep)
+        lines.append("")
+
     lines += _format_rocks(rock_set.rocks)
-    lines += ["Nats per token, in the half of the prompts that selected; no interval.", ""]
+    lines += ["KL in nats per token, measured on the half of the prompts that selected the rocks; no interval.", ""]
     lines += [f"{count:>8}  {stage}" for stage, count in detection.stages]
     lines += ["", _format_shares(rock_set.heldout), _format_controls(rock_set.controls)]
     return lines
@@ -205,21 +239,25 @@ def format_detection(detection: Detection) -> list[str]:
 
 def _format_rocks(rocks: Sequence[Rock]) -> list[str]:
     tokens = [show_token(rock) for rock in rocks]
-    width = max(8, *map(_display_width, tokens))
+    widths = [_display_width(token) for token in tokens]
+    width = max(widths, default=0)
+    width = max(width, 8)
+
     has_family = any(rock.family for rock in rocks)
     family = f"{'family':<13}  " if has_family else ""
     lines = [
         f"{'rank':>4}  {'token':<{width}}  {'id':>7}  {family}{'count':>8}  {'mean KL':>8}  {'before':>8}  {'CCR':>5}  "
         f"{'score':>10}"
     ]
-    for rank, (rock, token) in enumerate(zip(rocks, tokens, strict=True), 1):
-        padding = " " * (width - _display_width(token))
+    for place, rock in enumerate(rocks):
+        # Format widths count characters, but some characters take two columns or none.
+        padding = " " * (width - widths[place])
         family = f"{rock.family or '':<13}  " if has_family else ""
         before = _format_number(rock.mean_kl_pre, ".4f")
         ccr = _format_number(rock.ccr, ".2f")
         lines.append(
-            f"{rank:>4}  {token}{padding}  {rock.id:>7}  {family}{rock.count:>8}  {rock.mean_kl:>8.4f}  {before:>8}  "
-            f"{ccr:>5}  {rock.score:>10.4g}"
+            f"{place + 1:>4}  {tokens[place]}{padding}  {rock.id:>7}  {family}{rock.count:>8}  {rock.mean_kl:>8.4f}  "
+            f"{before:>8}  {ccr:>5}  {rock.score:>10.4g}"
         )
     return lines
 
@@ -231,20 +269,20 @@ def _format_sweep(sweep: Sweep) -> list[str]:
         overlaps = "".join(f"  {values[place]:>16.2f}" for values in sweep.stability.values())
         lines.append(f"{cutoff:>5}  {sweep.coverage[place]:>8.1%}{overlaps}")
     lines.append(
-        f"K = {sweep.top_k}: up to there lists of {max(sweep.stability)} rollouts and of as many others overlap by 0.7 "
-        "(Jaccard, mean of ten draws, no interval); coverage is the share of the divergence."
+        f"K = {sweep.top_k}: up to this K, the lists of two disjoint samples of {max(sweep.stability)} rollouts "
+        "overlap by at least 0.7 (Jaccard, mean of ten draws, no interval); coverage is the share of the divergence."
     )
     return lines
 
 
 def _format_shares(heldout: dict | None) -> str:
     if heldout is None:
-        return "There is no other half: no share is told from prompts that did not choose the rocks."
+        return "There is no held-out half, so no shares are reported for prompts that did not select the rocks."
     token_share = _format_share(heldout["token_share"], heldout["token_share_ci95"])
     kl_share = _format_share(heldout["kl_share"], heldout["kl_share_ci95"])
     return (
-        f"On the other {heldout['prompts']} prompts they are {token_share} of the tokens and {kl_share} of the "
-        "divergence (bootstrap over prompts, 95 %)."
+        f"On the {heldout['prompts']} held-out prompts the rocks are {token_share} of the tokens and {kl_share} of the "
+        "divergence (95 % intervals, bootstrap over prompts)."
     )
 
 
@@ -260,14 +298,17 @@ def _format_controls(controls: Controls) -> str:
 
 
 def show_token(rock: Rock) -> str:
-    """Return a rock's token in quotes, with every character escaped that could be mistaken for another one."""
+    """Return the text of a rock in quotes, or "?" if its text is not known.
+
+    Characters outside ASCII are escaped if any character is unprintable.
+    """
     if rock.text is None:
         return "?"
     return repr(rock.text) if rock.text.isprintable() else ascii(rock.text)
 
 
 def _display_width(text: str) -> int:
-    """Return the number of columns that a text takes on a terminal."""
+    """Return the width of a text on a terminal, in columns."""
     width = 0
     for character in text:
         if not unicodedata.combining(character):

@@ -1,4 +1,4 @@
-"""`trl-opd fit`: will a distillation fit on a card? Answered from two configurations, before anything is downloaded."""
+"""`trl-opd fit`: predict from two model configurations, without their weights, whether a run fits on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .options import format_options, options_of
 from .parsing import parse
 
 REQUIRED = ("model_name_or_path", "teacher_model_name_or_path", "gpu")
-# Name -> bytes of a weight.
+# Data type -> bytes per weight.
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Options that take a whole number above 0.
+# Options that must be a whole number of at least 1.
 COUNTS = (
     "lora_r",
     "per_device_train_batch_size",
@@ -27,19 +27,19 @@ class FitArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "S", "help": "The student: a folder, or a name on the Hub."},
+        metadata={"metavar": "S", "help": "The student: a folder or a model on the Hub."},
     )
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "T", "help": "The teacher: a folder, or a name on the Hub."},
+        metadata={"metavar": "T", "help": "The teacher: a folder or a model on the Hub."},
     )
     gpu: str | None = field(
         default=None,
-        metadata={"metavar": "SIZE", "help": "Memory of the card, such as 24GB."},
+        metadata={"metavar": "SIZE", "help": "Memory of the GPU, for example 24GB."},
     )
     reserve: float = field(
         default=0.75,
-        metadata={"metavar": "GIB", "help": "GiB of the card's memory that CUDA and fragmentation take."},
+        metadata={"metavar": "GIB", "help": "GiB of GPU memory to set aside for CUDA itself and for fragmentation."},
     )
     teacher_quantization: str | None = field(
         default=None,
@@ -49,12 +49,12 @@ class FitArguments:
         default="resident",
         metadata={
             "metavar": "P",
-            "help": "Where the teacher is: resident (always on the card), or parked (off the card when not used).",
+            "help": "resident keeps the teacher on the GPU; parked moves it off the GPU while it is not used.",
         },
     )
     use_peft: bool = field(
         default=False,
-        metadata={"help": "The student is trained with LoRA."},
+        metadata={"help": "Train the student with LoRA."},
     )
     lora_r: int = field(
         default=16,
@@ -62,31 +62,31 @@ class FitArguments:
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "The base of the LoRA student is in 4 bits (QLoRA)."},
+        metadata={"help": "Load the base model of the LoRA student in 4-bit precision (QLoRA)."},
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "metavar": "DTYPE",
-            "help": "Dtype of the student's weights: bfloat16, float16 or float32. When omitted bfloat16 for a LoRA "
-            "student, float32 for one that is trained in full.",
+            "help": "Data type of the student's weights: bfloat16, float16 or float32. When omitted, bfloat16 for "
+            "LoRA and float32 for full training.",
         },
     )
     per_device_train_batch_size: int = field(
         default=8,
-        metadata={"metavar": "N", "help": "Rollouts of a forward."},
+        metadata={"metavar": "N", "help": "Rollouts per forward pass."},
     )
     gradient_accumulation_steps: int = field(
         default=1,
-        metadata={"metavar": "N", "help": "Forwards of an optimizer step."},
+        metadata={"metavar": "N", "help": "Forward passes per optimizer step."},
     )
     prompt_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of the longest prompt."},
+        metadata={"metavar": "N", "help": "Number of tokens in the longest prompt."},
     )
     max_completion_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of the longest completion."},
+        metadata={"metavar": "N", "help": "Number of tokens in the longest completion."},
     )
     json: bool = field(
         default=False,
@@ -97,14 +97,18 @@ class FitArguments:
 HELP = f"""\
 usage: trl-opd fit --model_name_or_path S --teacher_model_name_or_path T --gpu 24GB [...] [--config FILE.yaml]
 
-Predict the memory of a run on one card, phase by phase, from the configurations of both models alone, and say what to
-change when it does not fit. Estimates for CUDA, bfloat16 and gradient checkpointing.
+Predict how much memory a run needs on one GPU in each phase, using only the configurations of the two models, and
+suggest changes if it does not fit. The estimate assumes CUDA, bfloat16 and gradient checkpointing.
 
 {format_options("options:", options_of(FitArguments), required=REQUIRED)}"""
 
 
 def run(argv: list[str]) -> None:
-    """Print the plan; raises `ValueError` or `OSError` for a user's error."""
+    """Print the memory plan.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from trl import TrlParser
 
     from ..models.memory_plan import GIB, Setup, parse_gigabytes, peak, phases, suggest_savings
@@ -116,10 +120,15 @@ def run(argv: list[str]) -> None:
         if getattr(args, name) is None:
             parser.error(f"the following arguments are required: --{name}")
     check_arguments(args)
+
     available = parse_gigabytes(args.gpu) - int(args.reserve * GIB)
     if available <= 0:
-        raise ValueError(f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}.")
-    dtype = args.dtype or ("bfloat16" if args.use_peft else "float32")
+        raise ValueError(
+            f"--reserve {args.reserve} leaves nothing of --gpu {args.gpu}: reserve less, or name a larger GPU."
+        )
+    dtype = args.dtype
+    if dtype is None:
+        dtype = "bfloat16" if args.use_peft else "float32"
     setup = Setup(
         student=read_shape(args.model_name_or_path),
         teacher=read_shape(args.teacher_model_name_or_path),
@@ -133,68 +142,85 @@ def run(argv: list[str]) -> None:
         prompt_length=args.prompt_length,
         completion_length=args.max_completion_length,
     )
+
     needed = peak(setup)
     fits = needed <= available
-    changes = [] if fits else [{"change": name, "peak": size} for name, size in suggest_savings(setup, available)]
+    changes = []
+    if not fits:
+        changes = [{"change": name, "peak": size} for name, size in suggest_savings(setup, available)]
     plan = {"phases": phases(setup), "peak": needed, "available": available, "fits": fits, "changes": changes}
+
     if args.json:
-        print(json.dumps({"arguments": asdict(args), **plan}, indent=2))
+        print(json.dumps({"arguments": asdict(args)} | plan, indent=2))
     else:
         print("\n".join(format_plan(plan)))
 
 
 def check_arguments(args: FitArguments) -> None:
-    """Raise `ValueError` for invalid values, before any configuration is read."""
+    """Raise `ValueError` if an argument is invalid, before any configuration is read."""
     from ..opd_config import TEACHER_PLACEMENTS, TEACHER_QUANTIZATIONS
 
-    for name, choices in (
-        ("teacher_quantization", (None, *TEACHER_QUANTIZATIONS)),
-        ("teacher_placement", TEACHER_PLACEMENTS),
-        ("dtype", (None, *DTYPES)),
-    ):
-        if getattr(args, name) not in choices:
-            known = ", ".join(choice for choice in choices if choice)
-            raise ValueError(f"--{name} must be one of {known}, got {getattr(args, name)!r}.")
+    choices = {
+        "teacher_quantization": TEACHER_QUANTIZATIONS,
+        "teacher_placement": TEACHER_PLACEMENTS,
+        "dtype": DTYPES,
+    }
+    for name, known in choices.items():
+        value = getattr(args, name)
+        is_omitted = value is None and name != "teacher_placement"
+        if not is_omitted and value not in known:
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
     for name in COUNTS:
-        if type(getattr(args, name)) is not int or getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be a whole number above 0, got {getattr(args, name)!r}.")
+        value = getattr(args, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"--{name} must be a whole number above 0, got {value!r}.")
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
-        if not isinstance(getattr(args, name), str) or not getattr(args, name).strip():
-            raise ValueError(f"--{name} takes a folder or a name on the Hub, got {getattr(args, name)!r}.")
+        value = getattr(args, name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"--{name} takes a folder or a name on the Hub, got {value!r}.")
     if type(args.reserve) not in (int, float) or not 0 <= args.reserve < float("inf"):
-        raise ValueError(f"--reserve counts GiB, a number of at least 0, got {args.reserve!r}.")
+        raise ValueError(f"--reserve must be a number of GiB, at least 0, got {args.reserve!r}.")
     if args.teacher_placement == "parked" and args.teacher_quantization == "8bit":
         raise ValueError(
-            "--teacher_placement parked cannot move a teacher in 8 bits, whose state stays on the GPU: use 4bit, or "
-            "leave it resident."
+            "--teacher_placement parked cannot move a teacher with --teacher_quantization 8bit, because part of its "
+            "state stays on the GPU: use 4bit, or --teacher_placement resident."
         )
     if args.load_in_4bit and not args.use_peft:
-        raise ValueError("--load_in_4bit is for a LoRA student, since 4-bit weights cannot be trained: add --use_peft.")
+        raise ValueError(
+            "--load_in_4bit needs a LoRA student, because 4-bit weights cannot be trained: add --use_peft."
+        )
 
 
 def format_plan(plan: dict) -> list[str]:
-    """Return the table of a plan, a line each."""
+    """Return the printed lines of a plan: the GiB of each part in each phase, and whether the run fits."""
     phases = plan["phases"]
-    lines = [f"{'GiB on the card':<26}" + "".join(f"{phase:>12}" for phase in phases)]
-    names = dict.fromkeys(name for parts in phases.values() for name in parts)
+    lines = [f"{'GiB on the GPU':<26}" + "".join(f"{phase:>12}" for phase in phases)]
+    names = {}  # keeps the order of the first mention
+    for parts in phases.values():
+        names |= parts
     for name in names:
-        lines.append(f"{name:<26}" + "".join(_format_cell(parts.get(name)) for parts in phases.values()))
-    lines.append(f"{'together':<26}" + "".join(_format_cell(sum(parts.values())) for parts in phases.values()))
+        cells = "".join(_format_cell(parts.get(name)) for parts in phases.values())
+        lines.append(f"{name:<26}{cells}")
+    totals = "".join(_format_cell(sum(parts.values())) for parts in phases.values())
+    lines.append(f"{'total':<26}{totals}")
 
     size = _format_gib(plan["peak"])
     available = _format_gib(plan["available"])
     if plan["fits"]:
         return [*lines, "", f"It fits: at most {size} of {available} GiB. Predicted, not measured."]
-    lines += ["", f"It does not fit: {size} GiB, and there are {available}. Predicted, not measured."]
+    lines += ["", f"It does not fit: it needs {size} GiB, and {available} GiB are available. Predicted, not measured."]
 
     changes = plan["changes"]
     sufficient = [change for change in changes if change["peak"] <= plan["available"]]
     if sufficient:
-        lines.append("What would, the least change first:")
+        lines.append("Changes that make it fit, smallest change first:")
         lines += [f"  {_format_gib(change['peak'])} GiB  {change['change']}" for change in sufficient]
         return lines
-    least = f" Even {changes[-1]['change']} needs {_format_gib(changes[-1]['peak'])} GiB." if changes else ""
-    lines.append(f"No change that is known here is enough.{least} Take smaller models.")
+    least = ""
+    if changes:
+        last = changes[-1]
+        least = f" Even {last['change']} needs {_format_gib(last['peak'])} GiB."
+    lines.append(f"None of the known changes is enough.{least} Use smaller models.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`trl-opd gradients`: do rocks still teach? Gradients by token type, on rollouts that were collected."""
+"""`trl-opd gradients`: measure the gradient of each token type on stored rollouts."""
 
 from __future__ import annotations
 
@@ -16,48 +16,52 @@ if TYPE_CHECKING:
     from ..artefacts.gradient_table import Study
     from ..studies.gradient_study import MannWhitney, Wilcoxon
 
-# Columns in which rocks and rare types are compared -> their names in the table.
+# Columns on which rocks are tested against rare types -> their names in the printed table.
 TESTED = {"norm": "norm, as published", "norm_unbiased": "unbiased norm", "norm_matched": "equal n"}
 
 
 @dataclass
 class GradientArguments:
-    """Arguments of `trl-opd gradients` beside those of `trl-opd train`."""
+    """Arguments of `trl-opd gradients` in addition to those of `trl-opd train`."""
 
     early: str | None = field(
         default=None,
         metadata={
             "metavar": "FILE",
-            "help": "Occurrences of an earlier student, to see how the divergence of each group changed.",
+            "help": "Occurrences of an earlier student, to show how the divergence of each group changed.",
         },
     )
     matched: int = field(
         default=3,
-        metadata={"metavar": "N", "help": "Positions of each type in the groups of equal number."},
+        metadata={"metavar": "N", "help": "Positions drawn per type for the comparison at equal sample size."},
     )
     rare: int = field(
         default=200,
-        metadata={"metavar": "N", "help": "Largest number of rare types of high divergence."},
+        metadata={"metavar": "N", "help": "Maximum number of rare types with high divergence to compare with."},
     )
     output: str = field(
         default=GRADIENTS_FILE,
-        metadata={"metavar": "FILE", "help": "The result: a row for each type. A plot is written beside it."},
+        metadata={
+            "metavar": "FILE",
+            "help": "Where to write the result, one row per type. A plot is written next to it.",
+        },
     )
 
 
 HELP = f"""usage: trl-opd gradients OCCURRENCES.parquet --rock_set F --model_name_or_path M [...]
 
-Norm and direction of the gradient of each token type with respect to the student's logits, on stored rollouts: of the
-rocks, of rare types of high divergence, and of a random rest. Averaging alone makes the mean gradient of frequent types
-small, so the unbiased norm and groups of equally many positions stand beside. Takes the options of `trl-opd train` for
-models, and those below; prompts.parquet is read from beside the occurrences.
+Measure the norm and direction of each token type's gradient with respect to the student's logits, on stored rollouts,
+for three groups: the rocks, rare types with high divergence, and a random sample of the other types. Averaging alone
+makes the mean gradient of frequent types small, so the table also shows an unbiased norm and a comparison at equal
+sample size. Takes the model options of `trl-opd train` and those below. Reads prompts.parquet from the folder of the
+occurrences.
 
 usual options:
-  --rock_set F                      the rocks (required)
-  --model_name_or_path M            the student: a model, or the folder of a LoRA adapter
+  --rock_set F                      the rock set file (required)
+  --model_name_or_path M            the student: a model name or folder, or the folder of a LoRA adapter
   --teacher_model_name_or_path T    the teacher
-  --per_device_eval_batch_size N    rollouts of a forward (8)
-  --use_cpu --bf16 false            without a GPU
+  --per_device_eval_batch_size N    rollouts per forward pass (8)
+  --use_cpu --bf16 false            run without a GPU
 
 {format_options("options of gradients:", options_of(GradientArguments))}
 
@@ -67,12 +71,16 @@ example:
 
 
 def run(argv: list[str]) -> None:
-    """Measure, write table and plot, and print the groups; raises `ValueError` or `OSError` for a user's error."""
+    """Measure the gradients, write the table and its plot, and print the groups.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from .models import make_parser, set_init_kwargs
 
     parser = make_parser("gradients", GradientArguments)
-    parser.add_argument("occurrences", help="occurrences.parquet")
-    _, own, args, model_args, _, given = parse(parser, argv)
+    parser.add_argument("occurrences", help="the file occurrences.parquet of trl-opd collect")
+    _, own, args, model_args, _, positional = parse(parser, argv)
     if args.rock_set is None:
         parser.error("the following arguments are required: --rock_set")
     check_arguments(own, args, model_args)
@@ -88,13 +96,14 @@ def run(argv: list[str]) -> None:
     from .models import make_trainer
 
     output = Path(own.output)
-    path = Path(given.occurrences)
+    path = Path(positional.occurrences)
     plot = output.with_suffix(".png")
     require_writable(output)
     late = Occurrences(path)
     early = None if own.early is None else Occurrences(own.early)
     rollouts = read_rollouts(late, path.with_name(PROMPTS_FILE))
-    trainer = make_trainer(_no_prompts(), args, model_args)[0]
+    trainer, _, _ = make_trainer(_dataset_of_no_use(), args, model_args)
+
     found = study_gradients(
         trainer.model_pair,
         trainer.rock_set,
@@ -106,6 +115,7 @@ def run(argv: list[str]) -> None:
         batch_size=args.per_device_eval_batch_size,
         pad_id=trainer.processing_class.pad_token_id,
     )
+
     write_table(found, trainer.processing_class, output)
     save_png(plot_gradients(found), plot)
     print("\n".join(format_groups(found)))
@@ -113,26 +123,29 @@ def run(argv: list[str]) -> None:
 
 
 def check_arguments(own: GradientArguments, args, model_args) -> None:
-    """Raise `ValueError` for invalid values, before anything is loaded."""
+    """Raise `ValueError` if an argument is invalid, before anything is loaded."""
     for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
         if not getattr(holder, name):
             raise ValueError(f"Student and teacher are required: set --{name}.")
     for name in ("matched", "rare"):
-        if type(getattr(own, name)) is not int or getattr(own, name) < 1:
-            raise ValueError(f"--{name} must be a whole number of at least 1, got {getattr(own, name)!r}.")
+        value = getattr(own, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"--{name} must be a whole number of at least 1, got {value!r}.")
     if args.world_size > 1:
-        raise ValueError(f"gradients runs in one process, not in {args.world_size}: start it without a launcher.")
+        raise ValueError(
+            f"gradients cannot run in {args.world_size} processes: start it without a launcher, in one process."
+        )
 
 
-def _no_prompts():
-    """Return a dataset for the trainer's constructor: nothing is sampled from it."""
+def _dataset_of_no_use():
+    """Return a dataset of one prompt: the trainer's constructor requires one, but no rollout is sampled here."""
     from datasets import Dataset
 
     return Dataset.from_dict({"prompt": ["-"]})
 
 
 def format_groups(found: Study) -> list[str]:
-    """Return the table of groups and the tests between them, a line each."""
+    """Return the printed lines of a study: the medians of each group, and the tests between groups."""
     from ..artefacts.gradient_table import GROUPS, MEDIANS
     from ..studies.gradient_study import compare_with_early, divergence_changes, mann_whitney
 
@@ -144,7 +157,8 @@ def format_groups(found: Study) -> list[str]:
         lines.append(f"{name:<16}{types:>7}{cells}")
     lines += [
         f"Norms of the mean gradient of the logits; cosines to G_balanced; equal n: {found.matched} positions each.",
-        "No intervals: positions of a rollout are not independent. Rocks against rare types (Mann-Whitney, U / n1 n2):",
+        "No intervals, because positions of a rollout are not independent.",
+        "Rocks against rare types (Mann-Whitney, U / n1 n2):",
     ]
     for column, name in TESTED.items():
         test = mann_whitney(found.of("rock", column), found.of("rare", column))
@@ -167,13 +181,13 @@ def _format_median(values: np.ndarray) -> str:
 def _format_mann_whitney(test: MannWhitney | None) -> str:
     if test is None:
         return "not compared: a group is empty"
-    return f"{test.share:.2f} (1/2 is no difference), p = {test.p:.2g}"
+    return f"{test.share:.2f} (0.5 means no difference), p = {test.p:.2g}"
 
 
 def _format_wilcoxon(test: Wilcoxon | None) -> str:
     if test is None:
-        return "too few types"
+        return "not compared: too few types"
     return (
-        f"{test.early:.3g} -> {test.late:.3g}, p = {test.p:.2g}, share of ranks that fell {test.fallen:.2f}, "
+        f"{test.early:.3g} -> {test.late:.3g}, p = {test.p:.2g}, share of ranks that decreased {test.fallen:.2f}, "
         f"{test.types} types"
     )

@@ -1,43 +1,55 @@
-"""Arguments of the command line -> parser, init kwargs and a trainer whose student is only read."""
+"""The argument parser of the commands that load a student and a teacher, and a trainer that only reads the student."""
 
 from __future__ import annotations
 
 
 def make_trainer(dataset, args, model_args):
-    """Return a trainer whose student is only read, and what the student was loaded with."""
+    """Return a trainer whose student is not trained, with the student's init kwargs and quantisation config.
+
+    Sets `args.num_generations` to 1, and `args.model_init_kwargs` to `None` if the student is already loaded.
+    """
     from transformers import AutoTokenizer
     from trl import get_quantization_config
 
     from ..models.student import load_student
     from ..opd_trainer import OPDTrainer
 
-    args.num_generations = 1  # batches repeat their prompts themselves
-    quantization, kwargs = get_quantization_config(model_args), dict(args.model_init_kwargs)
+    args.num_generations = 1  # the callers repeat the prompts in their batches
+    quantization = get_quantization_config(model_args)
+    kwargs = dict(args.model_init_kwargs)
     student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization)
-    is_name = isinstance(student, str)
-    if not is_name:
-        args.model_init_kwargs = None
+
     processor = None
-    if not is_name:
+    trainer_quantization = quantization
+    if not isinstance(student, str):
+        # The trainer rejects loading options for a model that is already loaded.
+        args.model_init_kwargs = None
+        trainer_quantization = None
         processor = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code)
+
     trainer = OPDTrainer(
         model=student,
         args=args,
         train_dataset=dataset,
         processing_class=processor,
-        quantization_config=quantization if is_name else None,
+        quantization_config=trainer_quantization,
     )
     return trainer, kwargs, quantization
 
 
 def make_parser(command: str = "train", *own: type):
-    """Return TRL's parser of script, dataset and model arguments, with `OPDConfig` and a command's own dataclass."""
+    """Return a parser of TRL's script, model and dataset arguments, `OPDConfig`, and a command's own arguments.
+
+    Args:
+        command (`str`): Name of the command, for its usage line.
+        own (`type`): Dataclasses of the command's own arguments.
+    """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from ..opd_config import OPDConfig
 
     class Parser(TrlParser):
-        """TRL's parser, in which `--resume_from_checkpoint` may also stand without a value."""
+        """TRL's parser, which also accepts `--resume_from_checkpoint` without a value."""
 
         def add_argument(self, *flags, **settings):
             if "--resume_from_checkpoint" in flags:
@@ -51,9 +63,9 @@ def make_parser(command: str = "train", *own: type):
 
 
 def set_init_kwargs(training_args, model_args) -> None:
-    """Pass the flags of `ModelConfig` on to both models; explicit init kwargs win, as in TRL's script.
+    """Copy the flags of `ModelConfig` into the init kwargs of both models. Explicit init kwargs win, as in TRL.
 
-    The student's quantisation is an argument of the trainer, and the teacher's comes through the teacher's own options.
+    Quantisation is not copied: the student's is an argument of the trainer, the teacher's has options in `OPDConfig`.
     """
     common = {
         "trust_remote_code": training_args.trust_remote_code,

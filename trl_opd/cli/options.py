@@ -1,4 +1,4 @@
-"""The options of a command and the table of them that `--help` prints, without an import of torch."""
+"""The options of a command, and the table of options in its `--help`, without importing torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Option(NamedTuple):
         name (`str`): Name of the field, without the dashes.
         default (`Any`): Default of the field.
         help (`str`): The field's documentation.
-        metavar (`str`): What stands for the value behind the flag, such as "FILE"; empty for a flag without a value.
+        metavar (`str`): Placeholder for the value of the flag, such as "FILE"; empty for a flag without a value.
     """
 
     name: str
@@ -37,7 +37,7 @@ def options_of(arguments: type) -> list[Option]:
 
 
 def options_of_config() -> list[Option]:
-    """Return the options that `OPDConfig` adds to TRL's, read from its source: an import of it would load torch."""
+    """Return the options that `OPDConfig` adds to TRL's, read from its source: importing it would load torch."""
     source = files("trl_opd").joinpath("opd_config.py").read_text(encoding="utf-8")
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     config = next(node for node in classes if node.name == "OPDConfig")
@@ -51,12 +51,12 @@ def options_of_config() -> list[Option]:
 
 
 def format_options(title: str, options: Sequence[Option], *, required: Collection[str] = ()) -> str:
-    """Return a table of options: flag, default and help, which is wrapped to the width of a page.
+    """Return a table of options with flag, default and help, where the help is wrapped to `WIDTH` columns.
 
     Args:
-        title (`str`): Head of the column of flags.
+        title (`str`): Heading of the column of flags.
         options (`Sequence[Option]`): The rows.
-        required (`Collection[str]`): Names of the options without which the command does not run.
+        required (`Collection[str]`): Names of the options that must be given.
     """
     flags = [f"  --{option.name} {option.metavar}".rstrip() for option in options]
     defaults = ["required" if option.name in required else show_default(option) for option in options]

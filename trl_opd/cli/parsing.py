@@ -1,4 +1,4 @@
-"""Flags and a YAML file -> dataclasses, by TRL's parser."""
+"""Parse flags and a YAML file into dataclasses with TRL's parser, after checking the file."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import os
 from datetime import date
 from typing import Any, get_args, get_origin, get_type_hints
 
-# A recipe is a page of text.
+# Upper limit for the size of a recipe, which is about a page of text.
 MOST_BYTES = 2**16
-# With anchors a page of YAML can expand to more values than fit into memory, so values are counted with all copies.
+# Upper limit for the values of a recipe. Aliases count as copies, because a short file with anchors can expand to more
+# values than fit into memory.
 MOST_VALUES = 2**14
-# Options that take a text, or nothing behind them.
+# Text options that may also be given without a value.
 FLAGS_OF_TEXT = ("resume_from_checkpoint", "fsdp")
-# Options that take texts separated by commas, or a list of them.
+# Options that take a list in YAML, or texts separated by commas.
 LISTS_IN_TEXT = ("arms",)
 
 
 def parse(parser, argv: list[str]):
-    """Return the parsed dataclasses; a broken YAML file is a `ValueError` that names it."""
+    """Return the parsed dataclasses, in the order of the parser's.
+
+    Raises:
+        `ValueError` or `OSError`: if the file of `--config` is invalid or does not exist.
+    """
     words = []
     for word in argv:
         # TRL's parser does not know `--config=FILE`.
@@ -31,7 +36,7 @@ def parse(parser, argv: list[str]):
         place = words.index("--config")
         content = read_config(words[place + 1], parser.dataclass_types)
         del words[place : place + 2]
-        environment = content.pop("env", {})  # TRL's parser sets these variables, too
+        environment = content.pop("env", {})  # TRL's parser also sets these variables
         os.environ.update({name: str(value) for name, value in environment.items()})
         unknown_options = parser.set_defaults_with_config(**content)
     *parsed, unknown_words = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -41,7 +46,7 @@ def parse(parser, argv: list[str]):
 
 
 def read_config(path: str, kinds: list[type]) -> dict[str, Any]:
-    """Return the options of a YAML file, each of a type that its option takes (TRL's parser checks no types).
+    """Return the options of a YAML file, each converted to a type of its option, because TRL's parser checks no types.
 
     Args:
         path (`str`): The file.
@@ -53,10 +58,10 @@ def read_config(path: str, kinds: list[type]) -> dict[str, Any]:
     """
     content = _load_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain a mapping of options to values.")
+        raise ValueError(f"{path} must contain a mapping of options to values, such as `seed: 0`.")
     for name in content:
         if not isinstance(name, str) or name == "self":
-            raise ValueError(f"{path}: {name!r:.60} is no name of an option.")
+            raise ValueError(f"{path}: {name!r:.60} is not the name of an option.")
     environment = content.get("env", {})
     if not isinstance(environment, dict) or not all(isinstance(name, str) for name in environment):
         raise ValueError(f"{path}: env must be a mapping of names to values.")
@@ -74,24 +79,24 @@ def _load_yaml(path: str) -> Any:
     with open(path, "rb") as file:
         text = file.read(MOST_BYTES + 1)
     if len(text) > MOST_BYTES:
-        raise ValueError(f"{path} is no recipe: it has more than {MOST_BYTES} bytes.")
+        raise ValueError(f"{path} is too large for a file of options: it has more than {MOST_BYTES} bytes.")
     try:
-        # In the nodes the values of an anchor are not copied yet.
+        # The nodes hold every anchor once, so counting them cannot exhaust the memory.
         if _count_values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MOST_VALUES:
-            raise ValueError(f"with its anchors unfolded it has more than {MOST_VALUES} values")
+            raise ValueError(f"with its anchors expanded it has more than {MOST_VALUES} values")
         return yaml.safe_load(text)
-    except Exception as error:  # for a value that does not fit its tag PyYAML may raise anything
+    except Exception as error:  # PyYAML raises any error for a value that does not match its tag
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is not YAML: {reason}") from error
 
 
 def _count_values(node, known: dict[int, int]) -> int:
-    """Return how many values a node of YAML has when every alias is a copy; `known` holds finished nodes by id."""
+    """Count the values of a YAML node as if every alias were a copy; `known` maps node ids to finished counts."""
     import yaml
 
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = MOST_VALUES + 1  # until it is counted; a node that contains itself is too large
+    known[id(node)] = MOST_VALUES + 1  # until it is counted, so a node that contains itself is too large
     if node is None or isinstance(node, yaml.ScalarNode):
         parts = []
     elif isinstance(node, yaml.MappingNode):
@@ -103,7 +108,7 @@ def _count_values(node, known: dict[int, int]) -> int:
 
 
 def convert_value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
-    """Return a value of a file as its option takes it: a text, which is parsed like a flag's, or one of its types."""
+    """Return a value from a file as text, which is parsed like a flag's, or as one of the types of its option."""
     types = {get_origin(kind) or kind for kind in (*get_args(hint), hint)}
     if isinstance(value, str) or type(value) in types or (value is None and field.default is None):
         return value
@@ -118,5 +123,7 @@ def convert_value(value: Any, hint: Any, field: dataclasses.Field, path: str) ->
     if isinstance(value, list) and field.name in LISTS_IN_TEXT:
         return ",".join(str(part) for part in value)
     wanted = " or ".join(sorted(kind.__name__ for kind in types & {bool, int, float, str, list, dict}))
-    hint_on_words = " (YAML reads yes, no, on and off as truths: put them in quotes)" if isinstance(value, bool) else ""
+    hint_on_words = (
+        " (YAML reads yes, no, on and off as booleans: put them in quotes)" if isinstance(value, bool) else ""
+    )
     raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {wanted or 'str'}{hint_on_words}.")

@@ -1,4 +1,4 @@
-"""`trl-opd probe`: do rocks matter? Forbid a token at every step, and compare the rewards."""
+"""`trl-opd probe`: ban a token at every decoding step, and compare the rewards with those of normal decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..studies.knockout import Sampling
 
 REQUIRED = ("model_name_or_path", "dataset_name")
-INTERRUPTED = ": finished completions are kept, and the same command goes on from there"
+INTERRUPTED = ": finished completions are kept, run the same command again to resume"
 
 
 @dataclass
@@ -25,104 +25,113 @@ class ProbeArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"metavar": "M", "help": "The student: a model, or the folder of a LoRA adapter."},
+        metadata={"metavar": "M", "help": "The student: a model name or folder, or the folder of a LoRA adapter."},
     )
     rock_set: str | None = field(
         default=None,
-        metadata={"metavar": "F", "help": "Rocks and controls; required unless --candidates all."},
+        metadata={
+            "metavar": "F",
+            "help": "Rock set file with rocks and controls. Required unless you pass --candidates all.",
+        },
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"metavar": "D", "help": "Problems: a name on the Hub, a folder, or a file of JSON lines."},
+        metadata={"metavar": "D", "help": "Problems to solve: a dataset on the Hub, a folder, or a JSON Lines file."},
     )
     dataset_config: str | None = field(
         default=None,
-        metadata={"metavar": "C", "help": "Configuration of the dataset."},
+        metadata={"metavar": "C", "help": "Configuration name of the dataset."},
     )
     dataset_split: str = field(
         default="train",
-        metadata={"metavar": "S", "help": "Split of the dataset."},
+        metadata={"metavar": "S", "help": "Split of the dataset to use."},
     )
     reward: str = field(
         default="last_number",
         metadata={
             "metavar": "R",
-            "help": "exact_match, last_number or math_verify (with the column `answer`), or a dotted path to a "
-            "function with TRL's signature.",
+            "help": "Built-in reward: exact_match, last_number or math_verify (these need a column `answer`), or the "
+            "dotted path of a function with TRL's reward signature.",
         },
     )
     candidates: str = field(
         default="rocks",
-        metadata={"metavar": "C", "help": "rocks (and controls), or all: every type of the baseline's completions."},
+        metadata={
+            "metavar": "C",
+            "help": "Types to ban: rocks (with controls), or all types in the baseline completions.",
+        },
     )
     top_n: int = field(
         default=200,
-        metadata={"metavar": "N", "help": "Rocks to probe, from the first on."},
+        metadata={"metavar": "N", "help": "Maximum number of rocks to probe, in the order of the rock set."},
     )
     num_prompts: int | None = field(
         default=None,
-        metadata={"metavar": "N", "help": "Problems to use, from the first on; all when omitted."},
+        metadata={"metavar": "N", "help": "Use only the first N problems; all of them when omitted."},
     )
     max_completion_length: int = field(
         default=512,
-        metadata={"metavar": "N", "help": "Tokens of a completion at most."},
+        metadata={"metavar": "N", "help": "Maximum number of tokens in a completion."},
     )
     greedy: bool = field(
         default=False,
-        metadata={"help": "Take the likeliest token instead of sampling."},
+        metadata={"help": "Decode greedily instead of sampling."},
     )
     temperature: float = field(
         default=1.0,
-        metadata={"metavar": "T", "help": "Temperature of sampling."},
+        metadata={"metavar": "T", "help": "Sampling temperature."},
     )
     top_p: float = field(
         default=1.0,
-        metadata={"metavar": "P", "help": "Sample from the likeliest tokens of this total probability; 1.0 cuts none."},
+        metadata={
+            "metavar": "P",
+            "help": "Nucleus sampling: keep the likeliest tokens up to this total probability; 1.0 keeps all.",
+        },
     )
     top_k: int = field(
         default=0,
-        metadata={"metavar": "K", "help": "Sample from this many of the likeliest tokens; 0 cuts none."},
+        metadata={"metavar": "K", "help": "Sample from only the K likeliest tokens; 0 keeps all."},
     )
     min_p: float | None = field(
         default=None,
         metadata={
             "metavar": "P",
-            "help": "Sample from the tokens of at least this share of the largest probability; none cuts none.",
+            "help": "Drop tokens less likely than this fraction of the likeliest token; none keeps all.",
         },
     )
     batch_size: int = field(
         default=64,
-        metadata={"metavar": "N", "help": "Rows of a batch."},
+        metadata={"metavar": "N", "help": "Number of completions decoded together."},
     )
     dtype: str = field(
         default="float32",
-        metadata={"metavar": "DTYPE", "help": "Dtype of the student's weights: float32, bfloat16 or float16."},
+        metadata={"metavar": "DTYPE", "help": "Data type of the student's weights: float32, bfloat16 or float16."},
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Load the student in 4 bits."},
+        metadata={"help": "Load the student in 4-bit precision (NF4)."},
     )
     use_cpu: bool = field(
         default=False,
-        metadata={"help": "Decode on the CPU, also where there is a GPU."},
+        metadata={"help": "Decode on the CPU even if a GPU is available."},
     )
     seed: int = field(
         default=0,
-        metadata={"metavar": "S", "help": "Seed of sampling and intervals."},
+        metadata={"metavar": "S", "help": "Seed for sampling and bootstrap intervals."},
     )
     effect: float = field(
         default=0.01,
         metadata={
             "metavar": "E",
-            "help": "Effect that is asked about: where there are too few problems to find it, the output says how many "
-            "it takes.",
+            "help": "Size of the effect you want to detect. If there are too few problems for it, the output says how "
+            "many are needed.",
         },
     )
     output: str = field(
         default=KNOCKOUT_FILE,
         metadata={
             "metavar": "FILE",
-            "help": "The result. A plot, and a copy of the rock set with roles, are written beside it.",
+            "help": "Where to write the result. A plot and a copy of the rock set with roles are written next to it.",
         },
     )
 
@@ -130,9 +139,10 @@ class ProbeArguments:
 HELP = f"""\
 usage: trl-opd probe --model_name_or_path M --rock_set F --dataset_name D [--reward R] [options]
 
-Forbid a token at every step of decoding and see what it does to the rewards of a task: each rock alone, all together,
-and the mass-matched controls, each and together. Only completions in which a token was chosen are decoded again, from
-there on. Effects are tested and corrected for their number. An interrupted probe goes on where it was.
+Ban tokens at every decoding step and measure how the rewards of a task change: each rock alone, all rocks together,
+each mass-matched control alone, and all controls together. A completion is decoded again only if it used a banned
+token, and only from that token on. The effects are tested for significance and corrected for multiple comparisons. To
+resume an interrupted probe, run the same command again.
 
 {format_options("options:", options_of(ProbeArguments), required=REQUIRED)}
 
@@ -141,7 +151,11 @@ example:
 
 
 def run(argv: list[str]) -> None:
-    """Probe, write the result, and print the table; raises `ValueError` or `OSError` for a user's error."""
+    """Run the probe, write the result, and print its table.
+
+    Raises:
+        `ValueError` or `OSError`: if an argument or a file is invalid.
+    """
     from trl import TrlParser
 
     parser = TrlParser((ProbeArguments,), prog="trl-opd probe")
@@ -164,10 +178,11 @@ def run(argv: list[str]) -> None:
     require_writable(output)
     reward = load_reward(args.reward)
     problems = load_problems(args)
-    rock_set = None if args.rock_set is None else RockSet.load(args.rock_set)
+    rock_set = RockSet.load(args.rock_set) if args.rock_set is not None else None
     model, tokenizer = load_student_and_tokenizer(args, rock_set)
     require_prompts_fit(problems, model, tokenizer, args.max_completion_length)
 
+    settings = asdict(args)
     probe = Probe(
         model,
         tokenizer,
@@ -175,7 +190,7 @@ def run(argv: list[str]) -> None:
         reward,
         make_sampling(args),
         journal=output.with_name(f".{output.name}.journal.jsonl"),
-        settings=journal_settings(asdict(args), rock_set),
+        settings=journal_settings(settings, rock_set),
     )
     result = run_probe(
         probe,
@@ -184,8 +199,9 @@ def run(argv: list[str]) -> None:
         top_n=args.top_n,
         seed=args.seed,
         is_exact=args.dtype == "float32" and not args.load_in_4bit,
-        settings=asdict(args),
+        settings=settings,
     )
+
     write_json(output, result)
     save_png(plot_forest(result), output.with_suffix(".png"))
     written = f"The result is in {output}"
@@ -199,30 +215,37 @@ def run(argv: list[str]) -> None:
 
 
 def check_arguments(args: ProbeArguments) -> None:
-    """Raise `ValueError` for invalid values, before anything is loaded."""
+    """Raise `ValueError` if an argument is invalid, before anything is loaded."""
     if args.candidates not in ("rocks", "all"):
         raise ValueError(f"--candidates must be rocks or all, got {args.candidates!r}.")
     if args.candidates == "rocks" and args.rock_set is None:
-        raise ValueError("--candidates rocks needs --rock_set; without one use --candidates all.")
+        raise ValueError("--candidates rocks needs a rock set: pass --rock_set FILE, or use --candidates all.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {args.dtype!r}.")
     for name, least in (("top_n", 1), ("max_completion_length", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
-        if type(getattr(args, name)) is not int or getattr(args, name) < least:
-            raise ValueError(f"--{name} must be a whole number of at least {least}, got {getattr(args, name)!r}.")
+        value = getattr(args, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"--{name} must be a whole number of at least {least}, got {value!r}.")
     if args.num_prompts is not None and (type(args.num_prompts) is not int or args.num_prompts < 1):
-        raise ValueError(f"--num_prompts counts problems, at least 1, got {args.num_prompts!r}.")
+        raise ValueError(f"--num_prompts must be a whole number of at least 1, got {args.num_prompts!r}.")
     if type(args.temperature) not in (int, float) or not 0 < args.temperature < math.inf:
-        raise ValueError(f"--temperature must be above 0 (or --greedy), got {args.temperature!r}.")
-    if type(args.top_p) not in (int, float) or not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p must lie in (0, 1], got {args.top_p!r}.")
-    if type(args.effect) not in (int, float) or not 0 < args.effect <= 1:
-        raise ValueError(f"--effect must lie in (0, 1], got {args.effect!r}.")
+        raise ValueError(f"--temperature must be above 0, got {args.temperature!r}: for greedy decoding pass --greedy.")
+    for name in ("top_p", "effect"):
+        value = getattr(args, name)
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise ValueError(f"--{name} must lie in (0, 1], got {value!r}.")
     if args.min_p is not None and not 0 <= args.min_p <= 1:
         raise ValueError(f"--min_p must lie in [0, 1], got {args.min_p!r}.")
 
 
 def load_problems(args: ProbeArguments) -> list[dict]:
-    """Return the rows of the dataset, each with a `prompt`, and with an `answer` for a built-in reward."""
+    """Return the problems as rows of the dataset.
+
+    Every row has a `prompt`. For a built-in reward it also has an `answer`.
+
+    Raises:
+        `ValueError` or `OSError`: if the dataset cannot be read or lacks a column.
+    """
     from ..rollouts.prompts import require_prompts
     from ..studies.rewards import BUILT_IN
     from .prompts import PromptSource, dataset_errors, take_prompts
@@ -240,27 +263,38 @@ def load_problems(args: ProbeArguments) -> list[dict]:
 
 
 def load_student_and_tokenizer(args: ProbeArguments, rock_set: RockSet | None):
-    """Return the student in eval mode, and its tokenizer, which the rock set must fit."""
+    """Return the student in eval mode, and its tokenizer.
+
+    Raises:
+        `ValueError`: if the tokenizer has no eos_token, or the rock set belongs to another tokenizer.
+    """
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
     from ..models.student import load_student_model
     from ..studies.probe import require_rock_set_fits
 
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
-    kwargs = {"dtype": args.dtype, "device_map": {"": 0} if on_gpu else None, "trust_remote_code": False}
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if args.load_in_4bit else None
+    device_map = None
+    if torch.cuda.is_available() and not args.use_cpu:
+        device_map = {"": 0}
+    quantization = None
+    if args.load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    kwargs = {"dtype": args.dtype, "device_map": device_map, "trust_remote_code": False}
     student, tokenizer_name = load_student_model(args.model_name_or_path, kwargs, quantization)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos_token, so no completion could end.")
+        raise ValueError(
+            f"The tokenizer {tokenizer_name} has no eos_token, so no completion could end: use one that does."
+        )
     if rock_set is not None:
         require_rock_set_fits(rock_set, student, tokenizer)
     return student, tokenizer
 
 
 def make_sampling(args: ProbeArguments) -> Sampling:
-    """Return how completions are decoded."""
+    """Return the settings with which completions are decoded."""
     from ..studies.knockout import Sampling
 
     return Sampling(

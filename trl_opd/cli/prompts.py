@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig
 
-# Extensions of a single data file and the loader that `datasets` has for each.
+# File extension -> name of the loader in `datasets`.
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -19,11 +19,11 @@ class PromptSource:
     """Where prompts are read from.
 
     Args:
-        name (`str`, *optional*): Name on the Hub, folder, or data file; required without a mixture.
+        name (`str`, *optional*): Name on the Hub, folder, or data file. Required if there is no mixture.
         config (`str`, *optional*): Configuration of the dataset.
         split (`str`, *optional*, defaults to `"train"`): Split of the prompts.
         eval_split (`str`, *optional*): Split of the prompts for evaluation; `None` without evaluation.
-        streaming (`bool`, *optional*, defaults to `False`): Whether the rows are read as they are needed.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they are needed.
         mixture (`trl.DatasetMixtureConfig`, *optional*): Datasets to read in place of `name`.
     """
 
@@ -36,7 +36,7 @@ class PromptSource:
 
 
 def make_source(script_args, dataset_args, training_args) -> PromptSource:
-    """Return the source that TRL's arguments of script, mixture and training name."""
+    """Return the source of the prompts that TRL's script, mixture and training arguments name."""
     evaluates = training_args.eval_strategy != "no"
     return PromptSource(
         name=script_args.dataset_name,
@@ -49,7 +49,11 @@ def make_source(script_args, dataset_args, training_args) -> PromptSource:
 
 
 def load_prompts(source: PromptSource):
-    """Return the dataset of the prompts, and that for evaluation (`None` without evaluation)."""
+    """Return the dataset of prompts, and the evaluation dataset or `None`.
+
+    Raises:
+        `ValueError` or `OSError`: if the dataset cannot be read, has no rows, or lacks a split.
+    """
     from datasets.exceptions import DatasetGenerationError
 
     if source.mixture is None and not source.name:
@@ -69,17 +73,21 @@ def load_prompts(source: PromptSource):
                 f"The dataset has no split {split!r} (it has {', '.join(dataset)}): set --dataset_train_split and "
                 "--dataset_test_split."
             )
-    return dataset[source.split], None if source.eval_split is None else dataset[source.eval_split]
+
+    eval_dataset = None
+    if source.eval_split is not None:
+        eval_dataset = dataset[source.eval_split]
+    return dataset[source.split], eval_dataset
 
 
 def take_prompts(source: PromptSource, count: int | None):
-    """Return the first `count` rows of the dataset, or all of them where it is `None`."""
+    """Return the first `count` rows of the dataset, or all rows if `count` is `None`."""
     from datasets import Dataset
 
     dataset, _ = load_prompts(source)
     if not isinstance(dataset, Dataset):
         if count is None:
-            raise ValueError("A streaming dataset has no known end: set --num_prompts.")
+            raise ValueError("A streaming dataset has an unknown number of rows: set --num_prompts.")
         dataset = Dataset.from_list(list(dataset.take(count)))
     if count is not None and count > len(dataset):
         raise ValueError(f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset.")
@@ -88,7 +96,7 @@ def take_prompts(source: PromptSource, count: int | None):
 
 @contextmanager
 def dataset_errors(name: str | None):
-    """Raise `ValueError` with the name of the dataset when its rows turn out to be broken while they are read."""
+    """Raise `ValueError` with the name of the dataset if reading its rows fails."""
     from pyarrow import ArrowInvalid, ArrowTypeError
 
     try:

@@ -1,4 +1,4 @@
-"""`trl-opd report`: one HTML file that people look at, from whatever a run wrote."""
+"""`trl-opd report`: write a single-file HTML report of what a run wrote."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .parsing import parse
 
 @dataclass
 class ReportArguments:
-    """Arguments of `trl-opd report` beside the folder."""
+    """Arguments of `trl-opd report` in addition to the folder."""
 
     output: str | None = field(
         default=None,
-        metadata={"metavar": "FILE.html", "help": "The page; DIR/report.html when omitted."},
+        metadata={"metavar": "FILE.html", "help": "Where to write the report; DIR/report.html when omitted."},
     )
 
 
 HELP = f"""usage: trl-opd report DIR [--output FILE.html] [--config FILE.yaml]
 
-Make one HTML file of what is in a folder: what was run, what changed over its steps, the rocks among all token types,
-completions with every token tinted by its divergence, and the evidence. A part without data is left out. The file
-needs nothing beside it and requests nothing from anywhere. DIR is the output folder of `trl-opd train`, `demo` or
-`collect`; rock_set.json, knockout.json and gradients.parquet are taken from there, too.
+Write one HTML file about the contents of a folder: the settings of the run, its metrics over time, the rocks among all
+token types, completions with every token shaded by its divergence, and the evidence. Parts without data are left out.
+The file is self-contained and makes no network requests. DIR is the output folder of `trl-opd train`, `demo` or
+`collect`. rock_set.json, knockout.json and gradients.parquet are included if DIR holds them.
 
 {format_options("options of report:", options_of(ReportArguments))}
 

@@ -1,4 +1,4 @@
-"""`trl-opd train`: TRL's distillation script with OPDTrainer."""
+"""`trl-opd train`: distil a teacher into a student with `OPDTrainer`, with the options of TRL's script."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
 HELP = f"""usage: trl-opd train [--config FILE.yaml] [options]
 
-Distil a teacher into a student on the student's own rollouts. Takes the arguments of TRL's distillation script, as
-flags or in a YAML file, and those below. A dataset is a name on the Hub, a folder, or a file of JSON lines, each with a
-`prompt`.
+Distil a teacher into a student on the student's own rollouts. Takes the arguments of TRL's distillation script and
+those below, as flags or in a YAML file. A dataset is the name of one on the Hub, a folder, or a JSON Lines file; every
+row has a `prompt`.
 
 usual options of TRL:
   --model_name_or_path M            the student
   --teacher_model_name_or_path T    the teacher
-  --dataset_name D                  prompts
-  --output_dir DIR                  where checkpoints and the trained model go
-  --use_peft --load_in_4bit         a LoRA student; a 4-bit base for it (QLoRA)
-  --resume_from_checkpoint [PATH]   go on from the newest checkpoint of output_dir, or from PATH
+  --dataset_name D                  dataset of prompts
+  --output_dir DIR                  folder for checkpoints and the trained model
+  --use_peft --load_in_4bit         train with LoRA; load the base model in 4-bit precision (QLoRA)
+  --resume_from_checkpoint [PATH]   resume from the newest checkpoint in output_dir, or from PATH
 
 {format_options("options of trl_opd:", options_of_config())}
 
-  --help_all                        every option of TRL and transformers, too (imports torch: some seconds)
+  --help_all                        also list every option of TRL and transformers (takes seconds, imports torch)
 
 example:
   trl-opd train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
       --dataset_name trl-lib/tldr --use_peft --dtype bfloat16 --learning_rate 2e-4 --output_dir student"""
 
-INTERRUPTED = ": its checkpoints are kept, and --resume_from_checkpoint goes on from the newest whole one"
+INTERRUPTED = ": its checkpoints are kept, pass --resume_from_checkpoint to resume from the newest complete one"
 # After the last collective, a thread of gloo takes the GIL to release its tensors (torch 2.13). Python before 3.14
 # ends a thread that asks for the GIL during shutdown, and C++ answers that with an abort. A short sleep lets the thread
 # finish first. This can go when Python 3.14 is the oldest version that we support: there such a thread just stops.
 GLOO_RELEASE_SECONDS = 0.5
-SAMPLES = 2  # rollouts of each log that the report shows
+SAMPLES = 2  # rollouts that the report shows per logging step
 
 
 def run(argv: list[str]) -> None:
@@ -105,7 +105,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
 
 
 def format_run(state: TrainerState, output_dir: str) -> str:
-    """Return the lines that end a run: steps, divergence of the first and last log, paths of student and report."""
+    """Return the summary of a run: steps, divergence in the first and last log, paths of student and report."""
     from ..artefacts.run_files import REPORT_FILE
 
     means = [line["kl/mean"] for line in state.log_history if "kl/mean" in line]
