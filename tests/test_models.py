@@ -112,6 +112,7 @@ def test_a_four_bit_teacher_may_have_a_width_that_32_does_not_divide(tmp_path):
     assert all(distance > 0 for distance in trained(trainer).values())
 
 
+@pytest.mark.slow
 def test_a_qlora_student_trains_evaluates_and_trains_again(paths, tmp_path):
     trainer = OPDTrainer(
         model=paths[0],

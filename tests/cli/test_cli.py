@@ -28,6 +28,7 @@ from tests.helpers.command_line import flags
 
 
 @pytest.mark.parametrize("command", ["--help", *COMMANDS])
+@pytest.mark.processes
 def test_help_answers_without_torch(command):
     argv = [command] if command == "--help" else [command, "--help"]
     code = (
@@ -42,6 +43,7 @@ def test_help_answers_without_torch(command):
         assert all(f"\n  {name} " in run.stdout for name in COMMANDS)
 
 
+@pytest.mark.processes
 def test_version_is_printed_without_torch():
     code = "import sys; from trl_opd.cli import main; main(['--version']); sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -15,6 +15,7 @@ def test_the_help_lists_every_option_with_its_default():
         assert re.search(rf"^  --{option.name} \w+ +{re.escape(str(option.default))} ", HELP, re.MULTILINE), option.name
 
 
+@pytest.mark.slow
 def test_settings_may_come_from_a_file(tmp_path):
     (tmp_path / "demo.yaml").write_text(f"output_dir: {tmp_path / 'out'}\nsteps: 1\narms: [uniform]\n")
     assert main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 0

@@ -441,6 +441,8 @@ def test_an_output_that_cannot_be_written_is_told_first_and_an_old_one_stays(pat
     assert (tmp_path / "r.json").read_text() == "old"
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_reader_that_has_seen_enough_is_no_error(path, tmp_path):
     command = [sys.executable, "-u", "-m", "trl_opd", "detect", path, "--output", str(tmp_path / "r.json")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -466,6 +468,8 @@ def test_the_help_lists_every_option_with_its_default():
     assert all(getattr(settings, name) == getattr(detect.DetectArguments(), name) for name in vars(settings))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
     code = (
         "import sys; from trl_opd.cli import main; "
@@ -477,6 +481,7 @@ def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
     assert run.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.processes
 def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []

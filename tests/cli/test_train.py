@@ -14,6 +14,7 @@ from tests.helpers.command_line import flags
 from tests.helpers.rock_sets import rock_file
 
 
+@pytest.mark.slow
 def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(world, tmp_path, capsys):
     four_bit = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
     changes = {"use_peft": True, "num_generations": 4, "teacher_model_init_kwargs": four_bit, "save_steps": 1}
@@ -29,6 +30,7 @@ def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(
         assert not torch.allclose(adapter(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsys):
     rocks = rock_file(tmp_path / "rocks.json", range(60, 180))
     given = flags(world, tmp_path / "out", use_peft=True, load_in_4bit=True, token_weighting="rock", rock_set=rocks)

@@ -70,6 +70,7 @@ def test_positions_are_those_of_the_loss_mask_in_order(lengths, tools):
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("weighting", [{}, {"token_weighting": "rock", "rock_weight": 0.25, "rock_window": 1}])
+@pytest.mark.slow
 def test_a_step_of_tight_micro_batches_is_that_of_trls(tokenizer, tmp_path, family, weighting):
     moved = {}
     student = make_model(family, seed=0)
@@ -101,6 +102,7 @@ def test_a_step_of_tight_micro_batches_is_that_of_trls(tokenizer, tmp_path, fami
     assert reference.relative_error(moved["tight"], moved["trl"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_tight_micro_batches_are_the_default_and_pad_less(tokenizer, tmp_path):
     shares = {}
     for changes in ({}, {"micro_batching": "trl"}):
@@ -134,6 +136,7 @@ def test_the_longest_micro_batch_comes_first(tokenizer, tmp_path):
     assert seen[0] > seen[-1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_the_middle_of_a_step_leaves_its_micro_batches_alone(tokenizer, tmp_path):
     class EvaluateBetween(TrainerCallback):
         def on_substep_end(self, *_, **__):

@@ -36,6 +36,7 @@ def students(tmp_path) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["full", "absolute positions", "LoRA", "QLoRA"])
+@pytest.mark.slow
 def test_greedy_rollouts_are_those_of_generate_and_the_student_stays_as_it_was(tokenizer, tmp_path, kind):
     found = []
     for engine in ({}, ENGINE):
@@ -53,6 +54,7 @@ def test_greedy_rollouts_are_those_of_generate_and_the_student_stays_as_it_was(t
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "QLoRA"])
+@pytest.mark.slow
 def test_an_adapter_trains_on_these_rollouts(tokenizer, tmp_path, kind):
     torch.manual_seed(0)
     trainer = build(tokenizer, tmp_path, **students(tmp_path)[kind](), **ENGINE)
@@ -65,6 +67,7 @@ def test_an_adapter_trains_on_these_rollouts(tokenizer, tmp_path, kind):
     assert {"kl/mean", "completions/mean_length"} <= trainer.state.log_history[0].keys()
 
 
+@pytest.mark.slow
 def test_a_run_draws_the_same_rollouts_again_and_different_ones_in_each_step(tokenizer, tmp_path):
     seen = []
     for _ in range(2):
@@ -82,6 +85,7 @@ def test_a_run_draws_the_same_rollouts_again_and_different_ones_in_each_step(tok
     assert seen[0][0] != seen[0][1]
 
 
+@pytest.mark.slow
 def test_ids_that_the_teacher_lacks_are_not_sampled(tokenizer, tmp_path):
     student = make_model(seed=0, rows=320)
     with torch.no_grad():
@@ -92,6 +96,7 @@ def test_ids_that_the_teacher_lacks_are_not_sampled(tokenizer, tmp_path):
     assert max(ids) < 300
 
 
+@pytest.mark.slow
 def test_temperature_and_the_cuts_of_the_distribution_are_applied(tokenizer, tmp_path):
     cold = {"temperature": 1e-3}
     assert rollouts_of(build(tokenizer, tmp_path, **ENGINE, **cold)) == rollouts_of(
@@ -103,6 +108,7 @@ def test_temperature_and_the_cuts_of_the_distribution_are_applied(tokenizer, tmp
         )
 
 
+@pytest.mark.slow
 def test_evaluation_draws_from_its_own_stream(tokenizer, tmp_path):
     trainer = build(tokenizer, tmp_path, **ENGINE)
     state = torch.get_rng_state()

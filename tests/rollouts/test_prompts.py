@@ -299,6 +299,7 @@ def test_a_tokenizer_that_cannot_serve_is_one_sentence(world, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + GOOD, json.dumps([{"prompt": p} for p in PROMPTS]).encode()])
+@pytest.mark.slow
 def test_a_byte_order_mark_and_a_json_array_are_read(world, tmp_path, capsys, content):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(content)

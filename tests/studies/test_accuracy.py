@@ -44,6 +44,7 @@ def greedy(model, tokenizer, prompt: str, most: int) -> str:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.slow
 def test_the_student_of_that_step_solves_every_problem_greedily(tokenizer, tmp_path, family):
     reward = Seen()
     callback = AccuracyCallback(problems(5), reward, eval_steps=2)
@@ -62,6 +63,7 @@ def test_the_student_of_that_step_solves_every_problem_greedily(tokenizer, tmp_p
     assert (line["eval_accuracy_ci95_low"], line["eval_accuracy_ci95_high"]) == accuracy_interval(right)
 
 
+@pytest.mark.slow
 def test_a_conversation_is_asked_and_answered_as_one(tokenizer, tmp_path):
     reward = Seen()
     build(tokenizer, tmp_path, AccuracyCallback(problems(3, chat=True), reward), max_steps=1).train()
@@ -72,6 +74,7 @@ def test_a_conversation_is_asked_and_answered_as_one(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("greedily", [True, False])
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")])
+@pytest.mark.slow
 def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, greedily, peft_config):
     def noisy(completions, **_):
         return [float(torch.rand(())) for _ in completions]
@@ -123,6 +126,7 @@ def test_rewards_that_are_all_equal_have_no_interval(tokenizer, tmp_path):
     assert mean_interval([1.0, 1.0], seed=0)[1] is not None
 
 
+@pytest.mark.slow
 def test_without_a_number_it_evaluates_ten_times(tokenizer, tmp_path):
     trainer = build(tokenizer, tmp_path, AccuracyCallback(problems(2), Seen()), max_steps=20, logging_steps=50)
     trainer.train()

@@ -162,6 +162,7 @@ def test_the_batch_size_changes_no_greedy_row(world, tmp_path):
     np.testing.assert_allclose(found[0]["kl"], found[1]["kl"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rollouts_may_come_from_continuous_batching(world, tmp_path):
     plain, _ = collect(world, tmp_path / "plain", "--greedy", "--num_prompts", 3)
     engine, _ = collect(
@@ -206,6 +207,8 @@ def test_a_run_that_broke_off_goes_on_and_ends_with_equal_rows(world, tmp_path, 
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K problems are not beside the checkout")
+@pytest.mark.slow
+@pytest.mark.processes
 def test_collecting_on_gsm8k_is_killed_and_continued(world, tmp_path):
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()[:40]]
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": row["question"]}) for row in rows) + "\n")

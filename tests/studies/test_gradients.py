@@ -166,6 +166,7 @@ def arguments(world, tmp_path, *more, file="rollouts/occurrences.parquet") -> li
     return ["gradients", *map(str, given), *CPU]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_autograd_through_whole_models(world, tmp_path, capsys):
     assert main(arguments(world, tmp_path, "--early", world / "early" / "occurrences.parquet")) == 0
     printed = capsys.readouterr().out

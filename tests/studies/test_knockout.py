@@ -55,6 +55,7 @@ def baseline_of(model, sampling) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.slow
 def test_suffixes_are_those_of_decoding_from_scratch(family, sampling):
     model = student(family)
     baseline = baseline_of(model, sampling)

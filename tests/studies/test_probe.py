@@ -77,6 +77,7 @@ def arguments(world, tmp_path, *more) -> list[str]:
 # What it writes
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_decoding_every_arm_from_scratch(world, tmp_path, capsys):
     assert main(arguments(world, tmp_path, "--candidates", "all")) == 0
     printed = capsys.readouterr().out
