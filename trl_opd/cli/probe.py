@@ -286,7 +286,7 @@ def load_student_and_tokenizer(args: ProbeArguments, rock_set: RockSet | None):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {tokenizer_name} has no eos_token, so no completion could end: use a tokenizer that has one."
+            f"The tokenizer {tokenizer_name} has no eos_token, so no completion could end: use one that has it."
         )
     if rock_set is not None:
         require_rock_set_fits(rock_set, student, tokenizer)
