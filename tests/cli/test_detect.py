@@ -481,6 +481,7 @@ def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
     assert run.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
