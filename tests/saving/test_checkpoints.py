@@ -295,7 +295,7 @@ def end_and_resume_a_training(world, out, capsys, number, word, code):
     sender.join()
     assert found == code
     error = capsys.readouterr().err
-    assert f"trl-opd train: {word}: its checkpoints are kept, and --resume_from_checkpoint goes on" in error
+    assert f"trl-opd train: {word}: its checkpoints are kept, pass --resume_from_checkpoint to resume" in error
     assert "Traceback" not in error
     assert not (out / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == before
