@@ -5,7 +5,6 @@ import io
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 from unittest import mock
 
