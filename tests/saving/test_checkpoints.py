@@ -1,6 +1,7 @@
 """Checkpoints that are whole, runs that are killed and go on, and what a full disk or a signal leaves behind."""
 
 import errno
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from huggingface_hub.utils import filter_repo_objects
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from trl_opd import OPDTrainer
@@ -496,12 +499,24 @@ def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getppid(), "x"):
-        (tmp_path / f".a.json.{pid}.part").write_text("half")
-    (tmp_path / f".b.json.{dead.pid}.part").write_text("half")
+        (tmp_path / f"_a.json.{pid}.part").write_text("half")
+    (tmp_path / f"_b.json.{dead.pid}.part").write_text("half")
     with atomic.complete_file(tmp_path / "a.json") as part:
         part.write_text("whole")
-    kept = {f".a.json.{os.getppid()}.part", ".a.json.x.part", f".b.json.{dead.pid}.part", "a.json"}
+    kept = {f"_a.json.{os.getppid()}.part", "_a.json.x.part", f"_b.json.{dead.pid}.part", "a.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_push_of_a_checkpoint_leaves_temporary_files_out(tmp_path):
+    """A file that the pushing thread has listed and that is then renamed would make the push fail."""
+    patterns = re.search(r"ignore_patterns=(\[.*\])", inspect.getsource(Trainer._push_from_checkpoint))[1]
+    patterns = eval(patterns, {"PREFIX_CHECKPOINT_DIR": PREFIX_CHECKPOINT_DIR})
+    with atomic.complete_file(tmp_path / "a.json") as part, atomic.complete_files(tmp_path) as folder:
+        part.write_text("half")
+        (folder / "model.safetensors").write_text("half")
+        names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+        assert len(names) == 2
+        assert list(filter_repo_objects(names, ignore_patterns=patterns)) == []
 
 
 class Evil:

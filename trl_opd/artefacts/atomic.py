@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-# transformers does not push files whose name begins with an underscore.
+# Names of temporary files and folders begin with an underscore, because transformers does not push such files. It
+# pushes checkpoints in a thread: a file that it has listed and that is then renamed would make the push fail.
 PART_FOLDER = "_saving-"
 
 
@@ -27,7 +28,7 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     _remove_left(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"_{path.name}.{os.getpid()}.part")
     try:
         with room_errors(path):
             yield part
@@ -87,7 +88,7 @@ def require_writable(path: str | os.PathLike) -> None:
 
 def _remove_left(path: Path) -> None:
     """Remove the temporary files of this file that killed processes left behind."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for part in path.parent.glob(f"_{glob.escape(path.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdecimal() and not _is_running(int(pid)):
             part.unlink(missing_ok=True)

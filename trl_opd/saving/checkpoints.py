@@ -76,7 +76,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name == MANIFEST_FILE or path.name.startswith(f".{MANIFEST_FILE}."):
+        if path.name == MANIFEST_FILE or path.name.startswith(f"_{MANIFEST_FILE}."):
             continue
         with open(path, "rb" if os.name == "posix" else "r+b") as file:
             os.fsync(file.fileno())  # otherwise a power cut could keep the manifest and lose the files that it lists

@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from ..artefacts.atomic import complete_file, complete_files
-from ..artefacts.hub import hub_errors, redact
+from ..artefacts.hub import HubError, hub_errors, redact
 from ..artefacts.run_files import CARD_FILE, REPORT_FILE
 from .checkpoints import write_errors
 from .merging import remove_adapter, replace_by_merged
@@ -90,7 +90,7 @@ def warn_of_failed_pushes(in_progress) -> None:
         try:
             with hub_errors(what):
                 job.result()
-        except OSError as error:
+        except HubError as error:
             warnings.warn(f"{error} `trainer.push_to_hub()` pushes again.", stacklevel=3)
         except Exception as error:  # whatever it was, the training has not failed
             reason = f"{type(error).__name__}: {redact(str(error))}"
