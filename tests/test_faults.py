@@ -508,7 +508,7 @@ def test_20_incomplete_checkpoint_is_skipped_on_resume(tmp_path):
             trainer.train(resume_from_checkpoint=True)
         steps[cls] = began[0]
     assert steps == {DistillationTrainer: 4, OPDTrainer: 2}  # TRL's optimizer starts over, without a warning
-    assert any("the run goes on from checkpoint-2" in str(warning.message) for warning in caught)
+    assert any("the run resumes from checkpoint-2" in str(warning.message) for warning in caught)
 
 
 class Beginning(TrainerCallback):

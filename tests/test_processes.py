@@ -107,7 +107,7 @@ def test_step_with_only_cut_rollouts_warns_on_every_process_and_keeps_the_weight
 @pytest.mark.parametrize("name", ["frozen on one", "frozen on one, LoRA"])
 def test_process_whose_positions_are_all_frozen_projects_none_and_trains(folder, name):
     first, second = read(folder, name, 2)
-    assert 0 < first["local"]["count"] < first["local"]["seen"]  # few of its own are frozen
+    assert 0 < first["local"]["count"] < first["local"]["seen"]  # some of its positions are frozen
     assert second["local"]["count"] == 0 < second["local"]["seen"]
     assert np.linalg.norm(second["moved"]) > 0.1
 
@@ -176,7 +176,7 @@ def test_two_processes_resume_bit_identically_from_the_newest_complete_checkpoin
         (killed / "checkpoint-4" / name).unlink()
     run = launch(script(world, killed, resume_from_checkpoint="true", **settings), limit=120)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stderr.count("the run goes on from checkpoint-2") == 1
+    assert run.stderr.count("the run resumes from checkpoint-2") == 1
     for name in ("model.safetensors", "checkpoint-4/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert find_fault(killed / "checkpoint-4") is None

@@ -273,7 +273,7 @@ def test_a_bare_name_is_a_repository_of_the_user(steps):
 def test_what_load_would_refuse_is_not_pushed(steps):
     refused = steps["push what is no rock set"]
     assert refused["kinds"][0] == "ValueError"
-    assert "stands twice in rocks" in refused["error"]
+    assert "occurs twice in rocks" in refused["error"]
     assert "user/twice" not in value(steps["repositories"])
 
 

@@ -324,7 +324,7 @@ def with_value(name: str, row: int, value) -> dict:
         (changed(**with_value("token_id", 3, 2**40)), "row 3 has token_id 1099511627776, outside of"),
         (changed(**with_value("position", 1, -2)), "row 1 has position -2"),
         (changed(rollout=np.arange(8)[::-1] // 2), "row 2 (rollout 2, position 0) is out of order"),
-        (changed(position=np.zeros(8, int)), "row 1 (rollout 0, position 0) stands twice"),
+        (changed(position=np.zeros(8, int)), "row 1 (rollout 0, position 0) occurs twice"),
         (changed(prompt=np.arange(8)), "row 1 has prompt 1, the row before it, of the same rollout, 0"),
         (changed(rollout=np.zeros(8, int), position=np.arange(8), prompt=None), "has one rollout only"),
         ({name: value[:0] for name, value in columns().items()}, "has no rows"),
@@ -344,8 +344,8 @@ def test_the_row_is_counted_over_batches(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.BATCH_ROWS", 3)
     for table, message in (
         (changed(**with_value("kl", 7, np.nan)), "row 7 has kl nan"),
-        (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) stands twice"),
-        (changed(position=[0, 1, 0, 0, 0, 1, 0, 1]), "row 3 (rollout 1, position 0) stands twice"),
+        (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) occurs twice"),
+        (changed(position=[0, 1, 0, 0, 0, 1, 0, 1]), "row 3 (rollout 1, position 0) occurs twice"),
     ):
         pq.write_table(pa.table(table), tmp_path / "o.parquet")
         assert message in run([tmp_path / "o.parquet", "--output", tmp_path / "r.json"], capsys)[2]

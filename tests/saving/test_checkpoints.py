@@ -153,7 +153,7 @@ def test_a_step_that_is_saved_again_is_not_whole_in_between(copy):
 def test_true_means_the_newest_whole_one(copy):
     assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-4")
     unfinish(copy / "checkpoint-4")
-    with pytest.warns(UserWarning, match=r"checkpoint-4 is not whole .*: the run goes on from checkpoint-2\."):
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is incomplete .*: the run resumes from checkpoint-2\."):
         assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-2")
 
 
@@ -161,7 +161,7 @@ def test_what_transformers_takes_for_the_newest_leads_to_the_newest_whole_one(co
     unfinish(copy / "checkpoint-4")
     newest = get_last_checkpoint(copy)
     assert newest.endswith("checkpoint-4")
-    with pytest.warns(UserWarning, match="the run goes on from checkpoint-2"):
+    with pytest.warns(UserWarning, match="the run resumes from checkpoint-2"):
         assert resolve_checkpoint(newest, copy) == str(copy / "checkpoint-2")
 
 
@@ -173,7 +173,7 @@ def test_a_file_that_was_changed_since_and_has_grown_is_no_sign_of_a_kill(copy):
 
 def test_a_checkpoint_of_the_model_only_is_taken_with_a_warning(tmp_path):
     build(tmp_path, save_only_model=True, **SAVING).train()
-    with pytest.warns(UserWarning, match=r"checkpoint-4 holds the model only .*: optimizer and learning rates begin"):
+    with pytest.warns(UserWarning, match=r"checkpoint-4 holds the model only .*: optimizer and learning-rate schedule start"):
         assert resolve_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-4")
 
 
@@ -210,7 +210,7 @@ def test_nothing_to_go_on_from_is_a_run_that_begins(copy, resume):
 
 def test_an_older_checkpoint_that_is_named_and_not_whole_is_refused(copy):
     cut(copy / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2 is not whole: its optimizer.pt has 100 of \d+ bytes"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 is incomplete: its optimizer.pt has 100 of \d+ bytes"):
         resolve_checkpoint(copy / "checkpoint-2", copy)
     assert resolve_checkpoint(copy / "checkpoint-4", copy) == str(copy / "checkpoint-4")
 
@@ -218,9 +218,9 @@ def test_an_older_checkpoint_that_is_named_and_not_whole_is_refused(copy):
 def test_no_whole_checkpoint_is_a_sentence(copy, tmp_path):
     for step in (2, 4):
         unfinish(copy / f"checkpoint-{step}")
-    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole .*Begin without resume_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is complete .*Start without resume_from_checkpoint"):
         resolve_checkpoint(True, copy)
-    with pytest.raises(ValueError, match="checkpoint-4 is not whole"):
+    with pytest.raises(ValueError, match="checkpoint-4 is incomplete"):
         resolve_checkpoint(get_last_checkpoint(copy), copy)
     with pytest.raises(ValueError, match="There is no checkpoint in"):
         resolve_checkpoint(True, tmp_path / "nowhere")
@@ -231,7 +231,7 @@ def test_no_whole_checkpoint_is_a_sentence(copy, tmp_path):
 def test_a_checkpoint_of_another_trainer_is_taken_when_it_is_named(copy):
     for step in (2, 4):
         (copy / f"checkpoint-{step}" / FILE_NAME).unlink()
-    with pytest.raises(ValueError, match="one of another trainer can be named by its folder"):
+    with pytest.raises(ValueError, match="To use a checkpoint of another trainer, pass its folder"):
         resolve_checkpoint(True, copy)
     with pytest.warns(UserWarning, match="as if another trainer had written it"):
         assert resolve_checkpoint(copy / "checkpoint-2", copy) == str(copy / "checkpoint-2")
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_trainer_is_taken_when_it_is_named(copy):
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_as_if_nothing_was(run, copy):
     unfinish(copy / "checkpoint-4")
     trainer = build(copy, **SAVING)
-    with pytest.warns(UserWarning, match="the run goes on from checkpoint-2"):
+    with pytest.warns(UserWarning, match="the run resumes from checkpoint-2"):
         trainer.train(resume_from_checkpoint=True)
     files_of = [(folder / "checkpoint-4" / "model.safetensors").read_bytes() for folder in (run, copy)]
     assert files_of[0] == files_of[1]
@@ -356,7 +356,7 @@ def test_a_checkpoint_without_room_is_a_sentence_and_the_one_before_is_whole(wor
     error = capsys.readouterr().err
     sentence = error.strip().splitlines()[-1]
     assert sentence.startswith(f"trl-opd train: error: {out}/checkpoint-4 cannot be written: ")
-    assert sentence.endswith("checkpoint-2 is whole: once there is room, resume_from_checkpoint goes on.")
+    assert sentence.endswith("checkpoint-2 is complete: make room, then resume from it with resume_from_checkpoint.")
     assert "Traceback" not in error
     assert (out / "model.safetensors").read_bytes() == before
     assert Path(resolve_checkpoint(True, out)).name == "checkpoint-2" if (out / "checkpoint-4").exists() else True

@@ -1,4 +1,4 @@
-"""`trl-opd probe`: arms, rewards, roles and a journal to go on from; and a sentence for what cannot be."""
+"""`trl-opd probe`: arms, rewards, roles and a journal to resume from, and one-line errors."""
 
 import dataclasses
 import json

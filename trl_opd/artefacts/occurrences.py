@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 )
 PROMPT_SCHEMA = pa.schema([("prompt", pa.int32()), ("token_ids", pa.list_(pa.int32())), ("row", pa.int64())])
 REQUIRED, OPTIONAL = ("rollout", "position", "token_id", "kl"), ("kl_pre", "prompt")
-# No tokenizer has this many tokens; figures of every type are kept in memory.
+# No tokenizer has this many tokens; statistics of every type are kept in memory.
 MAX_VOCABULARY = 2**22
 # KL is at least 0; float32 sums over a vocabulary may fall this far below.
 LEAST_KL = -1e-4
@@ -212,7 +212,7 @@ class Occurrences:
         if wrong.any():
             row = int(np.argmax(wrong))
             twice = same[row] and position[row + 1] == position[row]
-            what = "stands twice" if twice else "is out of order: rows go by (rollout, position)"
+            what = "occurs twice" if twice else "is out of order: rows go by (rollout, position)"
             place = f"rollout {rollout[row + 1]}, position {position[row + 1]}"
             raise ValueError(f"{self.path}: row {first + row} ({place}) {what}.")
         moved = same & (unit[1:] != unit[:-1])

@@ -49,7 +49,7 @@ def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
         raise ValueError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Split it into smaller files.")
 
     try:
-        # By default Arrow would hold the whole file, compressed, beside what is decoded of it.
+        # By default Arrow would hold the whole file, compressed, in addition to the decoded part.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16, **options)
         file.schema_arrow.names  # noqa: B018  Arrow decodes its own copy of the schema only here
         unfolded = _unfolded_bytes(file.metadata)
@@ -105,7 +105,7 @@ def column_type(path: Path, schema: pa.Schema, name: str) -> pa.DataType:
     count = schema.names.count(name)
     if count == 1:
         return schema.field(name).type
-    found = "it stands there twice" if count else f"it has {', '.join(schema.names) or 'none':.200}"
+    found = "there are several" if count else f"it has {', '.join(schema.names) or 'none':.200}"
     raise ValueError(f"{path}: there must be one column {name!r}, {found}.")
 
 

@@ -1,6 +1,6 @@
 """rollout_samples.parquet: some rollouts of a run, with what both models thought of each token; for the report.
 
-One row per token, in order of (step, rollout, position). A part file for each step while the run goes on, one file
+One row per token, in order of (step, rollout, position). A part file for each step during the run, one file
 when it has ended.
 """
 
@@ -21,7 +21,7 @@ from .atomic import complete_file
 from .run_files import ROLLOUT_SAMPLES_FILE, find_step_parts, step_part
 
 VERSION = 1
-# transformers pushes checkpoints from the output folder while the run goes on, without what begins with "_".
+# transformers pushes the output folder during the run, without names that begin with an underscore.
 PARTS = "_rollout_samples"
 # Likeliest tokens that are kept of each distribution.
 TOP = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -196,8 +195,8 @@ def read_threshold(given: str | float, name: str) -> float | str:
         value = float(given[1:] if quantile else given)
     except (TypeError, ValueError):
         value = math.nan
-    most = 1 if quantile else sys.float_info.max
-    if isinstance(given, bool) or not 0 <= value <= most:
+    out_of_range = not 0 <= value < math.inf or (quantile and value > 1)
+    if isinstance(given, bool) or out_of_range:
         raise ValueError(f"--{name} takes nats, at least 0, or a quantile such as q0.8, got {given!r}.")
     return given if quantile else value
 

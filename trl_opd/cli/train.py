@@ -37,7 +37,7 @@ example:
 INTERRUPTED = ": its checkpoints are kept, pass --resume_from_checkpoint to resume from the newest complete one"
 # After the last collective, a thread of gloo takes the GIL to release its tensors (torch 2.13). Python before 3.14
 # ends a thread that asks for the GIL during shutdown, and C++ answers that with an abort. A short sleep lets the thread
-# finish first. This can go when Python 3.14 is the oldest version that we support: there such a thread just stops.
+# finish first. This can go when Python 3.14 is the oldest version that we support: it suspends such a thread instead.
 GLOO_RELEASE_SECONDS = 0.5
 SAMPLES = 2  # rollouts that the report shows per logging step
 
@@ -87,7 +87,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
             callbacks=[RolloutSamples(SAMPLES)],
         )
         trainer.run_record.dataset_name = script_args.dataset_name
-        with read_errors("The checkpoint to go on from"):
+        with read_errors("The checkpoint to resume from"):
             trainer.train(resume_from_checkpoint=resume)
 
     if training_args.push_to_hub:  # saves the student, too

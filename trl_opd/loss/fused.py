@@ -18,8 +18,8 @@ from torch.autograd import Function
 
 from .lm_head import LMHead
 
-# Largest number of rows in a chunk. With fewer rows the heads are read more often, and more rows gain nothing: 160 was
-# as fast as 256, and faster than 16 to 128, at 32 768 and 151 936 entries (docs/benchmarks.md).
+# Largest number of rows in a chunk. With fewer rows the heads are read more often; with more rows nothing is gained. At
+# 32 768 and 151 936 vocabulary entries, 160 rows were as fast as 256 and faster than 16 to 128.
 MAX_ROWS = 160
 # If a head or the hidden states are not in float32, the head is converted in tiles of this many entries, because a
 # float32 copy of a whole head can take gigabytes.

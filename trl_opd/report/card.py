@@ -189,7 +189,7 @@ def _with_interval(value: float, low: float | None, high: float | None, sign: st
 
 
 def _rocks(contents: Contents) -> dict[str, Any] | None:
-    """Return what the card says of the rock set, `None` if there is none or the run was trained with other rocks."""
+    """Return the card's text about the rock set; `None` without one, or if the run was trained with other rocks."""
     rock_set = contents.rocks
     if rock_set is None or contents.other_rocks:
         return None

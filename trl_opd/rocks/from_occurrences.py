@@ -350,7 +350,7 @@ def _notes_on_files(corpora: Sequence[Corpus]) -> list[str]:
     if corpora[0].kl_pre is None:
         notes.append(
             "There is no kl_pre: occurrences count as persistent by kl alone, so tokens that the student has learned "
-            "cannot be told apart."
+            "cannot be distinguished from unlearned ones."
         )
     tokens = [len(corpus.token_id) for corpus in corpora]
     if max(tokens) > 1.1 * min(tokens):

@@ -294,7 +294,7 @@ def _check_ids(rocks: Sequence[int], controls: Sequence[int], vocab_size: int | 
     for ids, where in ((rocks, "rocks"), (controls, "controls")):
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
-            raise ValueError(f"token id {twice} stands twice in {where}")
+            raise ValueError(f"token id {twice} occurs twice in {where}")
         # Without a vocabulary size the bound is what an id can be at all: int32 in every file of this project.
         limit = 2**31 if vocab_size is None else vocab_size
         if outside := [id for id in ids if id >= limit]:

@@ -47,7 +47,7 @@ def completing(trainer: Trainer, run_dir: str | os.PathLike) -> Iterator[None]:
         run_dir (`str` or `os.PathLike`): The run's output folder.
 
     Raises:
-        `OSError`: if a file cannot be written, with the checkpoint from which the run can go on.
+        `OSError`: if a file cannot be written, naming the checkpoint from which the run can resume.
     """
     state = trainer.state
     folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -112,22 +112,22 @@ def find_fault(folder: str | os.PathLike) -> str | None:
 
 
 def newest_complete(run_dir: str | os.PathLike) -> Path | None:
-    """Return the whole checkpoint of the latest step in a run's folder, or `None`."""
+    """Return the complete checkpoint of the latest step in a run's folder, or `None`."""
     return next((folder for folder in _checkpoints(run_dir) if find_fault(folder) is None), None)
 
 
 def resolve_checkpoint(resume: str | os.PathLike | bool | None, run_dir: str | os.PathLike) -> str | None:
-    """Return the folder of the checkpoint to go on from, `None` for a run that begins.
+    """Return the folder of the checkpoint to resume from, or `None` to start from the beginning.
 
-    `True` means the newest whole one. The newest folder of the run, which is what transformers' `get_last_checkpoint`
-    returns, is treated like `True`: where its saving was not finished, a warning names the one that is taken.
+    `True` means the newest complete one. The newest folder of the run, which transformers' `get_last_checkpoint`
+    returns, is treated like `True`: if it is incomplete, a warning names the checkpoint that is used instead.
 
     Args:
         resume (`str` or `os.PathLike` or `bool`, *optional*): As `Trainer.train` takes it.
         run_dir (`str` or `os.PathLike`): The run's output folder.
 
     Raises:
-        `ValueError`: if no checkpoint is whole, or the one that is named is not.
+        `ValueError`: if no checkpoint is complete, or the named one is not.
         `OSError`: if there is no such folder.
     """
     if resume is None or resume is False:
@@ -136,7 +136,7 @@ def resolve_checkpoint(resume: str | os.PathLike | bool | None, run_dir: str | o
     if resume is True:
         if not found:
             raise ValueError(
-                f"There is no checkpoint in {run_dir} to go on from: begin without resume_from_checkpoint."
+                f"There is no checkpoint in {run_dir} to resume from: start without resume_from_checkpoint."
             )
         return _as_resume_path(_newest_of(found, run_dir))
     folder = Path(resume)
@@ -148,23 +148,24 @@ def resolve_checkpoint(resume: str | os.PathLike | bool | None, run_dir: str | o
         return _as_resume_path(_newest_of(found, run_dir))
     if (folder / MANIFEST_FILE).is_file() or not _is_state(folder / TRAINER_STATE_NAME):
         raise ValueError(
-            f"The checkpoint {folder} is not whole: {reason}. Go on from another one, or begin anew; if you changed it "
-            f"yourself, remove its {MANIFEST_FILE} and name it again."
+            f"The checkpoint {folder} is incomplete: {reason}. Resume from another one, or start over; if you changed "
+            f"it yourself, remove its {MANIFEST_FILE} and name it again."
         )
     warnings.warn(
-        f"The checkpoint {folder} has no {MANIFEST_FILE}, as if another trainer had written it: whether it is whole "
-        "cannot be told.",
+        f"The checkpoint {folder} has no {MANIFEST_FILE}, so another trainer seems to have written it, and we cannot "
+        "check whether it is complete.",
         stacklevel=3,
     )
     return _as_resume_path(folder)
 
 
 def _as_resume_path(folder: Path) -> str:
-    """Return a checkpoint to go on from; warn where it holds the model only."""
+    """Return a checkpoint as the path to resume from; warn if it holds the model only."""
     # DeepSpeed and FSDP keep optimizers in folders.
     if not (folder / SCHEDULER_NAME).is_file() and not any(path.is_dir() for path in folder.iterdir()):
         warnings.warn(
-            f"{folder} holds the model only (save_only_model): optimizer and learning rates begin anew.", stacklevel=4
+            f"{folder} holds the model only (save_only_model): optimizer and learning-rate schedule start over.",
+            stacklevel=4,
         )
     return str(folder)
 
@@ -183,14 +184,18 @@ def write_errors(folder: Path, run_dir: str | os.PathLike) -> Iterator[None]:
         if not (of_torch or of_system or isinstance(error, SafetensorError)):
             raise
         whole = newest_complete(run_dir)
-        after = "" if whole is None else f" {whole.name} is whole: once there is room, resume_from_checkpoint goes on."
+        after = (
+            ""
+            if whole is None
+            else f" {whole.name} is complete: make room, then resume from it with resume_from_checkpoint."
+        )
         reason = " ".join(str(error).split()).rstrip(".")
         raise OSError(f"{folder} cannot be written: {reason:.300}.{after}") from error
 
 
 @contextmanager
 def read_errors(what: str) -> Iterator[None]:
-    """Turn the error of a state that torch's safe loader refuses into one `ValueError`."""
+    """Turn the error that torch's safe loader raises for an unsafe or damaged file into one `ValueError`."""
     try:
         yield
     except Exception as error:
@@ -202,17 +207,17 @@ def read_errors(what: str) -> Iterator[None]:
 
 
 def _newest_of(found: list[Path], run_dir: str | os.PathLike) -> Path:
-    """Return the newest whole checkpoint of some, with a warning where a newer one is not whole."""
+    """Return the newest complete checkpoint; warn if a newer one is incomplete."""
     whole = newest_complete(run_dir)
     if whole is None:
         raise ValueError(
-            f"No checkpoint in {run_dir} is whole ({found[0].name}: {find_fault(found[0])}). Begin without "
-            "resume_from_checkpoint; one of another trainer can be named by its folder, one that you changed yourself "
-            f"when its {MANIFEST_FILE} is removed."
+            f"No checkpoint in {run_dir} is complete ({found[0].name}: {find_fault(found[0])}). Start without "
+            "resume_from_checkpoint. To use a checkpoint of another trainer, pass its folder; to use one that you "
+            f"changed yourself, remove its {MANIFEST_FILE} first."
         )
     if whole != found[0]:
         warnings.warn(
-            f"{found[0]} is not whole ({find_fault(found[0])}): the run goes on from {whole.name}.", stacklevel=4
+            f"{found[0]} is incomplete ({find_fault(found[0])}): the run resumes from {whole.name}.", stacklevel=4
         )
     return whole
 

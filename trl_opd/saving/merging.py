@@ -54,7 +54,7 @@ def _base_on_host(model: PeftModel) -> PreTrainedModel:
     modules = dict(base.named_modules())
     states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in modules.values()]
     if any(getattr(state, "packing_format_for_cpu", False) for state in states):
-        raise ValueError("The 4-bit base was packed for a CPU, which cannot be undone exactly: load it anew.")
+        raise ValueError("The 4-bit base was packed for a CPU, which cannot be undone exactly: load the base again.")
     state = {}
     for name, tensor in base.state_dict().items():
         path, _, leaf = name.rpartition(".")

@@ -80,7 +80,7 @@ def add_report(folder: str | os.PathLike, *, show_progress: bool = True) -> None
 
 
 def warn_of_failed_pushes(in_progress) -> None:
-    """Warn of pushes of checkpoints that failed: transformers runs them beside the training and never looks at them.
+    """Warn of pushes of checkpoints that failed, because transformers runs them in a thread and ignores their errors.
 
     Args:
         in_progress (`transformers.utils.PushInProgress`, *optional*): The pushes, all of which have ended.

@@ -67,19 +67,12 @@ def evaluate_arms(
     problems = len(baseline)
     effects = {arm: effect_of(rewards[arm], baseline, seed=seed) for arm in arms}
 
-    # Only arms of single tokens are tested; arms that forbid many tokens get no test.
+    # Corrections, labels and comparisons are for single tokens; an arm that forbids many has its p value only.
     single = [arm for arm, (kind, _) in arms.items() if kind not in (ROCKS, CONTROLS)]
     p_values = [effects[arm].p for arm in single]
     p_bh = dict(zip(single, benjamini_hochberg(p_values), strict=True))
     p_holm = dict(zip(single, holm(p_values), strict=True))
-    rows = []
-    for arm, (kind, ids) in arms.items():
-        row = {"arm": arm, "kind": kind, "ids": sorted(ids), **_describe_effect(effects[arm])}
-        if arm in p_bh:
-            row |= _describe_tests(effects[arm], float(p_bh[arm]), float(p_holm[arm]))
-        else:
-            row |= dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
-        rows.append(row)
+    rows = _rows_of_arms(arms, effects, p_bh, p_holm)
 
     estimates = []
     shares = []
@@ -116,6 +109,23 @@ def evaluate_arms(
         "minimal_effect": minimal_effect(problems, len(single), discordance),
         "arms": sorted(rows, key=lambda row: row["effect"]),
     }
+
+
+def _rows_of_arms(
+    arms: Mapping[str, tuple[str, frozenset[int]]],
+    effects: Mapping[str, Effect],
+    p_bh: Mapping[str, float],
+    p_holm: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    rows = []
+    for arm, (kind, ids) in arms.items():
+        row = {"arm": arm, "kind": kind, "ids": sorted(ids), **_describe_effect(effects[arm])}
+        if arm in p_bh:
+            row |= _describe_tests(effects[arm], float(p_bh[arm]), float(p_holm[arm]))
+        else:
+            row |= dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
+        rows.append(row)
+    return rows
 
 
 def _describe_effect(effect: Effect) -> dict[str, Any]:
