@@ -47,7 +47,7 @@ def test_peak_is_the_largest_sum_of_a_phase():
     base = weight_bytes(setup.student, None, 2)
     for phase in parts.values():
         assert phase["student weights"] == base
-        assert phase["teacher on the card"] == base  # of the same shape, resident
+        assert phase["teacher on the GPU"] == base  # of the same shape, resident
     assert parts["teacher"]["teacher's hidden states"] == 6 * 10 * 64 * 2
     assert parts["student"]["gradients"] > 0
     assert not {"gradients", "student activations"} & (parts["generation"].keys() | parts["teacher"].keys())
@@ -60,7 +60,7 @@ def test_parked_teacher_is_on_the_gpu_only_in_its_own_phase():
     assert parked["teacher"] == resident["teacher"]
     head = 300 * 64 * 2 + quantization_constants(setup.teacher, nested=True)
     for phase in ("generation", "student"):
-        assert parked[phase]["teacher on the card"] == head < resident[phase]["teacher on the card"]
+        assert parked[phase]["teacher on the GPU"] == head < resident[phase]["teacher on the GPU"]
 
 
 @pytest.mark.parametrize(

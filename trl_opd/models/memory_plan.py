@@ -68,16 +68,16 @@ def phases(setup: Setup) -> dict[str, dict[str, int]]:
     tokens = min(setup.rollouts * setup.length, max(GROUP_TOKENS, setup.length))
     activations = tokens * _forward_bytes(teacher) + _dequantised(teacher, setup.teacher_quantization)
     return {
-        "generation": {**always, "teacher on the card": stays, **_generation(setup)},
+        "generation": {**always, "teacher on the GPU": stays, **_generation(setup)},
         "teacher": {
             **always,
-            "teacher on the card": full,
+            "teacher on the GPU": full,
             "teacher activations": activations,
             **cache,
         },
         "student": {
             **always,
-            "teacher on the card": stays,
+            "teacher on the GPU": stays,
             "gradients": trained,
             **cache,
             "student activations": _student_activations(setup),
