@@ -173,7 +173,8 @@ def test_a_file_that_was_changed_since_and_has_grown_is_no_sign_of_a_kill(copy):
 
 def test_a_checkpoint_of_the_model_only_is_taken_with_a_warning(tmp_path):
     build(tmp_path, save_only_model=True, **SAVING).train()
-    with pytest.warns(UserWarning, match=r"checkpoint-4 holds the model only .*: optimizer and learning-rate schedule start"):
+    message = r"checkpoint-4 holds the model only .*: optimizer and learning-rate schedule start"
+    with pytest.warns(UserWarning, match=message):
         assert resolve_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-4")
 
 
