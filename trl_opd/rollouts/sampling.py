@@ -1,4 +1,4 @@
-"""How completions are sampled: random streams, eval mode, absolute positions, and what `generate` would apply.
+"""How completions are sampled: random streams, eval mode, prompts of one length, and what `generate` would apply.
 
 A seam: two functions here read private methods of transformers' generation.
 """
@@ -6,12 +6,14 @@ A seam: two functions here read private methods of transformers' generation.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from transformers import GenerationConfig, PreTrainedModel
 
 from .batches import loss_mask
@@ -57,39 +59,25 @@ def sampling_mode(model: torch.nn.Module):
         model.train(training)
 
 
-@contextmanager
-def positions_from_mask(model: torch.nn.Module):
-    """Compute the positions of a model with learned absolute positions from the attention mask, in each forward inside.
+def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:
+    """Return one completion per prompt, in order, from calls that each get prompts of one length.
 
-    With left padding such a model (GPT-2, OPT) otherwise counts the padding and sees another prompt. Models
-    with rotary or other relative positions need no correction, so nothing changes for them.
+    So no prompt is padded, for students whose state or positions padding would change.
+
+    Args:
+        generate (`Callable`): Returns the completions of prompts.
+        prompt_ids (`list[list[int]]`): Token ids of the prompts.
     """
-    backbone = model.base_model.model.base_model if is_peft_model(model) else model.base_model
-    if not has_absolute_positions(backbone):
-        yield
-        return
-    handle = backbone.register_forward_pre_hook(_add_positions, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    places = defaultdict(list)
+    for place, ids in enumerate(prompt_ids):
+        places[len(ids)].append(place)
 
-
-def has_absolute_positions(backbone: torch.nn.Module) -> bool:
-    """Return whether a backbone embeds positions by a table and takes `position_ids`."""
-    config = backbone.config.get_text_config()
-    relative = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "alibi"))
-    tables = ("wpe", "embed_positions", "position_embeddings")
-    return not relative and any(name.rsplit(".", 1)[-1] in tables for name, _ in backbone.named_modules())
-
-
-def _add_positions(module, args, kwargs):
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is None and mask is not None and mask.ndim == 2:
-        ids = kwargs.get("input_ids") if not args else args[0]
-        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        kwargs["position_ids"] = places[:, -ids.shape[1] :]
-    return args, kwargs
+    completions = [[]] * len(prompt_ids)
+    for same_length in places.values():
+        sampled = generate([prompt_ids[place] for place in same_length])
+        for place, completion in zip(same_length, sampled, strict=True):
+            completions[place] = completion
+    return completions
 
 
 def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
