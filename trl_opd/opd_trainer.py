@@ -9,11 +9,12 @@ generation batch, clamped at 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -30,7 +31,7 @@ from .artefacts.token_stats import TokenStats
 from .loss.divergence import loss_and_signals
 from .loss.lm_head import is_read_by_trl, output_rows
 from .models.model_check import StudentTraits, check_student, check_teacher, require_causal_lm
-from .models.quantised import make_readable
+from .models.quantised import keep_scalable, make_readable
 from .models.shape import context_length, rope_switch_length
 from .models.teacher import (
     check_teacher_vocabulary,
@@ -141,6 +142,8 @@ class OPDTrainer(DistillationTrainer):
         require_causal_lm(self.model, "student")
         preflight.require_mergeable(args, self.model)
         make_readable(self.model)
+        if args.fp16 and is_peft_model(self.model):
+            keep_scalable(self.model)
         self._attach_teacher(teacher)
         if self.rock_set is not None:
             self.rock_set.check(self._tokenizer, self.model_pair.vocab_size)
@@ -403,7 +406,9 @@ class OPDTrainer(DistillationTrainer):
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
 
         name_student = name_student_in_sampling_error(self.state.global_step + 1)
-        with name_student, sampling_mode(self.model):
+        # An adapter in float32 on a base in bfloat16 is sampled as it is scored. Other students are sampled as in TRL.
+        autocast = self.accelerator.autocast() if is_peft_model(self.model) else nullcontext()
+        with name_student, sampling_mode(self.model), autocast:
             if not self.args.use_transformers_continuous_batching:
                 generate = partial(
                     super()._generate_single_turn,
@@ -435,6 +440,10 @@ class OPDTrainer(DistillationTrainer):
         for row in inputs:
             require_prompt(row.get("prompt"), "a row of the dataset")
         training = self.model.training
+        if training:
+            # The teacher's hidden states of the last batch, which may take gigabytes, go before the next is sampled.
+            self._buffered_inputs = None
+            self._micro_batches = None
         with self._step_timer.time("generate", on=training):
             batch = super()._generate_and_score_completions(inputs)
         self._has_new_completions = True
@@ -552,7 +561,11 @@ class OPDTrainer(DistillationTrainer):
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone outside the forward that Accelerate runs under autocast (bf16 is TRL's default).
         with self.accelerator.autocast():
-            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+            hidden = super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+            # A final norm in float32 gives float32, which TRL's kernel on CUDA would project in float32.
+            if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+                hidden = hidden.to(torch.get_autocast_dtype("cuda"))
+        return hidden
 
     # Step and log
 

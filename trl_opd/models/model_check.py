@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import has_offloaded_params, is_peft_model
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..loss.lm_head import lm_head
 from ..loss.logits import head_logits
+from .quantised import read_head
 from .shape import context_length
 
 # Length of the longer sequence, of which the last quarter is changed to see whether the model is causal. The shorter
@@ -124,6 +125,8 @@ def check_teacher(
     if not check.can_run():
         return True
     with check.undone():
+        if not check.is_finite():
+            return True
         check.require_own_distribution()
         return not padded_left or check.scores_padded_left()
 
@@ -158,6 +161,8 @@ def check_student(
     if not check.can_run():
         return StudentTraits()
     with check.undone():
+        if not check.is_finite():
+            return StudentTraits()
         check.require_own_distribution()
         scores_padded_left = not padded_left or check.scores_padded_left()
         with sampling(student):
@@ -237,6 +242,8 @@ class _Check:
         self._last_hidden_state = last_hidden_state
         self._autocast = autocast
         self._device = model.get_input_embeddings().weight.device
+        if self._device.type == "meta":  # offloaded, and moved together with its inputs for a forward
+            self._device = torch.device("cpu")
         with autocast():
             mixed = torch.is_autocast_enabled(self._device.type)
         self._limit = largest_difference(model, mixed=mixed)
@@ -253,8 +260,7 @@ class _Check:
 
     def can_run(self) -> bool:
         """Return whether this process holds the model's weights; say so if it does not."""
-        parameters = list(self._model.parameters())
-        held = all(not parameter.is_meta and not hasattr(parameter, "ds_id") for parameter in parameters)
+        held = all(_holds_weights(module) for module in self._model.modules())
         if not held:
             logger.warning(
                 "The %s is not compared with its own logits, because this process does not hold all its weights.",
@@ -278,11 +284,13 @@ class _Check:
             for parameter, requires_grad in parameters:  # PEFT switches them with its adapters
                 parameter.requires_grad_(requires_grad)
 
+    def is_finite(self) -> bool:
+        """Return whether the logits are finite; if not, the first training step names the model."""
+        return all(bool(torch.isfinite(logits).all()) for logits in self._scored([self._long]))
+
     def require_own_distribution(self) -> None:
         """Raise `ValueError` unless head and hidden states give the model's own distribution, causally and padded."""
         own = self._own([self._long, self._changed])
-        if not torch.isfinite(own).all():
-            return  # the first training step names the model whose logits are not finite
         scored = torch.stack(self._scored([self._long, self._changed]))
         if own.shape != scored.shape:
             raise ValueError(
@@ -364,13 +372,12 @@ class _Check:
                 "or its LM head, so nothing would be trained: activate the adapter that is to be trained, or use a "
                 "plain LoRA."
             )
-        if torch.isfinite(own).all():
-            self._require_equal(
-                own,
-                after,
-                "its trainable weights act outside of the backbone and of the LM head's weight, where the divergence "
-                "does not see them",
-            )
+        self._require_equal(
+            own,
+            after,
+            "its trainable weights act outside of the backbone and of the LM head's weight, where the divergence does "
+            "not see them",
+        )
 
     def _own(self, rows: list[list[int]]) -> torch.Tensor:
         """Return the logits of the model's own forward, without those after the last token, float32, `(B, L - 1, V)`.
@@ -403,7 +410,7 @@ class _Check:
                 f"The backbone of {self._subject(start=False)} cannot be run by itself: {type(error).__name__}: "
                 f"{error}. Use a causal language model."
             ) from error
-        head = lm_head(self._model)
+        head = read_head(self._model)
         if hidden.shape[-1] != head.weight.shape[1]:
             raise ValueError(
                 f"{self._subject()} cannot be used: its hidden states have width {hidden.shape[-1]} and its LM head "
@@ -446,6 +453,15 @@ class _Check:
 
     def _subject(self, *, start: bool = True) -> str:
         return f"{'The' if start else 'the'} {self._who} ({self._kind})"
+
+
+def _holds_weights(module: torch.nn.Module) -> bool:
+    """Return whether a process has the weights of a module: not with ZeRO-3, nor on some processes with FSDP."""
+    for parameter in module.parameters(recurse=False):
+        offloaded = parameter.is_meta and has_offloaded_params(module)  # by a `device_map`, and loaded for its forward
+        if hasattr(parameter, "ds_id") or (parameter.is_meta and not offloaded):
+            return False
+    return True
 
 
 class _Emit(LogitsProcessor):

@@ -90,6 +90,21 @@ def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], pro
     return completions
 
 
+@contextmanager
+def attention_restored(model: PreTrainedModel):
+    """Restore the attention implementation of a model after this block.
+
+    Continuous batching switches it, and does not switch it back if it fails before its first rollout (transformers
+    5.24, `init_continuous_batching`). Can go when it does.
+    """
+    implementation = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
+
+
 def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
     """Return the generation settings as `generate` resolves them: unset ones come from the model's configuration."""
     settings, _ = model._prepare_generation_config(given)

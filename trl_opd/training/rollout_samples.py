@@ -52,10 +52,12 @@ class RolloutSamples(OPDCallback):
             keep_up_to(Path(args.output_dir), state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        batch = self._batch
+        self._batch = None  # the teacher's hidden states in it may take gigabytes
         if not ends_in_log(args, state):
             return
         # Every process measures, because a forward of sharded models needs all of them.
-        columns, prompts = self._measure(self._batch, num_generations=args.num_generations)
+        columns, prompts = self._measure(batch, num_generations=args.num_generations)
         tokens = len(columns["token_id"])
         if not state.is_world_process_zero or not tokens:
             return
