@@ -1,6 +1,8 @@
-"""Flags of `trl-opd`."""
+"""Flags of `trl-opd`, and the message of a command that fails."""
 
 from pathlib import Path
+
+from trl_opd.cli import main
 
 
 def flags(world: Path, output: Path, **changes) -> list[str]:
@@ -24,3 +26,15 @@ def flags(world: Path, output: Path, **changes) -> list[str]:
     }
     given = [(name, value) for name, value in settings.items() if value is not None]
     return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def error_of(argv: list[str], capsys) -> str:
+    """Run a command that fails because of a user's mistake, and return its message: one line, without a traceback."""
+    capsys.readouterr()
+    assert main(argv) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1].rpartition("\r")[2].strip()  # behind a progress bar
+    start = f"trl-opd {argv[0]}: error: "
+    assert last.startswith(start)
+    return last.removeprefix(start)
