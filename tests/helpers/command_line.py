@@ -6,7 +6,7 @@ from trl_opd.cli import main
 
 
 def flags(world: Path, output: Path, **changes) -> list[str]:
-    """Return the flags of a short run; a value of `True` stands for a flag without one, `None` leaves it out."""
+    """Return the flags of a short run; `True` gives a flag without a value, and `None` leaves it out."""
     settings = {
         "model_name_or_path": world / "student",
         "teacher_model_name_or_path": world / "teacher",
@@ -24,8 +24,13 @@ def flags(world: Path, output: Path, **changes) -> list[str]:
         "disable_tqdm": "true",
         **changes,
     }
-    given = [(name, value) for name, value in settings.items() if value is not None]
-    return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def error_of(argv: list[str], capsys) -> str:

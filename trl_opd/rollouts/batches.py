@@ -54,8 +54,7 @@ def tight_micro_batches(
     its first micro-batch. Each micro-batch is trimmed to its longest prompt and its longest completion.
 
     Args:
-        batches (`list[dict[str, torch.Tensor]]`):
-            Micro-batches whose tensors have the same widths.
+        batches (`list[dict[str, torch.Tensor]]`): Micro-batches whose tensors have the same widths.
         multiple (`int`, *optional*): If given, lengths are rounded up to a multiple of it.
     """
     whole = {}
@@ -146,19 +145,19 @@ def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     positions = mask.nonzero().squeeze(1)
     weights = torch.ones(len(positions))
     if "weights" in batch:
-        weights = batch["weights"].flatten().cpu()[positions].float()
+        weights = batch["weights"].flatten().cpu()[positions]
     positions = positions.to(batch["completion_ids"].device)
-    return {**batch, "positions": positions, "position_weights": weights}
+    return {**batch, "positions": positions, "position_weights": weights.float()}
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Return row numbers in groups of similar length, the longest first.
 
-    A group has at most `tokens` tokens, padding included; a row that is longer than that alone is a group alone.
+    A group has at most `tokens` tokens, padding included, unless a single row has more.
 
     Args:
         lengths (`Sequence[int]`): Length of each row, in tokens.
-        tokens (`int`): Most tokens of a group.
+        tokens (`int`): Maximum number of tokens in a group.
     """
     # Python's sort is stable also in reverse, so rows of the same length keep their order.
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
