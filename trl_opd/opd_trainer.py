@@ -28,7 +28,8 @@ from ._trl import unwrap_model_for_generation
 from .artefacts.hub import hub_errors
 from .artefacts.token_stats import TokenStats
 from .loss.divergence import loss_and_signals
-from .loss.lm_head import output_rows
+from .loss.lm_head import is_read_by_trl, output_rows
+from .models.model_check import StudentTraits, check_student, check_teacher, require_causal_lm
 from .models.quantised import make_readable
 from .models.shape import context_length
 from .models.teacher import (
@@ -51,7 +52,7 @@ from .rollouts.prompts import (
     require_prompts,
     tokenize_prompts,
 )
-from .rollouts.sampling import mask_repeated, own_random_stream, positions_from_mask, sampling_mode
+from .rollouts.sampling import mask_repeated, own_random_stream, sample_by_length, sampling_mode
 from .saving import checkpoints
 from .saving.run_record import RunRecord
 from .saving.student import add_report, save_student, warn_of_failed_pushes, write_card
@@ -121,6 +122,8 @@ class OPDTrainer(DistillationTrainer):
         # TRL's constructor does not get the teacher, because it raises an error for vocabularies of unequal size. The
         # teacher is loaded first, which changes no random number: TRL's constructor seeds before it builds the student.
         teacher = load_teacher(teacher_model, model, args)
+        if not isinstance(model, str):
+            require_causal_lm(model, "student")
         super().__init__(
             model=model,
             teacher_model=None,
@@ -135,6 +138,7 @@ class OPDTrainer(DistillationTrainer):
             tools=tools,
         )
         preflight.require_text(self._is_vlm, self._tokenizer)
+        require_causal_lm(self.model, "student")
         preflight.require_mergeable(args, self.model)
         make_readable(self.model)
         self._attach_teacher(teacher)
@@ -161,12 +165,23 @@ class OPDTrainer(DistillationTrainer):
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        trains_as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
+        if sharded:  # compared with itself before it is wrapped
+            teacher_padded_left = self._check_teacher(teacher, padded_left=trains_as_trl)
         self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
         if not sharded:
+            teacher_padded_left = self._check_teacher(teacher, padded_left=trains_as_trl)
             # TRL also registers its teacher. Without a registered model, an evaluation before the training prepares the
             # student for evaluation only, the training takes it for prepared, and gradients are not averaged over
             # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
             self.accelerator._models.append(self.teacher_model)
+
+        self._student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
+        # TRL's own loss is called if nothing is weighted or grouped, both vocabularies have the same size, and TRL's
+        # padding and its reading of the heads are right for both models. The run is then bit-identical to TRL's.
+        padded_left = teacher_padded_left and self._student_traits.scores_padded_left
+        self._uses_trl_loss = trains_as_trl and padded_left and is_read_by_trl(self.model) and is_read_by_trl(teacher)
+        self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
         self.run_record = RunRecord(
@@ -189,10 +204,31 @@ class OPDTrainer(DistillationTrainer):
             device=self.accelerator.device,
             measure=measure,
         )
-        # TRL's own loss is called if nothing is weighted or grouped and both vocabularies have the same size. The run
-        # is then bit-identical to TRL's.
-        self._uses_trl_loss = student_rows == teacher_rows and self.args.trains_as_trl()
-        self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
+
+    def _check_teacher(self, teacher: PreTrainedModel, *, padded_left: bool) -> bool:
+        """Compare the teacher with itself; return whether its forwards may be padded on the left."""
+        return check_teacher(
+            teacher,
+            last_hidden_state=self._get_last_hidden_state,
+            autocast=self.accelerator.autocast,
+            padded_left=padded_left,
+        )
+
+    def _check_student(self, *, padded_left: bool, sharded: bool) -> StudentTraits:
+        """Compare the student with itself; raise `ValueError` if its rollouts cannot be sampled."""
+        traits = check_student(
+            self.accelerator.unwrap_model(self.model),
+            last_hidden_state=self._get_last_hidden_state,
+            autocast=self.accelerator.autocast,
+            generates=not self.use_vllm and not self.args.use_transformers_continuous_batching,
+            padded_left=padded_left,
+        )
+        if sharded and not traits.generates_padded:
+            raise ValueError(
+                "Padding changes what the student generates, so that prompts of different lengths have to be sampled "
+                "apart, and FSDP or DeepSpeed cannot do that: train in one process."
+            )
+        return traits
 
     def _check_vocabulary(self, teacher: PreTrainedModel, student_rows: int, teacher_rows: int) -> None:
         """Raise `ValueError` unless both models use the same token ids; warn if they end turns differently."""
@@ -360,9 +396,17 @@ class OPDTrainer(DistillationTrainer):
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
 
         name_student = name_student_in_sampling_error(self.state.global_step + 1)
-        with name_student, sampling_mode(self.model), positions_from_mask(self.model):
+        with name_student, sampling_mode(self.model):
             if not self.args.use_transformers_continuous_batching:
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+                generate = partial(
+                    super()._generate_single_turn,
+                    images=images,
+                    multimodal_fields=multimodal_fields,
+                    has_tool_images=has_tool_images,
+                )
+                if self._student_traits.generates_padded:
+                    return generate(prompt_ids)
+                return sample_by_length(generate, prompt_ids)
             with self.generation_model(self.generation_kwargs) as model:
                 return generate_continuously(
                     model, prompt_ids, self.generation_config, self.args.transformers_continuous_batching_config
@@ -411,9 +455,14 @@ class OPDTrainer(DistillationTrainer):
         # If the buffer holds another list, TRL has just generated and split a new batch.
         if self._buffered_inputs is not self._micro_batches:
             batches = self._buffered_inputs
+            width = None
             if self.args.micro_batching == "tight":
                 batches = tight_micro_batches(batches, self.pad_to_multiple_of)
-            self._micro_batches = [locate_loss_positions(batch) for batch in batches]
+            else:  # TRL's common length
+                width = batches[0]["prompt_ids"].shape[1] + batches[0]["completion_ids"].shape[1]
+            self._micro_batches = [
+                locate_loss_positions(batch, width=width, multiple=self.pad_to_multiple_of) for batch in batches
+            ]
             self._buffered_inputs = self._micro_batches
         return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
 
@@ -466,7 +515,7 @@ class OPDTrainer(DistillationTrainer):
         )
 
         sums = self._current_sums()
-        sums.add_forward(inputs["prompt_mask"], inputs["completion_mask"])
+        sums.add_forward(inputs["rollout_mask"])
         sums.add_signals(signals, measure_frozen)
         if self.model.training:
             self._token_sums.update(signals)
@@ -485,7 +534,7 @@ class OPDTrainer(DistillationTrainer):
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone outside the forward that Accelerate runs under autocast (bf16 is TRL's default).
-        with self.accelerator.autocast(), positions_from_mask(unwrapped_model):
+        with self.accelerator.autocast():
             return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
     # Step and log

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Names of the soft-capping in configurations: Gemma's, which TRL reads, RecurrentGemma's and xLSTM's.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -38,7 +41,9 @@ def lm_head(model: torch.nn.Module) -> LMHead:
     """Return the LM head of an unwrapped causal language model, weight of shape `(V, H)`.
 
     A head that FSDP2 has sharded is gathered once. Copied from TRL's `DistillationTrainer._compute_loss` and
-    `_chunked_divergence_loss`, as are the places where the scale and the soft-capping are found.
+    `_chunked_divergence_loss`, and extended by what those do not read: other names of the soft-capping, Inkling's
+    multiplier, and a head with more rows than the model gives logits. [`check_student`] and [`check_teacher`] compare
+    the result with the model's own logits.
     """
     head = model.get_output_embeddings()
     weight = head.weight
@@ -48,12 +53,20 @@ def lm_head(model: torch.nn.Module) -> LMHead:
         bias = None if bias is None else bias.full_tensor()
 
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(weight, bias, logit_scale(config), softcap)
+    read = LMHead(weight, bias, logit_scale(config), softcap(config))
+    return read.first(min(len(weight), getattr(config, "unpadded_vocab_size", None) or len(weight)))
 
 
 def logit_scale(config) -> float:
-    """Return the multiplier of a model's logits, 1.0 if its configuration names none; copied from TRL."""
+    """Return the multiplier of a model's logits, 1.0 if its configuration names none."""
+    if config.model_type == "mpt":  # transformers ignores its `logit_scale`
+        return 1.0
+    width = getattr(config, "logits_mup_width_multiplier", None)  # Inkling divides the states, and its head has no bias
+    return trl_logit_scale(config) if width is None else 1 / width
+
+
+def trl_logit_scale(config) -> float:
+    """Return the multiplier of the logits that TRL's loss reads from a configuration; copied from TRL."""
     # Configurations name it in four ways: Cohere's, Muse Glimmer's, Falcon-H1's, and Granite's, which is a divisor.
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
@@ -66,11 +79,29 @@ def logit_scale(config) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
+def softcap(config) -> float | None:
+    """Return the soft-capping of a model's logits, `None` if its configuration names none."""
+    for name in SOFTCAPS:
+        cap = getattr(config, name, None)
+        if cap is not None:
+            return cap
+    return None
+
+
+def is_read_by_trl(model: torch.nn.Module) -> bool:
+    """Return whether TRL's loss reads the same multiplier, soft-capping and rows of the head as [`lm_head`]."""
+    config = model.config.get_text_config()
+    trl_softcap = getattr(config, SOFTCAPS[0], None)
+    same_logits = logit_scale(config) == trl_logit_scale(config) and softcap(config) == trl_softcap
+    return same_logits and getattr(config, "unpadded_vocab_size", None) is None
+
+
 def output_rows(model: torch.nn.Module) -> int:
-    """Return the number of vocabulary entries that the LM head of an unwrapped model has."""
+    """Return the number of vocabulary entries for which an unwrapped model gives logits."""
     head = model.get_output_embeddings()
     # The shape of a quantised weight is that of its packed form, so we ask the layer. ZeRO-3 leaves an empty weight,
     # whose full shape DeepSpeed keeps in `ds_shape`.
     if not head.weight.is_floating_point():
         return head.out_features
-    return getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    return min(rows, getattr(model.config.get_text_config(), "unpadded_vocab_size", None) or rows)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PromptLearningConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -14,22 +12,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-
-def require_readable_head(model: PreTrainedModel, name: str) -> None:
-    """Raise `ValueError` if a PEFT adapter is outside the backbone, where the divergence would ignore it."""
-    if not is_peft_model(model):
-        return
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            f"The {name} has a PEFT adapter on its LM head, whose weight the divergence reads directly, without the "
-            "adapter: merge it first (`model = model.merge_and_unload()`), or leave `lm_head` out of target_modules."
-        )
-    if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
-        raise ValueError(
-            f"The {name} has a prompt-learning adapter, whose virtual tokens the backbone never receives: use a "
-            "weight-based adapter such as LoRA."
-        )
 
 
 def make_readable(model: PreTrainedModel) -> None:

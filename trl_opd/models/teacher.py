@@ -16,7 +16,8 @@ from transformers import (
 
 from .._trl import create_model_from_path, prepare_deepspeed
 from ..opd_config import OPDConfig
-from .quantised import is_by_bitsandbytes, make_readable, require_linear_weights, require_readable_head
+from .model_check import require_causal_lm
+from .quantised import is_by_bitsandbytes, make_readable, require_linear_weights
 from .vocabulary import require_same_vocabulary
 
 
@@ -64,7 +65,7 @@ def load_teacher(teacher: str | PreTrainedModel | None, student: str | PreTraine
                 "Student and teacher are the same object, or share weights: training one would change the other. Load "
                 "the teacher separately, or pass its name."
             )
-    require_readable_head(teacher, "teacher")
+    require_causal_lm(teacher, "teacher")
     make_readable(teacher)
     return teacher.eval().requires_grad_(False)
 

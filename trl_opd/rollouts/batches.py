@@ -135,19 +135,51 @@ def _trim(
     return batch
 
 
-def locate_loss_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch with two more tensors: the positions in the loss, and their weights.
+def locate_loss_positions(
+    batch: dict[str, torch.Tensor], *, width: int | None = None, multiple: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Return a batch with the positions in the loss, their weights, and the inputs of a forward.
 
     `positions`, int64, `(N,)`, are indices in the flattened completions, in order. `position_weights`, float32, `(N,)`,
     stay on the host, so the host knows which rows to project without waiting for the device in the middle of a step.
+
+    A forward sees every rollout from its first token on, with all padding on the right, so that its positions are
+    0, 1, 2 ... for every model: `rollout_ids` and `rollout_mask`, `(B, L)`. The state that predicts the n-th position
+    is at `[state_rows[n], state_columns[n]]`, int64, `(N,)` each.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): Rollouts.
+        width (`int`, *optional*): L; by default the length of the longest rollout.
+        multiple (`int`, *optional*): If given, L is rounded up to a multiple of it.
     """
     mask = loss_mask(batch).flatten().cpu()
     positions = mask.nonzero().squeeze(1)
     weights = torch.ones(len(positions))
     if "weights" in batch:
         weights = batch["weights"].flatten().cpu()[positions]
-    positions = positions.to(batch["completion_ids"].device)
-    return {**batch, "positions": positions, "position_weights": weights.float()}
+
+    prompt_lengths = batch["prompt_mask"].sum(1)
+    if width is None:
+        lengths = prompt_lengths + batch["completion_mask"].sum(1)
+        width = int(lengths.amax())
+    width = _round_up(max(width, 2), multiple or 1)  # TRL leaves out the last state, so that a forward needs two
+    rollout_ids, rollout_mask = left_aligned(batch, range(len(prompt_lengths)), width)
+
+    completion_ids = batch["completion_ids"]
+    completion_width = completion_ids.shape[1]
+    positions = positions.to(completion_ids.device)
+    rows = positions // completion_width
+    # A token is predicted at the position of the token before it.
+    columns = prompt_lengths[rows] + positions % completion_width - 1
+    return {
+        **batch,
+        "positions": positions,
+        "position_weights": weights.float(),
+        "rollout_ids": rollout_ids,
+        "rollout_mask": rollout_mask,
+        "state_rows": rows,
+        "state_columns": columns,
+    }
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -174,10 +206,12 @@ def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return groups
 
 
-def left_aligned(batch: dict[str, torch.Tensor], rows: list[int], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_aligned(
+    batch: dict[str, torch.Tensor], rows: Sequence[int], longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and attention mask of some rollouts, `(len(rows), longest)` each, with all padding on the right."""
     device = batch["completion_ids"].device
-    rows = torch.tensor(rows, device=device)
+    rows = torch.tensor(list(rows), device=device)
     prompt_mask = batch["prompt_mask"][rows]
     ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
     mask = torch.cat([prompt_mask, batch["completion_mask"][rows]], dim=1)
@@ -191,17 +225,18 @@ def left_aligned(batch: dict[str, torch.Tensor], rows: list[int], longest: int) 
     return ids.gather(1, places), inside.to(mask.dtype)
 
 
-def at_positions(hidden: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the hidden states at some positions of the completions, `(N, H)`, on a device.
+def at_loss_positions(hidden: torch.Tensor, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the hidden states that predict the tokens of a batch's loss mask, `(N, H)`, on a device.
 
     Args:
-        hidden (`torch.Tensor`): Hidden states, `(B, C, H)`.
-        positions (`torch.Tensor`): Indices in the flattened completions, `(N,)`.
+        hidden (`torch.Tensor`): Hidden states of all positions but the last, `(B, L - 1, H)`.
+        batch (`dict[str, torch.Tensor]`): A batch of [`locate_loss_positions`].
         device (`torch.device`):
             Device of the head. When a model is split over devices, the backbone may end on a different one.
     """
-    rows = hidden.to(device).flatten(0, 1)
-    return rows[positions.to(device)]
+    rows = batch["state_rows"].to(hidden.device)
+    columns = batch["state_columns"].to(hidden.device)
+    return hidden[rows, columns].to(device)
 
 
 def pad_token_ids(
@@ -223,10 +258,10 @@ def pad_token_ids(
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return ids and attention mask of prompts and completions, `(B, P + C)` each, and the completion length C."""
-    completion_ids = batch["completion_ids"]
-    input_ids = torch.cat([batch["prompt_ids"], completion_ids], dim=1)
+    """Return the arguments of a forward of a batch of [`locate_loss_positions`].
+
+    They are ids and attention mask, `(B, L)` each, and the number of states that it keeps, L - 1.
+    """
     # The teacher may lack the padding id; the attention mask hides these positions.
-    input_ids = input_ids.clamp(max=vocab_size - 1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return input_ids, attention_mask, completion_ids.size(1)
+    input_ids = batch["rollout_ids"].clamp(max=vocab_size - 1)
+    return input_ids, batch["rollout_mask"], input_ids.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Context managers for sampling: random state, eval mode, absolute positions; and what `generate` would apply.
+"""Sampling of completions: random state, eval mode, prompts of the same length, and what `generate` would apply.
 
 The last two functions call private methods of transformers' generation.
 """
@@ -6,19 +6,17 @@ The last two functions call private methods of transformers' generation.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from transformers import GenerationConfig, PreTrainedModel
 
 from .batches import loss_mask
-
-# Options of a model's configuration that show relative positions, and names of modules that embed absolute ones.
-RELATIVE_POSITIONS = ("rope_parameters", "rope_theta", "alibi")
-POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
@@ -69,43 +67,25 @@ def sampling_mode(model: torch.nn.Module):
         model.train(training)
 
 
-@contextmanager
-def positions_from_mask(model: torch.nn.Module):
-    """Make a model with absolute positions take them from the attention mask, in each forward inside this block.
+def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:
+    """Return one completion per prompt, in order, from calls that each get prompts of the same length.
 
-    Otherwise a model like GPT-2 or OPT counts the padding on the left as positions, and sees a different prompt.
-    Nothing changes for models with rotary or other relative positions, which need no correction.
+    This way no prompt is padded, for students whose state or positions padding would change.
+
+    Args:
+        generate (`Callable`): Returns the completions of prompts.
+        prompt_ids (`list[list[int]]`): Token ids of the prompts.
     """
-    backbone = model.base_model.model.base_model if is_peft_model(model) else model.base_model
-    if not has_absolute_positions(backbone):
-        yield
-        return
-    handle = backbone.register_forward_pre_hook(_add_positions, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    places = defaultdict(list)
+    for place, ids in enumerate(prompt_ids):
+        places[len(ids)].append(place)
 
-
-def has_absolute_positions(backbone: torch.nn.Module) -> bool:
-    """Return whether a backbone has a table of position embeddings, and so takes `position_ids`."""
-    config = backbone.config.get_text_config()
-    if any(getattr(config, name, None) for name in RELATIVE_POSITIONS):
-        return False
-    names = {path.rpartition(".")[2] for path, _ in backbone.named_modules()}
-    return not names.isdisjoint(POSITION_TABLES)
-
-
-def _add_positions(module, args, kwargs):
-    """Add the positions to the arguments of a forward, unless its caller has, or its attention mask is no 2D mask."""
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is not None or mask is None or mask.ndim != 2:
-        return args, kwargs
-    ids = args[0] if args else kwargs["input_ids"]
-    positions = mask.long().cumsum(-1) - 1
-    positions = positions[:, -ids.shape[1] :]  # with a cache, the mask is longer than the new ids
-    kwargs["position_ids"] = positions.clamp(min=0)
-    return args, kwargs
+    completions = [[]] * len(prompt_ids)
+    for same_length in places.values():
+        sampled = generate([prompt_ids[place] for place in same_length])
+        for place, completion in zip(same_length, sampled, strict=True):
+            completions[place] = completion
+    return completions
 
 
 def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:

@@ -31,7 +31,7 @@ class Sums:
         weighted (`torch.Tensor`): Positions with any weight, 0 included.
         padding (`torch.Tensor`): Padding positions in the student's forwards.
         forwarded (`torch.Tensor`): All positions in the student's forwards.
-        entropy (`torch.Tensor`): The student's entropy at the projected positions, in nats.
+        entropy (`torch.Tensor`): The student's entropy at the measured positions, in nats.
         projected_divergence (`torch.Tensor`): Divergence at the projected positions, in nats.
         projected (`torch.Tensor`): Positions whose logits were computed.
         repetition (`torch.Tensor`): Shares of repeated 4-grams, over completions.
@@ -77,18 +77,21 @@ class MetricSums:
         self._sums = Sums.unpack(self._packed)
 
     def add_signals(self, signals: TokenSignals, all_measured: bool) -> None:
-        """Count the weights of a micro-batch and, when `all_measured`, add its divergences."""
+        """Count the weights of a micro-batch and, when `all_measured`, add its divergences and entropies.
+
+        A mean over the positions with a weight alone would not be a mean over tokens.
+        """
         sums = self._sums
         sums.zero_weight += (signals.weights == 0).sum()
         sums.weighted += signals.weights.numel()
 
         projected = ~signals.entropy.isnan()
-        sums.entropy += signals.entropy.where(projected, 0.0).sum()
         sums.projected_divergence += signals.divergence.where(projected, 0.0).sum()
         sums.projected += projected.sum()
 
         if not all_measured:
             return
+        sums.entropy += signals.entropy.sum()
         divergence = signals.divergence.to(self._packed)
         group = torch.zeros_like(signals.token_ids) if self._groups is None else self._groups[signals.token_ids]
         sums.divergence.index_add_(0, group, divergence)
@@ -145,7 +148,7 @@ class MetricSums:
         positions = sum(measured)
 
         metrics = {
-            "entropy": (sums.entropy, sums.projected),
+            "entropy": (sums.entropy, positions),
             "kl/mean": (total, positions),
             "weight/zero_share": (sums.zero_weight, sums.weighted),
             "batch/padding_share": (sums.padding, sums.forwarded),

@@ -16,7 +16,7 @@ from ..artefacts.fingerprint import fingerprint
 from ..loss.lm_head import lm_head
 from ..loss.signals import HiddenStates
 from ..opd_config import OPDConfig
-from ..rollouts.batches import at_positions, forward_inputs
+from ..rollouts.batches import at_loss_positions, forward_inputs
 from .teacher_states import CallInWrappedForward, LastHiddenState, ShardedTeacherStates, TeacherStates
 
 
@@ -52,20 +52,18 @@ class ModelPair:
         """Return the hidden states that predict the tokens of a micro-batch's loss mask, `(N, H)` for each model.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`, `(N,)`.
+            inputs (`dict[str, torch.Tensor]`): A micro-batch of [`locate_loss_positions`].
             student (`torch.nn.Module`, *optional*): Another student, unwrapped; `self.student` by default.
         """
         student = self.student if student is None else student
-        positions = inputs["positions"]
         hidden = self.last_hidden_state(student, *forward_inputs(inputs, self.vocab_size))
         # The head is read after the forward, because FSDP2 gathers it with the final norm and averages the gradient of
         # the gathered weights. A head read while it is sharded would get the gradient of this process's tokens alone.
         student_head = lm_head(student)
         device = student_head.weight.device
         teacher_hidden, teacher_head = self.teacher_states.at_loss_positions(inputs)
-        return HiddenStates(
-            at_positions(hidden, positions, device), teacher_hidden.to(device), student_head, teacher_head
-        )
+        student_hidden = at_loss_positions(hidden, inputs, device)
+        return HiddenStates(student_hidden, teacher_hidden.to(device), student_head, teacher_head)
 
     def teacher_resident(self) -> AbstractContextManager[None]:
         """Return a context in which a parked teacher stays on its device."""

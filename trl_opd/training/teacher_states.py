@@ -15,7 +15,7 @@ import torch
 
 from ..loss.lm_head import LMHead, lm_head
 from ..models.parking import Parking
-from ..rollouts.batches import at_positions, forward_inputs, left_aligned, length_groups, loss_mask
+from ..rollouts.batches import at_loss_positions, forward_inputs, left_aligned, length_groups, loss_mask
 
 # Tokens of a forward, padding included: enough to keep a GPU busy, and few enough that the activations fit.
 GROUP_TOKENS = 16_384
@@ -160,7 +160,7 @@ class ShardedTeacherStates:
         """Return the states that predict the tokens of a micro-batch's loss mask, `(N, H)`, and the teacher's head.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A micro-batch with its `positions`.
+            inputs (`dict[str, torch.Tensor]`): A micro-batch of [`locate_loss_positions`].
         """
         self._teacher.eval()  # a separate call, because `DeepSpeedEngine.eval()` returns None
         forward = forward_inputs(inputs, self._vocab_size)
@@ -175,7 +175,7 @@ class ShardedTeacherStates:
             return hidden
 
         hidden = self._call_in_wrapped_forward(self._teacher, states_and_head)
-        return at_positions(hidden, inputs["positions"], hidden.device), heads[0]
+        return at_loss_positions(hidden, inputs, hidden.device), heads[0]
 
 
 def gather_head_with(model: torch.nn.Module) -> None:
