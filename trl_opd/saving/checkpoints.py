@@ -229,7 +229,8 @@ def read_errors(what: str) -> Iterator[None]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise ValueError(
-            f"{what} holds a file that torch's safe loader refuses: it is cut, a pointer of git-lfs, or would run code."
+            f"{what} holds a file that torch's safe loader refuses: it is truncated, a git-lfs pointer, or would run "
+            "code. Download it again, or use another one."
         ) from error
 
 

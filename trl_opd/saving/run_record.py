@@ -170,8 +170,8 @@ class RunRecord:
             self._rock_set.save(path)
         elif RockSet.load(path) != self._rock_set:
             warnings.warn(
-                f"{path} is not the rock set of this run, and is kept. To have this run's beside its student, move "
-                "that file away or choose another output_dir.",
+                f"{path} is not the rock set of this run, and is kept: to save this run's rock set there, move that "
+                "file away, or choose another output_dir.",
                 stacklevel=4,
             )
 

@@ -96,7 +96,7 @@ def warn_of_failed_pushes(in_progress) -> None:
             with hub_errors(what):
                 job.result()
         except HubError as error:
-            warnings.warn(f"{error} `trainer.push_to_hub()` pushes again.", stacklevel=3)
+            warnings.warn(f"{error} Call `trainer.push_to_hub()` to push again.", stacklevel=3)
         except Exception as error:  # of any class, because a failed push must not end the training
-            reason = f"{type(error).__name__}: {redact(str(error))}"
-            warnings.warn(f"Could not {what}: {reason} `trainer.push_to_hub()` pushes again.", stacklevel=3)
+            reason = redact(f"{type(error).__name__}: {error}").rstrip(".")
+            warnings.warn(f"Could not {what}: {reason}. Call `trainer.push_to_hub()` to push again.", stacklevel=3)
