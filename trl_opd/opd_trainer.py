@@ -31,7 +31,7 @@ from .loss.divergence import loss_and_signals
 from .loss.lm_head import is_read_by_trl, output_rows
 from .models.model_check import StudentTraits, check_student, check_teacher, require_causal_lm
 from .models.quantised import make_readable
-from .models.shape import context_length
+from .models.shape import context_length, rope_switch_length
 from .models.teacher import (
     check_teacher_vocabulary,
     load_teacher,
@@ -163,6 +163,9 @@ class OPDTrainer(DistillationTrainer):
                 preflight.ids_to_suppress(vocab_size, student_rows, self.eos_token_ids, use_vllm=self.use_vllm)
             )
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
+        preflight.warn_of_router_loss(self.model)
+        switches = [rope_switch_length(model) for model in (self.model, teacher)]
+        self._rope_limit = min((limit for limit in switches if limit is not None), default=None)
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         trains_as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
@@ -176,10 +179,10 @@ class OPDTrainer(DistillationTrainer):
             # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
             self.accelerator._models.append(self.teacher_model)
 
-        self._student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
+        self.student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
         # TRL's own loss is called if nothing is weighted or grouped, both vocabularies have the same size, and TRL's
         # padding and its reading of the heads are right for both models. The run is then bit-identical to TRL's.
-        padded_left = teacher_padded_left and self._student_traits.scores_padded_left
+        padded_left = teacher_padded_left and self.student_traits.scores_padded_left
         self._uses_trl_loss = trains_as_trl and padded_left and is_read_by_trl(self.model) and is_read_by_trl(teacher)
         self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
@@ -192,6 +195,7 @@ class OPDTrainer(DistillationTrainer):
             train_dataset=self.train_dataset,
             rock_set=self.rock_set,
             measure=measure,
+            starts_at_base=self.student_traits.starts_at_base,
         )
         self.model_pair = ModelPair(
             student=self.accelerator.unwrap_model(self.model),
@@ -203,6 +207,7 @@ class OPDTrainer(DistillationTrainer):
             temperature=self.temperature,
             device=self.accelerator.device,
             measure=measure,
+            starts_at_base=self.student_traits.starts_at_base,
         )
 
     def _check_teacher(self, teacher: PreTrainedModel, *, padded_left: bool) -> bool:
@@ -220,6 +225,7 @@ class OPDTrainer(DistillationTrainer):
             self.accelerator.unwrap_model(self.model),
             last_hidden_state=self._get_last_hidden_state,
             autocast=self.accelerator.autocast,
+            sampling=sampling_mode,
             generates=not self.use_vllm and not self.args.use_transformers_continuous_batching,
             padded_left=padded_left,
         )
@@ -301,6 +307,7 @@ class OPDTrainer(DistillationTrainer):
             callback.attach(self, self.model_pair)
         self._token_sums.start(resumed=resume_from_checkpoint is not None)
         self.run_record.start()
+        preflight.require_trainable(self.model)
 
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
@@ -404,7 +411,7 @@ class OPDTrainer(DistillationTrainer):
                     multimodal_fields=multimodal_fields,
                     has_tool_images=has_tool_images,
                 )
-                if self._student_traits.generates_padded:
+                if self.student_traits.generates_padded:
                     return generate(prompt_ids)
                 return sample_by_length(generate, prompt_ids)
             with self.generation_model(self.generation_kwargs) as model:
@@ -431,6 +438,7 @@ class OPDTrainer(DistillationTrainer):
         with self._step_timer.time("generate", on=training):
             batch = super()._generate_and_score_completions(inputs)
         self._has_new_completions = True
+        self._warn_of_rope_switch(batch)
 
         if not training:
             mask_repeated(batch, self.accelerator)
@@ -446,6 +454,15 @@ class OPDTrainer(DistillationTrainer):
             for callback in self._opd_callbacks():
                 callback.on_generation_batch(batch)
         return batch
+
+    def _warn_of_rope_switch(self, batch: dict[str, torch.Tensor]) -> None:
+        """Warn once, of the first batch with a rollout beyond the context in which rotary frequencies are constant."""
+        if self._rope_limit is None:
+            return
+        longest = int((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).amax())
+        if longest > self._rope_limit:
+            preflight.warn_of_rope_switch(longest, self._rope_limit)
+            self._rope_limit = None
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
@@ -549,6 +566,8 @@ class OPDTrainer(DistillationTrainer):
         self._step_timer.end_step()
         self._occurrence_writer.end_step(step)
         self._finite_guard.end_step(step)
+        if step == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            preflight.warn_of_zero_gradient(self.model)
         if step == 1:
             preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
         return loss

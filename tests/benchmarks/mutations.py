@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(
         "dropout while rollouts are sampled",
         "rollouts/sampling.py",
-        "    training = model.training\n    model.eval()",
-        "    training = model.training",
+        "    model.eval()\n    if router_logits:",
+        "    if router_logits:",
         "tests/test_faults.py",
     ),
     Mutation(

@@ -58,13 +58,23 @@ def own_random_stream(seed: int):
 
 @contextmanager
 def sampling_mode(model: torch.nn.Module):
-    """Keep the model in eval mode inside this block: with dropout, the model that samples is not the one we score."""
+    """Keep the model in eval mode inside this block: with dropout, the model that samples is not the one we score.
+
+    A mixture of experts that returns its router logits computes a load-balancing loss from them, with an attention mask
+    that does not fit while tokens are generated. So inside this block it does not return them.
+    """
     training = model.training
+    config = model.config.get_text_config()
+    router_logits = getattr(config, "output_router_logits", None)
     model.eval()
+    if router_logits:
+        config.output_router_logits = False
     try:
         yield
     finally:
         model.train(training)
+        if router_logits:
+            config.output_router_logits = router_logits
 
 
 def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:

@@ -27,6 +27,7 @@ def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merg
 
     Raises:
         `OSError`: if a file cannot be written.
+        `ValueError`: if the merged model would not compute what the student computes; its adapter is saved then.
     """
     folder = Path(folder)
     card = folder / CARD_FILE
@@ -35,11 +36,17 @@ def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merg
             if card.is_file():
                 shutil.copy(card, part)  # PEFT adds to the card that it finds
             save(str(part))
+            refusal = None
             if merge is not None:
-                replace_by_merged(merge, part)
+                try:
+                    replace_by_merged(merge, part)
+                except ValueError as error:  # the adapter is saved first
+                    refusal = error
+        if refusal is not None:
+            raise refusal
         # This is the last step, because a folder with an adapter's files loads as the adapter.
         if merge is not None:
-            remove_adapter(folder)
+            remove_adapter(folder, list(merge.peft_config))
 
 
 def write_card(

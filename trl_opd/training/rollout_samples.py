@@ -24,10 +24,11 @@ PROMPT_TOKENS = 512  # at most so many last tokens of a prompt are saved
 class RolloutSamples(OPDCallback):
     """Keeps `n` rollouts of every optimizer step that ends in a log, for `trl-opd report`.
 
-    They are written to `output_dir/rollout_samples.parquet`: for each token the divergence (with a LoRA student also
-    the divergence before the distillation), the entropy, the weight, and the five likeliest tokens of both models.
-    Everything is measured before the step's update, without dropout, and no random number is drawn, so the callback
-    does not change the run. It costs a forward of the student over `n` rollouts (two with LoRA) in each of those steps.
+    They are written to `output_dir/rollout_samples.parquet`: for each token the divergence (with a LoRA student that
+    began at its base also the divergence before the distillation), the entropy, the weight, and the five likeliest
+    tokens of both models. Everything is measured before the step's update, without dropout, and no random number is
+    drawn, so the callback does not change the run. It costs a forward of the student over `n` rollouts (two with LoRA)
+    in each of those steps.
 
     Args:
         n (`int`, *optional*, defaults to `4`): Rollouts per step, of the first process, spread over its prompts.
@@ -103,7 +104,8 @@ class RolloutSamples(OPDCallback):
         token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]
         states = pair.hidden_states(inputs, student=student)
         columns = describe_tokens(states, token_ids, temperature=pair.temperature)
-        if is_peft_model(student):
+        # A run that continues an adapter, or PiSSA, does not begin at the base.
+        if is_peft_model(student) and pair.starts_at_base:
             with student.disable_adapter():
                 states_before = pair.hidden_states(inputs, student=student)
                 before = describe_tokens(states_before, token_ids, temperature=pair.temperature)
