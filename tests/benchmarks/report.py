@@ -22,7 +22,7 @@ from trl_opd.artefacts.occurrences import write_occurrences
 from trl_opd.artefacts.sampled_rollouts import join_parts, write_part
 from trl_opd.report.build import write_report
 
-from tests.benchmarks.workload import in_a_process, machine
+from tests.benchmarks.measuring import in_a_process, machine
 from tests.helpers.run_records import record
 
 STEPS = 50

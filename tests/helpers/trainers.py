@@ -14,12 +14,12 @@ ROCKS = list(range(60, 180))
 
 
 def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, **changes):
-    given = {key: changes.pop(key) for key in ("quantization_config", "peft_config", "eval_dataset") if key in changes}
+    names = ("quantization_config", "peft_config", "train_dataset", "eval_dataset", "callbacks")
+    given = {"train_dataset": make_dataset()} | {name: changes.pop(name) for name in names if name in changes}
     return cls(
         model=make_model(seed=0) if student is None else student,
         teacher_model=make_model(seed=1) if teacher is None else teacher,
         args=make_config(path, **changes),
-        train_dataset=make_dataset(),
         processing_class=tokenizer or make_tokenizer(),
         **given,
     )
