@@ -89,9 +89,11 @@ def take_prompts(source: PromptSource, count: int | None):
         if count is None:
             raise ValueError("A streaming dataset has an unknown number of rows: set --num_prompts.")
         dataset = Dataset.from_list(list(dataset.take(count)))
-    if count is not None and count > len(dataset):
+    if count is None:
+        return dataset
+    if count > len(dataset):
         raise ValueError(f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset.")
-    return dataset if count is None else dataset.select(range(count))
+    return dataset.select(range(count))
 
 
 @contextmanager

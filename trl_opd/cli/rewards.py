@@ -1,4 +1,4 @@
-"""The reward that a command is given by name: a built-in one, or the user's own function."""
+"""Loads the reward that `--reward` names: a built-in one, or a function of the user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 def load_reward(name: str) -> Callable:
     """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
 
-    Modules of the working directory can be named, too.
+    The path may also start at the working directory.
 
     Raises:
         `ValueError`: if there is no such function.
