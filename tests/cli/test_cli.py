@@ -117,10 +117,25 @@ def test_help_all_lists_the_options_of_trl_and_ours(capsys):
     assert all(f"--{name}" in printed for name in (*ours, "lora_r", "dataset_name", "max_completion_length"))
 
 
-@pytest.mark.parametrize("argv", [[], ["distil"], ["train", "--config"], ["train", "--no_such_option", "1"]])
-def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "commands:"),
+        ("distil", "there is no command 'distil'"),
+        ("demo --step x", "invalid int value: 'x'"),
+        ("demo --colour red", "unrecognized arguments: --colour red"),
+        ("demo surplus", "unrecognized arguments: surplus"),
+        ("detect --output r.json", "the following arguments are required: occurrences"),
+        ("fit --gpu 24GB", "the following arguments are required: --model_name_or_path"),
+        ("report", "the following arguments are required: folder"),
+        ("train --config", "argument --config: expected one argument"),
+        ("train --no_such_option 1", "unrecognized arguments: --no_such_option 1"),
+    ],
+)
+def test_bad_usage_is_exit_code_two(line, message, world, tmp_path, capsys):
+    argv = line.split()
     if "--no_such_option" in argv:
-        argv = [*argv, *flags(world, tmp_path)]
+        argv += flags(world, tmp_path)
     try:
         code = main(argv)
     except SystemExit as stop:
@@ -128,4 +143,5 @@ def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
     assert code == 2
     printed = capsys.readouterr().err
     assert "usage: trl-opd" in printed
+    assert message in printed
     assert len(printed.splitlines()) < 20

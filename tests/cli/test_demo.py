@@ -2,7 +2,6 @@
 
 import pytest
 
-from trl_opd.cli import main
 from trl_opd.demo import run as demo_run
 
 from tests.helpers.report_folders import SUMMARY
@@ -44,10 +43,3 @@ def test_wrong_flag_is_a_one_line_error(error_of, flags, message):
 def test_wrong_value_in_a_file_is_a_one_line_error(tmp_path, error_of, line, message):
     (tmp_path / "demo.yaml").write_text(f"{line}\n")
     assert message in error_of("demo", "--config", tmp_path / "demo.yaml")
-
-
-@pytest.mark.parametrize("flags", [["--step", "x"], ["--colour", "red"], ["surplus"]])
-def test_bad_usage_is_exit_code_two(capsys, flags):
-    with pytest.raises(SystemExit) as error:
-        main(["demo", *flags])
-    assert error.value.code == 2

@@ -14,7 +14,7 @@ import pytest
 from trl_opd import RockSet
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.artefacts.occurrences import write_occurrences
-from trl_opd.cli import detect, main
+from trl_opd.cli import detect
 from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings
 
@@ -393,12 +393,6 @@ def test_closed_pipe_is_no_error_and_no_trainer_is_imported(path, tmp_path):
     assert run.stderr.read() == "[]\n"
     assert run.wait() == 0
     assert (tmp_path / "r.json").is_file()
-
-
-def test_missing_file_is_bad_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["detect", "--output", "r.json"])
-    assert caught.value.code == 2
 
 
 def test_defaults_are_those_of_the_python_function():

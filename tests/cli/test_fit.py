@@ -6,7 +6,6 @@ import re
 import pytest
 import yaml
 
-from trl_opd.cli import main
 from trl_opd.models.memory_plan import GIB, Setup, peak
 from trl_opd.models.shape import read_shape
 
@@ -114,13 +113,6 @@ def test_unreadable_configuration_is_a_one_line_error(tmp_path, pair, content, e
 def test_missing_folder_is_named(pair, error_of):
     error = error_of(*pair, "--gpu", "24GB", "--model_name_or_path", "/nowhere")
     assert "There is no model in /nowhere: no such folder." in error
-
-
-def test_missing_argument_is_bad_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--gpu", "24GB"])
-    assert caught.value.code == 2
-    assert "--model_name_or_path" in capsys.readouterr().err
 
 
 def test_table_of_the_page_has_the_numbers_of_the_planner(tmp_path):

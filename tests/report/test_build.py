@@ -24,7 +24,6 @@ from trl_opd.report.sections.rollouts import rollouts
 from trl_opd.report.sections.run import what_was_run
 from trl_opd.report.text import named
 from trl_opd.rocks.families import family_of
-from trl_opd.saving.student import add_report
 
 from tests.helpers.full_disk import full_disk
 from tests.helpers.html_tree import Html
@@ -98,14 +97,6 @@ def test_report_of_a_run_is_small_and_requests_nothing(reported):
     text = path.read_text(encoding="utf-8")
     assert len(text) < 5 * 2**20
     assert not re.search(r'(?:src|href)="(?!#|data:,)', text)
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.slow
-def test_report_after_a_training_without_bars_shows_none(copy, capsys):
-    add_report(copy, show_progress=False)
-    assert (copy / "report.html").is_file()
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -218,12 +209,6 @@ def test_wrong_folder_or_output_is_a_one_line_error(run_folder, foreign, monkeyp
     assert main(["report", *(flag.replace("RUN", str(run_folder)) for flag in flags)]) == 1
     assert reason in capsys.readouterr().err
     assert [path.name for path in (foreign / "foreign").iterdir()] == ["notes.txt"]
-
-
-def test_missing_folder_is_bad_usage():
-    with pytest.raises(SystemExit) as stopped:
-        main(["report"])
-    assert stopped.value.code == 2
 
 
 @pytest.mark.usefixtures("undrawn")

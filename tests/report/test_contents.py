@@ -1,13 +1,11 @@
 """Reading the folder of a report: a broken, foreign or newer file is a one-line error."""
 
 import json
-import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trl_opd.artefacts.occurrences import Occurrences
 from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
 from trl_opd.cli import main
 from trl_opd.report.contents import read_contents
@@ -144,6 +142,7 @@ def test_impossible_sampled_rollouts_are_a_one_line_error(run_folder, tmp_path, 
 COLLECTIONS = {
     "negative position": ("occurrences", first("position", -1), "row 0 has position -1"),
     "no kl": ("occurrences", first("kl", None), "row 0 has no kl"),
+    "NaN as kl": ("occurrences", first("kl", float("nan")), "a divergence is finite and at least 0"),
     "newer": ("occurrences", newer, "has version 99"),
     "infinite entropy": ("occurrences", first("entropy", INF), "row 0 has a entropy"),
     "foreign prompts": ("prompts", without("token_ids"), "prompts.parquet: there must be one column 'token_ids'"),
@@ -159,12 +158,3 @@ def test_impossible_collection_is_a_one_line_error(tmp_path, capsys, name, chang
     error = error_of_report(tmp_path, capsys)
     assert str(path) in error
     assert reason in error
-
-
-def test_divergence_that_is_nan_is_an_error(collection, tmp_path, capsys):
-    folder = shutil.copytree(collection, tmp_path / "collection")
-    path = folder / "occurrences.parquet"
-    found = pq.read_table(path)
-    pq.write_table(changed(found, "kl", [float("nan")] * len(found)), path)
-    assert Occurrences(path).rows == len(found)
-    assert "a divergence is finite and at least 0" in error_of_report(folder, capsys)

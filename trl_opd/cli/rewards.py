@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def load_reward(name: str) -> Callable:
-    """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
+    """Return a built-in reward, or the function at a dotted path such as `my_package.rewards.exact`.
 
     The path may also start at the working directory.
 
@@ -33,5 +33,5 @@ def load_reward(name: str) -> Callable:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The reward {name} cannot be imported: {error}") from error
     if not callable(reward):
-        raise ValueError(f"The reward {name} is no function.")
+        raise ValueError(f"--reward {name} is not a function: name one with the signature of TRL's rewards.")
     return reward
