@@ -181,10 +181,10 @@ def test_the_default_cutoff_is_cut_to_the_types_and_an_explicit_one_is_not(path,
     output = tmp_path / "r.json"
     code, printed, _ = run([tmp_path / "o.parquet", "--output", output, *NO_CONTEXT], capsys)
     assert code == 0
-    assert "There are 3 token types only: --top_k 100 is cut to that." in printed
+    assert "There are only 3 token types, so --top_k 100 is lowered to that." in printed
     code, printed, _ = run([path, "--output", output, "--top_k", "399"], capsys)
     assert code == 0
-    assert re.search(r"No more than \d+ types have a score above 0: the list is shorter than --top_k 399\.", printed)
+    assert re.search(r"Only \d+ types have a score above 0, so the list is shorter than --top_k 399\.", printed)
     code, _, error = run(
         [tmp_path / "o.parquet", "--output", tmp_path / "no.json", "--top_k", "4", *NO_CONTEXT], capsys
     )
@@ -196,7 +196,7 @@ def test_the_default_cutoff_is_cut_to_the_types_and_an_explicit_one_is_not(path,
 def test_what_is_sampled_is_named(path, tmp_path, capsys):
     code, printed, _ = run([path, "--output", tmp_path / "r.json", "--max_occurrences", "30"], capsys)
     assert code == 0
-    assert re.search(r"Of \d+ types 30 persistent occurrences were compared, a sample: ", printed)
+    assert re.search(r"Only a sample of 30 persistent occurrences was compared for each of \d+ types: ", printed)
     assert RockSet.load(tmp_path / "r.json").method["sampled"]
 
 
@@ -273,7 +273,7 @@ def test_a_tokenizer_that_does_not_fit_is_a_sentence(named, capsys):
     write_occurrences(folder / "o.parquet", columns() | {"token_id": np.full(8, 5000)}, {})
     code, _, error = run([*arguments, folder / "tokenizer"], capsys)
     assert code == 1
-    assert "holds token id 5000: it is not the one of these rollouts" in error
+    assert "contains token id 5000, so it is not the tokenizer of these rollouts" in error
     assert not output.exists()
 
 
