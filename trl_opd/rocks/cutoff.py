@@ -17,6 +17,7 @@ LEAST_TYPES = 5 * STEP
 # Sizes of the two draws of rollouts that are compared, and the number of such comparisons for each size.
 SIZES = (50, 100, 200)
 DRAWS = 10
+LEAST_ROLLOUTS = 2 * SIZES[0]
 # A cutoff is stable if the lists of two draws overlap by at least this much.
 LEAST_JACCARD = 0.7
 
@@ -74,7 +75,7 @@ def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Swee
         `ValueError`: if there are fewer than 100 rollouts, or fewer than 50 types.
     """
     rollouts = min(corpus.rollouts for corpus in corpora)
-    if rollouts < 2 * SIZES[0]:
+    if rollouts < LEAST_ROLLOUTS:
         raise ValueError(
             f"--top_k auto compares {SIZES[0]} rollouts with {SIZES[0]} others, and the half that selects has "
             f"{rollouts}: collect more prompts, or pass a number as --top_k."
@@ -126,8 +127,8 @@ def _coverage(corpus: Corpus, order: np.ndarray, cutoffs: list[int]) -> list[flo
     covered = np.append(0.0, total[order]).cumsum()
     ranks = np.minimum(cutoffs, len(order))
     # The lower limit avoids 0 / 0 if no token diverges.
-    whole = max(total.sum(), sys.float_info.min)
-    shares = covered[ranks] / whole
+    divergence = max(total.sum(), sys.float_info.min)
+    shares = covered[ranks] / divergence
     return shares.tolist()
 
 
