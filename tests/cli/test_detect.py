@@ -156,9 +156,9 @@ def test_default_cutoff_is_limited_to_the_types_and_an_explicit_one_is_not(path,
     small = tmp_path / "o.parquet"
     write_occurrences(small, columns(), {})
     printed = output_of("detect", small, "--output", tmp_path / "r.json", *NO_CONTEXT)
-    assert "There are 3 token types only: --top_k 100 is cut to that." in printed
+    assert "There are only 3 token types, so --top_k 100 is lowered to that." in printed
     printed = output_of("detect", path, "--output", tmp_path / "r.json", "--top_k", "399")
-    assert re.search(r"No more than \d+ types have a score above 0: the list is shorter than --top_k 399\.", printed)
+    assert re.search(r"Only \d+ types have a score above 0, so the list is shorter than --top_k 399\.", printed)
     error = error_of("detect", small, "--output", tmp_path / "no.json", "--top_k", "4", *NO_CONTEXT)
     assert "--top_k 4 is more than the 3 token types" in error
     assert not (tmp_path / "no.json").exists()
@@ -166,7 +166,7 @@ def test_default_cutoff_is_limited_to_the_types_and_an_explicit_one_is_not(path,
 
 def test_sampled_types_are_counted(path, tmp_path, output_of):
     printed = output_of("detect", path, "--output", tmp_path / "r.json", "--max_occurrences", "30")
-    assert re.search(r"Of \d+ types 30 persistent occurrences were compared, a sample: ", printed)
+    assert re.search(r"Only a sample of 30 persistent occurrences was compared for each of \d+ types: ", printed)
     assert RockSet.load(tmp_path / "r.json").method["sampled"]
 
 
@@ -231,7 +231,7 @@ def test_tokenizer_that_does_not_fit_is_a_one_line_error(named, error_of):
     assert "holds no tokenizer" in error_of(*argv, folder)
     write_occurrences(folder / "o.parquet", columns() | {"token_id": np.full(8, 5000)}, {})
     error = error_of(*argv, folder / "tokenizer")
-    assert "holds token id 5000: it is not the one of these rollouts" in error
+    assert "contains token id 5000, so it is not the tokenizer of these rollouts" in error
     assert not output.exists()
 
 
