@@ -148,15 +148,6 @@ def test_adapter_off_is_the_base_of_a_lora_student(world, tmp_path, four_bit):
         require_divergences(rows["kl"], student, load(world / "teacher"), rows, prompts)
 
 
-def test_collection_can_be_detected_with_its_tokenizer_and_student(world, tmp_path):
-    collect(world, tmp_path, BEFORE, world / "before", "--num_generations", 4)
-    given = ["detect", tmp_path / "occurrences.parquet", "--output", tmp_path / "rock_set.json"]
-    assert main([*map(str, given), "--score", "aggregate"]) == 0  # in random models no context recurs
-    content = json.loads((tmp_path / "rock_set.json").read_text())
-    assert content["rocks"][0]["text"] is not None  # the tokenizer is found by its name
-    assert content["measure"]["student"] == str(world / "student")
-
-
 # Resuming
 
 

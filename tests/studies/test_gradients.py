@@ -170,7 +170,10 @@ def test_table_is_that_of_autograd_through_whole_models(collected, tmp_path, cap
         found = np.array(table[name], dtype=float)
         np.testing.assert_allclose(found, expected[name], rtol=2e-3, atol=2e-4, err_msg=name)
     assert set(table["group"]) >= {"rock", "random"}
-    rocks = RockSet.load(collected / "rock_set.json").ids.tolist()
+    rock_set = RockSet.load(collected / "rock_set.json")
+    assert rock_set.rocks[0].text is not None  # `detect` finds the tokenizer by the name in the collection
+    assert rock_set.measure["student"] == str(collected / "student")
+    rocks = rock_set.ids.tolist()
     assert table["token_id"][: len(rocks)] == rocks
     assert table["group"].count("rock") == len(rocks)
     assert max(table["matched_count"]) == 3
