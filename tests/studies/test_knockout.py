@@ -51,7 +51,7 @@ def baseline_of(model, prompts, sampling) -> list[list[int]]:
     return [found["baseline", problem] for problem in range(len(prompts))]
 
 
-@pytest.mark.parametrize(("family", "sampling"), [("qwen3", SAMPLED), ("gpt2", GREEDY)])
+@pytest.mark.parametrize(("family", "sampling"), [("qwen3", SAMPLED), ("gpt2", GREEDY), ("llama", SAMPLED)])
 @pytest.mark.slow
 def test_suffixes_equal_those_of_decoding_from_scratch(prompts, family, sampling):
     model = student(family)
