@@ -33,14 +33,14 @@ def error_of(path) -> str:
 def test_size_in_memory_is_known_for_every_codec_and_page_version(tmp_path, content, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 7 * 192 * 4 - 1)
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_TIMES", 0)
-    with pytest.raises(ValueError, match=r"would unfold from \d+ bytes to \d+: no measurement"):
+    with pytest.raises(ValueError, match=r"has \d+ bytes on disk and would take \d+ in memory. Measured values never"):
         open_parquet(write(tmp_path, content))
 
 
 def test_whole_file_that_unfolds_to_far_more_memory_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 2**22)
     path = write(tmp_path, large_files("occurrences")[-1])
-    assert "would unfold from" in error_of(path)
+    assert "bytes on disk and would take" in error_of(path)
 
 
 def test_prompt_of_too_many_tokens_is_an_error(tmp_path):
@@ -62,7 +62,7 @@ def test_only_repeated_values_count_as_unfolding(tmp_path, monkeypatch):
     pq.write_table(pa.table({"kl": values}), tmp_path / "a.parquet", compression="zstd")
     assert open_parquet(tmp_path / "a.parquet").metadata.num_rows == 10_000
     pq.write_table(pa.table({"kl": np.zeros_like(values)}), tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(ValueError, match="would unfold from"):
+    with pytest.raises(ValueError, match="bytes on disk and would take"):
         open_parquet(tmp_path / "a.parquet")
 
 

@@ -325,7 +325,7 @@ def with_value(name: str, row: int, value) -> dict:
         (changed(**with_value("position", 1, -2)), "row 1 has position -2"),
         (changed(rollout=np.arange(8)[::-1] // 2), "row 2 (rollout 2, position 0) is out of order"),
         (changed(position=np.zeros(8, int)), "row 1 (rollout 0, position 0) occurs twice"),
-        (changed(prompt=np.arange(8)), "row 1 has prompt 1, the row before it, of the same rollout, 0"),
+        (changed(prompt=np.arange(8)), "row 1 has prompt 1, but the row before it, of the same rollout, has prompt 0"),
         (changed(rollout=np.zeros(8, int), position=np.arange(8), prompt=None), "has one rollout only"),
         ({name: value[:0] for name, value in columns().items()}, "has no rows"),
     ],

@@ -39,7 +39,7 @@ CASES = {
     "cut statistics": ("checkpoint-8/token_stats.safetensors", cut, "not token statistics"),
     "cut record": (RUN, cut, "opd_run.json: not the record of a run"),
     "empty record": (RUN, b"", "not the record of a run"),
-    "newer record": (RUN, change(version=2), "version 2, this trl_opd reads version 1: upgrade it"),
+    "newer record": (RUN, change(version=2), "version 2, this trl_opd reads version 1: upgrade trl_opd"),
     "foreign record": (RUN, [], 'its "format" is not "trl_opd.run"'),
     "log without steps": (RUN, change(log=[{"loss": 1.0}]), '"log[0].step" is missing'),
     "NaN": (RUN, {"format": "trl_opd.run", "version": 1, "a": float("nan")}, "NaN"),
@@ -113,7 +113,7 @@ def newer(table: pa.Table) -> pa.Table:
 
 
 SAMPLES = {
-    "newer": (newer, "has version 99, and this trl_opd reads up to 1: upgrade it"),
+    "newer": (newer, "has version 99, and this trl_opd reads up to version 1: upgrade trl_opd"),
     "infinite": (lambda table: first(table, "kl", float("inf")), "row 0 has a kl that is not finite"),
     "infinite top": (
         lambda table: first(table, "teacher_top_p", [float("inf")] * 5),
@@ -140,7 +140,10 @@ SAMPLES = {
         "column 'teacher_top_ids' must be lists of 5",
     ),
     "no entropy": (lambda table: table.drop_columns("entropy"), "there must be one column 'entropy'"),
-    "rows apart": (lambda table: table.take([*range(1, len(table)), 0]), "the rows of a rollout do not stand together"),
+    "rows apart": (
+        lambda table: table.take([*range(1, len(table)), 0]),
+        "the rows of a rollout are not next to each other",
+    ),
 }
 
 

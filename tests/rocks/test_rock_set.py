@@ -219,7 +219,7 @@ def test_numbers_must_be_finite_numbers(tmp_path, place, value):
 def test_text_fields_must_be_strings(tmp_path, place, value):
     reason = refused(write(tmp_path, edited(place, value)))
     assert shown(place) in reason
-    assert "not a text" in reason
+    assert "not a string" in reason
 
 
 @pytest.mark.parametrize("value", [1, 0.5, "true", []])
