@@ -364,14 +364,6 @@ def test_path_that_cannot_be_written_is_an_error_and_leaves_no_part(tmp_path, na
     assert equal(TokenStats.load(tmp_path / "stats"), stats_of(ROWS))
 
 
-def test_measure_that_json_cannot_store_leaves_the_old_file_and_no_part(tmp_path):
-    stats_of(ROWS).save(tmp_path / "stats")
-    with pytest.raises(ValueError, match="measure must hold only values that JSON can store"):
-        TokenStats(V, MEASURE | {"student": object()}).save(tmp_path / "stats")
-    assert list(tmp_path.iterdir()) == [tmp_path / "stats"]
-    assert equal(TokenStats.load(tmp_path / "stats"), stats_of(ROWS))
-
-
 @pytest.mark.parametrize("name", ["kl_sum", "entropy_sum"])
 def test_sums_that_load_would_not_accept_are_not_saved(tmp_path, name):
     stats = stats_of(ROWS)
@@ -389,7 +381,7 @@ def test_measure_is_copied_in_the_form_that_a_file_gives_back():
     assert stats.measure["sizes"] == [1, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"beta": float("nan")}, {1: "a", "b": 2}, {"student": {1, 2}}])
+@pytest.mark.parametrize("wrong", [{"beta": float("nan")}, {1: "a", "b": 2}, {"student": object()}])
 def test_measure_that_is_not_plain_is_an_error(wrong):
     with pytest.raises(ValueError, match="measure must"):
         TokenStats(V, wrong)

@@ -117,5 +117,8 @@ def _login(right: str) -> str:
 
 def _shorten(text: str) -> str:
     # We redact before we shorten, because a token that is cut in two no longer matches the pattern.
-    text = redact(" ".join(REQUEST_ID.sub("", text).split())).rstrip(".")
-    return text if len(text) <= MAX_DETAIL else f"{text[:MAX_DETAIL]}..."
+    words = REQUEST_ID.sub("", text).split()
+    text = redact(" ".join(words)).rstrip(".")
+    if len(text) > MAX_DETAIL:
+        text = f"{text[:MAX_DETAIL]}..."
+    return text

@@ -155,7 +155,7 @@ def first_null(column: pa.Array | pa.ChunkedArray) -> int | None:
     """Return the index of the first null in a column, or `None` if there is no null."""
     if not column.null_count:
         return None
-    is_known = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+    is_known = column.is_valid().to_numpy(zero_copy_only=False)
     return int(np.argmin(is_known))
 
 
@@ -178,7 +178,7 @@ def whole_numbers(
     place = first_null(column)
     if place is not None:
         raise ValueError(f"{path}: row {first_row + place // per_row} has no {name}.")
-    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    values = column.to_numpy(zero_copy_only=False)
     wrong = (values < 0) | (values >= limit)
     if wrong.any():
         place = int(np.argmax(wrong))
@@ -192,5 +192,7 @@ def _unfolded_bytes(metadata: pq.FileMetaData) -> int:
 
     Only the metadata of row groups is used, because pyarrow ends the process at damaged metadata of a column.
     """
-    stated = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    stated = 0
+    for index in range(metadata.num_row_groups):
+        stated += metadata.row_group(index).total_byte_size
     return max(stated, 4 * metadata.num_rows * metadata.num_columns)

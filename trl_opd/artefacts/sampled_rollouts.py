@@ -120,4 +120,4 @@ def _write(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = parquet.with_metadata(SCHEMA, metadata, version=VERSION)
     with complete_file(path) as part:
-        pq.write_table(table.cast(SCHEMA).replace_schema_metadata(schema.metadata), part, compression="zstd")
+        pq.write_table(table.cast(schema), part, compression="zstd")

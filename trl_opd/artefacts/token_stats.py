@@ -275,15 +275,19 @@ def _check(tensors: dict[str, torch.Tensor]) -> None:
     size = tensors["seen"].numel()
     for name, tensor in tensors.items():
         dtype = torch.int64 if name in COUNTS else torch.float64
-        if tensor.dtype != dtype or tensor.shape != (size,) or not size:
+        if size == 0 or tensor.shape != (size,) or tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of one shape (V,)")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
+
     seen = tensors["seen"]
     count = tensors["count"]
-    if (count < 0).any() or (count > seen).any() or seen.double().sum() >= 2**62:
+    impossible = (count < 0) | (count > seen)
+    if impossible.any() or seen.double().sum() >= 2**62:
         raise ValueError("count must lie between 0 and seen, and seen must be a number of positions")
-    if any(tensors[name][count == 0].any() for name in SUMS):
-        raise ValueError("a type that was never measured has sums")
+    unmeasured = count == 0
+    for name in SUMS:
+        if tensors[name][unmeasured].any():
+            raise ValueError("a type that was never measured has sums")
     if (tensors["kl_sq_sum"] < 0).any():
         raise ValueError("kl_sq_sum is negative")
