@@ -1,4 +1,4 @@
-"""A Parquet file of a user is read, or is an error of one sentence that names the file."""
+"""A Parquet file that a user passes in is read, or is a one-line error that names the file."""
 
 import io
 import random
@@ -67,17 +67,17 @@ def test_only_repeated_values_count_as_unfolding(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"x" * 100, b"PAR1" + b"\xff" * 40 + b"PAR1"])
-def test_file_of_another_format_is_a_one_sentence_error(tmp_path, content):
-    assert "is not a whole Parquet file" in error_of(write(tmp_path, content))
+def test_file_of_another_format_is_a_one_line_error(tmp_path, content):
+    assert "is not a complete Parquet file" in error_of(write(tmp_path, content))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_cut_file_is_a_one_sentence_error(tmp_path, share):
+def test_cut_file_is_a_one_line_error(tmp_path, share):
     content = good_files("occurrences")[ZIPPED]
-    assert "is not a whole Parquet file" in error_of(write(tmp_path, content[: int(share * len(content))]))
+    assert "is not a complete Parquet file" in error_of(write(tmp_path, content[: int(share * len(content))]))
 
 
-def test_pages_of_zeros_are_a_one_sentence_error(tmp_path):
+def test_pages_of_zeros_are_a_one_line_error(tmp_path):
     content = good_files("occurrences")[ZIPPED]
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     assert "is cut or damaged" in error_of(write(tmp_path, content[:4] + bytes(footer - 4) + content[footer:]))
@@ -98,6 +98,6 @@ def test_file_without_rows_is_opened(tmp_path):
     assert open_parquet(write(tmp_path, sink.getvalue())).metadata.num_rows == 0
 
 
-def test_column_name_that_is_not_utf8_is_a_one_sentence_error(tmp_path):
+def test_column_name_that_is_not_utf8_is_a_one_line_error(tmp_path):
     content = good_files("occurrences")[ZIPPED].replace(b"entropy", b"entrop\xff")
-    assert "is not a whole Parquet file: 'utf-8' codec" in error_of(write(tmp_path, content))
+    assert "is not a complete Parquet file: 'utf-8' codec" in error_of(write(tmp_path, content))

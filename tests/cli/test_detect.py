@@ -363,7 +363,7 @@ def test_a_file_that_is_cut_or_foreign_is_a_sentence(content, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-40] if content is None else content)
     code, _, error = run([file, "--output", tmp_path / "r.json"], capsys)
     assert code == 1
-    assert "is not a whole Parquet file" in error
+    assert "is not a complete Parquet file" in error
 
 
 def test_damage_in_the_middle_is_a_sentence(path, tmp_path, capsys):

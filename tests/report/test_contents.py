@@ -35,7 +35,7 @@ def cut(data: bytes) -> bytes:
 RUN = "opd_run.json"
 # What is wrong -> file, its new content (bytes, JSON, or a function of the old bytes or JSON), part of the message
 CASES = {
-    "cut samples": (FILE_NAME, cut, "rollout_samples.parquet is not a whole Parquet file"),
+    "cut samples": (FILE_NAME, cut, "rollout_samples.parquet is not a complete Parquet file"),
     "cut statistics": ("checkpoint-8/token_stats.safetensors", cut, "not token statistics"),
     "cut record": (RUN, cut, "opd_run.json: not the record of a run"),
     "empty record": (RUN, b"", "not the record of a run"),

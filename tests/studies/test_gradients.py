@@ -241,7 +241,7 @@ def test_what_cannot_be_is_a_sentence(world, tmp_path, capsys):
         (["--rock_set", tmp_path / "absent.json"], "rollouts/occurrences.parquet", "No rock occurs in these rollouts"),
         ([], tmp_path / "cut" / "occurrences.parquet", "Rollout 0 of"),
         ([], tmp_path / "occurrences.parquet", "the gradients need the prompts"),
-        ([], tmp_path / "broken" / "occurrences.parquet", "prompts.parquet is not a whole Parquet file"),
+        ([], tmp_path / "broken" / "occurrences.parquet", "prompts.parquet is not a complete Parquet file"),
         ([], "nowhere.parquet", "There is no file"),
         (["--matched", "0"], "rollouts/occurrences.parquet", "--matched must be a whole number of at least 1"),
         (["--early", "/nowhere.parquet"], "rollouts/occurrences.parquet", "There is no file /nowhere.parquet"),

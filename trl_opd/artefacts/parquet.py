@@ -54,7 +54,7 @@ def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
         file.schema_arrow.names  # noqa: B018  Arrow decodes its own copy of the schema on this access
         unfolded = _unfolded_bytes(file.metadata)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+        raise ValueError(f"{path} is not a complete Parquet file: {error}") from error
 
     if unfolded > max(MOST_UNFOLDED, MOST_TIMES * size):
         raise ValueError(

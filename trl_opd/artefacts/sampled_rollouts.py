@@ -112,7 +112,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file of rollouts: {error}") from error
+        raise ValueError(f"{path} is not a complete Parquet file of rollouts: {error}") from error
     return parquet.read_metadata(path, schema, version=VERSION)
 
 
