@@ -77,7 +77,7 @@ def raises(error):
     ("check", "reason"),
     [
         (raises(KeyError("x")), "KeyError"),
-        (raises(ValueError("a sentence of somebody else")), "a sentence of somebody else"),
+        (raises(ValueError("a message of another library")), "a message of another library"),
         (raises(SystemExit(0)), "exit 0"),
         (raises(MemoryError()), "MemoryError"),
         (lambda path: os.abort(), "SIGABRT"),

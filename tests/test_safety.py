@@ -17,22 +17,10 @@ from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import PROMPTS, make_model, make_tokenizer
 
 PACKAGE = Path(trl_opd.__file__).parent
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-# name of a call: why it may execute what a file holds
+# Calls that execute code which a file may hold, unpickle it, or start a shell.
 EXECUTING = {
-    "eval": "code",
-    "exec": "code",
-    "compile": "code",
-    "__import__": "code",
-    "pickle.load": "pickle",
-    "pickle.loads": "pickle",
-    "torch.load": "pickle",
-    "joblib.load": "pickle",
-    "yaml.load": "objects; yaml.safe_load is not",
-    "yaml.unsafe_load": "objects",
-    "yaml.full_load": "objects",
-    "os.system": "a shell",
-    "os.popen": "a shell",
+    *("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.load", "joblib.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"),
 }
 UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -40,63 +28,49 @@ UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 # The source
 
 
-def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    """Return the calls of a module with the text of what is called."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
 def unsafe(source: str) -> list[str]:
     """Return what a module's source does that could execute somebody else's code."""
     found = []
+    imported = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = getattr(node, "module", None)
-            names = [module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found += [name for name in names if name.split(".")[0] in UNPICKLING]
-        if isinstance(node, ast.Constant | ast.keyword | ast.Dict):
-            found += trusting(node)
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            found += [name] if name in EXECUTING else []
-            given = {keyword.arg: keyword.value for keyword in node.keywords}
-            asks = name.startswith("Auto") and name.endswith(".from_pretrained")
-            found += [f"{name} without trust_remote_code"] if asks and not states_trust(given) else []
-            found += [f"{name} through a shell"] if truthy(given.get("shell")) else []
-            found += [f"{name} with allow_pickle"] if truthy(given.get("allow_pickle")) else []
+        if isinstance(node, ast.ImportFrom):
+            imported.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Dict):
+            keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+            found += always_trusting(dict(zip(keys, node.values, strict=True)))
+        elif isinstance(node, ast.Call):
+            found += unsafe_call(ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords})
+    return found + [name for name in imported if name.split(".")[0] in UNPICKLING]
+
+
+def unsafe_call(name: str, given: dict[str | None, ast.expr]) -> list[str]:
+    """Return what is unsafe about a call with these keyword arguments."""
+    found = always_trusting(given)
+    if name in EXECUTING:
+        found.append(name)
+    # transformers asks on the terminal if the call does not say whether it trusts the folder.
+    loads = name.startswith("Auto") and name.endswith(".from_pretrained")
+    if loads and not given.keys() & {"trust_remote_code", None}:
+        found.append(f"{name} without trust_remote_code")
+    for keyword in ("shell", "allow_pickle"):
+        value = given.get(keyword, ast.Constant(False))
+        if not isinstance(value, ast.Constant) or value.value:
+            found.append(f"{name} with {keyword}")
     return found
 
 
-def truthy(node: ast.expr | None) -> bool:
-    return node is not None and not (isinstance(node, ast.Constant) and not node.value)
+def always_trusting(given: dict) -> list[str]:
+    """Return whether `trust_remote_code` is set to a constant that is true whatever the user said."""
+    value = given.get("trust_remote_code")
+    return ["trusts remote code"] if isinstance(value, ast.Constant) and value.value else []
 
 
-def states_trust(given: dict[str | None, ast.expr]) -> bool:
-    """Return whether a call says it: transformers asks on the terminal where nothing is said."""
-    return "trust_remote_code" in given or None in given
-
-
-def trusting(node: ast.AST) -> list[str]:
-    """Return where `trust_remote_code` is set to something that is true whatever the user said."""
-    pairs = []
-    if isinstance(node, ast.keyword):
-        pairs = [(node.arg, node.value)]
-    if isinstance(node, ast.Dict):
-        pairs = [(key.value, value) for key, value in zip(node.keys, node.values, strict=True) if is_text(key)]
-    return [
-        f"trust_remote_code={ast.unparse(value)}"
-        for name, value in pairs
-        if name == "trust_remote_code" and isinstance(value, ast.Constant) and value.value
-    ]
-
-
-def is_text(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_executes_the_content_of_a_file(path):
-    assert unsafe(path.read_text(encoding="utf-8")) == []
+def test_no_module_executes_the_content_of_a_file():
+    found = {path.relative_to(PACKAGE): unsafe(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    assert len(found) > 100
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +92,7 @@ def test_unsafe_source_is_found(source):
     assert unsafe(source)
 
 
-# A folder with code of its own
+# Model folders that contain code
 
 CODE = """
 import os, pathlib
@@ -135,37 +109,34 @@ class EvilTokenizer(PreTrainedTokenizerFast):
     pass
 """
 MAP = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+EVIL = {"evil": {}, "evil_tokenizer": {"model": False}, "evil_known": {"known": True, "tokenizer": False}}
 
 
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def arm(folder: Path, *, model: bool = True, tokenizer: bool = True, known: bool = False) -> None:
-    """Let a model's folder ask for code of its own, under a model type that transformers knows or does not."""
+def add_code(folder: Path, *, model: bool = True, tokenizer: bool = True, known: bool = False) -> None:
+    """Let a model's folder ask for its own code, with a model type that transformers knows or does not know."""
     (folder / "evil.py").write_text(CODE)
     if model:
         edit(folder / "config.json", auto_map=MAP, **({} if known else {"model_type": "evil"}))
     if tokenizer:
-        edit(
-            folder / "tokenizer_config.json",
-            auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]},
-            tokenizer_class="EvilTokenizer",
-        )
+        classes = {"AutoTokenizer": [None, "evil.EvilTokenizer"]}
+        edit(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="EvilTokenizer")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Harmless models, a collection and a rock set of them, and folders that hold code of their own."""
+    """Harmless models, a collection and a rock set of them, and three folders that contain code."""
     from trl_opd.cli import main
 
     folder = tmp_path_factory.mktemp("world")
-    kinds = {"evil": {}, "evil_tokenizer": {"model": False}, "evil_known": {"known": True, "tokenizer": False}}
-    for seed, name in enumerate(("student", "teacher", *kinds)):
+    for seed, name in enumerate(("student", "teacher", *EVIL)):
         make_model("qwen3", seed=seed).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-        if name in kinds:
-            arm(folder / name, **kinds[name])
+    for name, parts in EVIL.items():
+        add_code(folder / name, **parts)
     rows = [{"prompt": prompt, "answer": "7"} for prompt in PROMPTS]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rock_file(folder / "rocks.json", range(60, 90))
@@ -178,19 +149,24 @@ def commands(world: Path, out: Path, evil: Path) -> dict[str, list[str]]:
     """Return the command lines that read the models or the tokenizer of a folder."""
     occurrences = world / "rollouts" / "occurrences.parquet"
     student, teacher = {"model_name_or_path": evil}, {"teacher_model_name_or_path": evil}
+    tokenizer = {"teacher_tokenizer_name_or_path": evil}
     probe = ["--dataset_name", str(world / "chats.jsonl"), "--candidates", "all", "--greedy", "--use_cpu"]
     probe += ["--max_completion_length", "4", "--num_prompts", "2", "--output", str(out / "knockout.json")]
     gradients = {"rock_set": world / "rocks.json", "dataset_name": None}
     table = ["--output", str(out / "gradients.parquet")]
-    told = world / f"told of {evil.name}"  # a report looks for the tokenizer that the rock set names
-    told.mkdir(exist_ok=True)
+    report = out / "report"  # a report looks for the tokenizer that the rock set names
+    report.mkdir(parents=True)
     known = {"name": str(evil), "vocab_size": 300, "fingerprint": "sha256:" + "0" * 64}
-    rock_file(told / "rock_set.json", range(60, 90), tokenizer=known)
-    return {
-        "train, student": ["train", *flags(world, out, max_steps=1, **student)],
-        "train, teacher": ["train", *flags(world, out, max_steps=1, **teacher)],
-        "train, teacher's tokenizer": ["train", *flags(world, out, max_steps=1, teacher_tokenizer_name_or_path=evil)],
-        "train, quantised teacher": ["train", *flags(world, out, max_steps=1, teacher_quantization="4bit", **teacher)],
+    rock_file(report / "rock_set.json", range(60, 90), tokenizer=known)
+    # Without a log and statistics, the report of a training has few plots to draw.
+    short = {"max_steps": 1, "save_strategy": "no", "logging_strategy": "no", "token_statistics": "false"}
+    train = {
+        "train, student": student,
+        "train, teacher": teacher,
+        "train, teacher's tokenizer": tokenizer,
+        "train, quantised teacher": {"teacher_quantization": "4bit", **teacher},
+    }
+    return {name: ["train", *flags(world, out / name, **short, **changes)] for name, changes in train.items()} | {
         "collect, student": ["collect", *flags(world, out / "a", **student)],
         "collect, teacher": ["collect", *flags(world, out / "b", **teacher)],
         "collect, reference": ["collect", *flags(world, out / "c", reference_model_name_or_path=evil)],
@@ -199,16 +175,18 @@ def commands(world: Path, out: Path, evil: Path) -> dict[str, list[str]]:
         "gradients, teacher": ["gradients", str(occurrences), *table, *flags(world, out, **gradients, **teacher)],
         "fit": ["fit", *flags(world, out, **student, **teacher)[:4], "--gpu", "24GB"],
         "detect": ["detect", str(occurrences), "--output", str(out / "rocks.json"), "--tokenizer", str(evil)],
-        "report": ["report", str(told), "--output", str(out / "report.html")],
+        "report": ["report", str(report), "--output", str(out / "report.html")],
     }
 
 
-# Every command in one process each would take a minute per case: this runs all of them, and says what each did.
+# Runs the commands on each folder in one process, because each process takes seconds to start. After that the folder is
+# loaded with trust, or with the question whether to trust it: its code must run then.
 RUNNER = """
-import contextlib, io, json, os, sys, traceback
+import contextlib, io, json, os, pathlib, sys, traceback
+import transformers
 from trl_opd.cli import main
-found = {}
-for name, argv in json.load(open(sys.argv[1])).items():
+
+def run(argv, marker):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -218,64 +196,59 @@ for name, argv in json.load(open(sys.argv[1])).items():
     except BaseException as error:
         code = "".join(traceback.format_exception(error))[-2000:]
     lines = said.getvalue().strip().splitlines()
-    found[name] = [code, lines[-1] if lines else "", os.path.exists(os.environ["MARKER"])]
-json.dump(found, open(sys.argv[2], "w"))
+    return code, lines[-1] if lines else "", marker.exists()
+
+for folder, commands in json.load(open(sys.argv[1])).items():
+    folder = pathlib.Path(folder)
+    marker = folder / "code-ran"
+    os.environ["MARKER"] = str(marker)
+    found = {name: run(argv, marker) for name, argv in commands.items()}
+    modules = pathlib.Path(os.environ["HF_MODULES_CACHE"]).rglob("evil.py")
+    copied = [str(path) for path in modules if folder.name in path.parts]
+    trust = {} if folder.name == "evil" else {"trust_remote_code": True}
+    with contextlib.suppress(Exception):
+        transformers.AutoConfig.from_pretrained(folder, **trust)
+        transformers.AutoTokenizer.from_pretrained(folder, **trust)
+    if folder.name == "evil_known":
+        transformers.AutoModelForCausalLM.from_pretrained(folder, **trust)
+    (folder / "result.json").write_text(json.dumps([found, copied, marker.exists()]))
 """
 
 
-def run_all(world: Path, tmp_path: Path, evil: Path, stdin: str) -> dict[str, list]:
-    """Run every command on a folder, with a terminal or a pipe that answers "y" to every question."""
-    argvs, result, marker = tmp_path / "argv.json", tmp_path / "result.json", tmp_path / "marker"
-    argvs.write_text(json.dumps(commands(world, tmp_path / "out", evil)))
-    (tmp_path / "out").mkdir()
-    environment = {**os.environ, "MARKER": str(marker), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", RUNNER, str(argvs), str(result)]
-    settings = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    if stdin == "pipe":
-        done = subprocess.run(command, input="y\n" * 200, check=False, timeout=280, **settings)
-    else:
+@pytest.fixture(scope="module")
+def outcomes(world, tmp_path_factory) -> dict[str, list]:
+    """What every command did with each folder, where a terminal (`evil`) or a pipe answers "y" to every question."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    for names in (["evil"], ["evil_tokenizer", "evil_known"]):
+        argvs = {str(world / name): commands(world, folder / name, world / name) for name in names}
+        (folder / "argv.json").write_text(json.dumps(argvs))
         master, terminal = pty.openpty()
         os.write(master, b"y\n" * 200)
-        done = subprocess.run(command, stdin=terminal, check=False, timeout=280, **settings)
+        answers = {"stdin": terminal} if names == ["evil"] else {"input": "y\n" * 200}
+        environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+        command = [sys.executable, "-c", RUNNER, str(folder / "argv.json")]
+        output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, env=environment, check=False, timeout=280, **answers, **output)
         os.close(master)
         os.close(terminal)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(result.read_text())
+        assert done.returncode == 0, done.stderr[-2000:]
+    return {name: json.loads((world / name / "result.json").read_text()) for name in EVIL}
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize(("evil", "stdin"), [("evil", "terminal"), ("evil_tokenizer", "pipe"), ("evil_known", "pipe")])
-def test_code_in_a_model_folder_is_never_executed_even_if_the_user_answers_yes(world, tmp_path, evil, stdin):
-    found = run_all(world, tmp_path, world / evil, stdin)
+@pytest.mark.parametrize("evil", EVIL)
+def test_code_in_a_model_folder_is_never_executed_even_if_the_user_answers_yes(outcomes, evil):
+    found, copied, runs_if_trusted = outcomes[evil]
     assert {name: executed for name, (_, _, executed) in found.items() if executed} == {}
-    assert not (tmp_path / "modules" / "transformers_modules").exists() or not list(
-        (tmp_path / "modules").rglob("evil.py")
-    )
+    assert copied == []
+    assert runs_if_trusted
     for name, (code, last, _) in found.items():
         assert code in (0, 1), (name, code)
         if code == 1:
             assert last.startswith(f"trl-opd {name.split(',')[0]}: error: "), (name, last)
-    if evil == "evil":  # a type that transformers does not know cannot be had without its code
+    if evil == "evil":  # transformers does not know this model type without the folder's code
         assert {name for name, (code, _, _) in found.items() if code == 0} <= {"report"}
-
-
-@pytest.mark.processes
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("evil", "load"),
-    [
-        ("evil", "AutoConfig.from_pretrained(sys.argv[1])"),
-        ("evil_tokenizer", "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"),
-    ],
-)
-def test_code_in_a_model_folder_runs_if_it_is_trusted(world, tmp_path, evil, load):
-    code = f"import sys; from transformers import AutoConfig, AutoTokenizer; {load}"
-    marker = tmp_path / "marker"
-    environment = {**os.environ, "MARKER": str(marker), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", code, str(world / evil)]
-    subprocess.run(command, input="y\n", env=environment, text=True, check=True, capture_output=True, timeout=120)
-    assert marker.exists()
 
 
 # No connection is opened

@@ -25,8 +25,8 @@ class SurrogateTokenizer(PreTrainedTokenizer):
 
 
 def test_fingerprint_is_the_sha256_of_the_lines_sorted_by_their_bytes():
-    # The order by hand. The line of "a\x01" stands before that of "a", though the token stands behind it: lines are
-    # sorted, not tokens. And x in full width before the emoji, which UTF-16 would sort the other way.
+    # We wrote the order by hand. The line of "a\x01" comes before that of "a", though as a token it comes after: lines
+    # are sorted, not tokens. The full-width x comes before the emoji, which UTF-16 would sort the other way.
     lines = ["10\t5\n", "9\t6\n", "a\x01\t4\n", "a\t2\n", "b\t0\n", "é\t1\n", "ｘ\t7\n", "😀\t3\n"]
     expected = hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
     vocab = {"b": 0, "é": 1, "a": 2, "😀": 3, "a\x01": 4, "10": 5, "9": 6, "ｘ": 7}

@@ -1,4 +1,4 @@
-"""A Parquet file of a user is read, or is an error of one sentence that names the file."""
+"""A Parquet file that a user passes in is read, or is a one-line error that names the file."""
 
 import io
 import random
@@ -33,14 +33,14 @@ def error_of(path) -> str:
 def test_size_in_memory_is_known_for_every_codec_and_page_version(tmp_path, content, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 7 * 192 * 4 - 1)
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_TIMES", 0)
-    with pytest.raises(ValueError, match=r"would unfold from \d+ bytes to \d+: no measurement"):
+    with pytest.raises(ValueError, match=r"has \d+ bytes on disk and would take \d+ in memory. Measured values never"):
         open_parquet(write(tmp_path, content))
 
 
 def test_whole_file_that_unfolds_to_far_more_memory_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.MOST_UNFOLDED", 2**22)
     path = write(tmp_path, large_files("occurrences")[-1])
-    assert "would unfold from" in error_of(path)
+    assert "bytes on disk and would take" in error_of(path)
 
 
 def test_prompt_of_too_many_tokens_is_an_error(tmp_path):
@@ -62,22 +62,22 @@ def test_only_repeated_values_count_as_unfolding(tmp_path, monkeypatch):
     pq.write_table(pa.table({"kl": values}), tmp_path / "a.parquet", compression="zstd")
     assert open_parquet(tmp_path / "a.parquet").metadata.num_rows == 10_000
     pq.write_table(pa.table({"kl": np.zeros_like(values)}), tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(ValueError, match="would unfold from"):
+    with pytest.raises(ValueError, match="bytes on disk and would take"):
         open_parquet(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"x" * 100, b"PAR1" + b"\xff" * 40 + b"PAR1"])
-def test_file_of_another_format_is_a_one_sentence_error(tmp_path, content):
-    assert "is not a whole Parquet file" in error_of(write(tmp_path, content))
+def test_file_of_another_format_is_a_one_line_error(tmp_path, content):
+    assert "is not a complete Parquet file" in error_of(write(tmp_path, content))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_cut_file_is_a_one_sentence_error(tmp_path, share):
+def test_cut_file_is_a_one_line_error(tmp_path, share):
     content = good_files("occurrences")[ZIPPED]
-    assert "is not a whole Parquet file" in error_of(write(tmp_path, content[: int(share * len(content))]))
+    assert "is not a complete Parquet file" in error_of(write(tmp_path, content[: int(share * len(content))]))
 
 
-def test_pages_of_zeros_are_a_one_sentence_error(tmp_path):
+def test_pages_of_zeros_are_a_one_line_error(tmp_path):
     content = good_files("occurrences")[ZIPPED]
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     assert "is cut or damaged" in error_of(write(tmp_path, content[:4] + bytes(footer - 4) + content[footer:]))
@@ -98,6 +98,6 @@ def test_file_without_rows_is_opened(tmp_path):
     assert open_parquet(write(tmp_path, sink.getvalue())).metadata.num_rows == 0
 
 
-def test_column_name_that_is_not_utf8_is_a_one_sentence_error(tmp_path):
+def test_column_name_that_is_not_utf8_is_a_one_line_error(tmp_path):
     content = good_files("occurrences")[ZIPPED].replace(b"entropy", b"entrop\xff")
-    assert "is not a whole Parquet file: 'utf-8' codec" in error_of(write(tmp_path, content))
+    assert "is not a complete Parquet file: 'utf-8' codec" in error_of(write(tmp_path, content))

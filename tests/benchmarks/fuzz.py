@@ -1,10 +1,10 @@
-"""Broken and hostile files of every kind that comes from outside: each is read, or refused with one sentence.
+"""Broken and hostile files of every format that a user may pass in: each is read, or is a one-line error.
 
 python -m tests.benchmarks.fuzz 10000 [--seed 0] [--kinds occurrences,recipe] [--keep FOLDER]
 
-Files are read in processes that are forked for some files each, with a limit of time and memory for every file. A file
-that raises anything but a sentence of ours, ends its process, takes too long or too much, or runs what it holds, is
-kept, and the exit code is 1.
+Forked processes read some files each, with a limit of time and memory for every file. The exit code is 1 if a file
+raises anything but an error message of ours, ends its process, takes too much time or memory, or has its content run as
+code. Such a file is a violation and is kept.
 """
 
 import argparse
@@ -29,28 +29,30 @@ import trl_opd
 
 from tests.helpers.hostile_files import CHECKS, FILES, MARKER, broken_file, good_files, large_files, read, tokenizer
 
-SECONDS, GRACE = 5, 60  # of a processor, for a file; of a clock, for a process that no signal reaches
-MEMORY, ADDRESSES = 2**30, 4 * 2**30  # above what the process starts with
-BATCH = 40
-# A report draws plots: a tenth of the files.
+SECONDS = 5  # processor time for a file
+GRACE = 60  # wall time for a process that does not react to the timer
+MEMORY = 2**30  # bytes for a file, above those of the process at its start
+ADDRESSES = 4 * 2**30  # address space for a process, above that at its start
+BATCH = 40  # files per process
+# Share of each kind. Reports get few files, because they draw plots; but there is at least one file of each kind.
 SHARES = {"rock_set": 22, "occurrences": 24, "prompts": 10, "token_stats": 16, "recipe": 18}
-SHARES |= {"run": 3, "knockout": 3, "gradients": 2, "samples": 2, "summary": 0}  # at least one file of each kind
+SHARES |= {"run": 3, "knockout": 3, "gradients": 2, "samples": 2, "summary": 0}
 PACKAGE = str(Path(trl_opd.__file__).parent)
-LONGEST = 1500  # characters of a sentence, with a path and a list of columns in it
+LONGEST = 1500  # characters of an error message, which may hold a path and a list of columns
 
 
 class TooSlow(BaseException):
-    """Not an Exception, so that nothing takes it for an error of the file."""
+    """A file took too long. Not an `Exception`, so that no reader takes it for an error of the file."""
 
 
 @dataclass
 class Tally:
-    """What became of the files of a kind.
+    """Outcomes of the files of a kind.
 
     Args:
-        files, read, refused (`int`): How many.
-        seconds, megabytes (`float`): The worst, above the start of the process.
-        violations (`list[tuple[int, str]]`): Number and reason.
+        files, read, refused (`int`): Number of files, of those read, and of those with an error message of ours.
+        seconds, megabytes (`float`): Largest time, and largest memory above the start of the process.
+        violations (`list[tuple[int, str]]`): Number of the file, and reason.
     """
 
     files: int = 0
@@ -62,7 +64,7 @@ class Tally:
 
 
 def attempt(kind: str, content: bytes, folder: Path) -> tuple[str, str]:
-    """Return ("read", ""), ("refused", sentence) or ("violation", reason) for a file, in a folder of its own."""
+    """Read a file in an empty folder; return ("read", ""), ("refused", message) or ("violation", reason)."""
     path = folder / FILES[kind]
     path.write_bytes(content)
     said = io.StringIO()
@@ -83,18 +85,18 @@ def attempt(kind: str, content: bytes, folder: Path) -> tuple[str, str]:
 
 
 def judged(kind: str, error: Exception) -> tuple[str, str]:
-    """Return whether an error is one that a person can read: raised here on purpose (or by TRL, for a recipe)."""
-    sentence = " ".join(str(error).split())
+    """Return whether an error has a message for users: raised by this package (for a recipe, also by TRL)."""
+    message = " ".join(str(error).split())
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = last.filename.startswith(PACKAGE) or kind == "recipe"
-    if not ours or not 10 < len(sentence) <= LONGEST:
-        return "violation", f"{type(error).__name__} of {last.filename}:{last.lineno}: {sentence[:300]}"
-    return "refused", sentence
+    if not ours or not 10 < len(message) <= LONGEST:
+        return "violation", f"{type(error).__name__} of {last.filename}:{last.lineno}: {message[:300]}"
+    return "refused", message
 
 
 def work(kind: str, seed: int, numbers: list[int], pipe: int) -> None:
-    """Read some files, and write a line of JSON before and after each to the pipe."""
-    faulthandler.disable()  # a process that ends is told of in the table
+    """Read some files, and write a line of JSON to the pipe before and after each."""
+    faulthandler.disable()  # the table reports a process that ends
     torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -127,7 +129,7 @@ def work(kind: str, seed: int, numbers: list[int], pipe: int) -> None:
 
 
 def in_a_fork(kind: str, seed: int, numbers: list[int]) -> tuple[list[list], str]:
-    """Return the lines that a process wrote about its files, and how it ended where that was not on its own."""
+    """Return the lines that a forked process wrote about its files, and how it ended if it did not end normally."""
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
@@ -145,7 +147,7 @@ def in_a_fork(kind: str, seed: int, numbers: list[int]) -> tuple[list[list], str
     while True:
         if not select.select([out], [], [], GRACE)[0]:
             os.kill(child, signal.SIGKILL)
-            ended = f"no answer within {GRACE} s, whatever signal came"
+            ended = f"no answer within {GRACE} s"
         part = os.read(out, 2**16)
         if not part:
             break
@@ -158,7 +160,7 @@ def in_a_fork(kind: str, seed: int, numbers: list[int]) -> tuple[list[list], str
 
 
 def fuzz(kind: str, count: int, seed: int, progress: bool = False) -> Tally:
-    """Return what became of the files 0 .. count - 1 of a kind."""
+    """Return the outcomes of the files 0 .. count - 1 of a kind."""
     good_files(kind)  # made once, before the forks
     if FILES[kind].endswith(".parquet"):
         large_files(kind)
@@ -188,13 +190,13 @@ def fuzz(kind: str, count: int, seed: int, progress: bool = False) -> Tally:
 
 
 def shares(count: int, kinds: list[str]) -> dict[str, int]:
-    """Return how many of the files are of each kind, at least one."""
+    """Return the number of files of each kind, at least one."""
     total = sum(SHARES[kind] for kind in kinds)
     return {kind: max(1, count * SHARES[kind] // total) for kind in kinds}
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """Return the outcome, a line for each kind."""
+    """Return a table of the outcomes, a line for each kind."""
     lines = [f"{'kind':<12}{'files':>7}{'read':>7}{'refused':>9}{'kept':>6}{'worst s':>9}{'peak MB':>9}"]
     for kind, found in tallies.items():
         counts = f"{found.files:>7}{found.read:>7}{found.refused:>9}{len(found.violations):>6}"

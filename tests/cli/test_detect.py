@@ -294,7 +294,7 @@ def error_of_file(tmp_path, error_of):
         (changed(**with_value("position", 1, -2)), "row 1 has position -2"),
         (changed(rollout=np.arange(8)[::-1] // 2), "row 2 (rollout 2, position 0) is out of order"),
         (changed(position=np.zeros(8, int)), "row 1 (rollout 0, position 0) occurs twice"),
-        (changed(prompt=np.arange(8)), "row 1 has prompt 1, the row before it, of the same rollout, 0"),
+        (changed(prompt=np.arange(8)), "row 1 has prompt 1, but the row before it, of the same rollout, has prompt 0"),
         (changed(rollout=np.zeros(8, int), position=np.arange(8), prompt=None), "has one rollout only"),
         ({name: value[:0] for name, value in columns().items()}, "has no rows"),
     ],
@@ -320,7 +320,9 @@ def test_small_negative_divergence_counts_as_rounding(tmp_path, output_of):
 
 def test_truncated_file_is_a_one_line_error(path, tmp_path, error_of):
     (tmp_path / "o.parquet").write_bytes(Path(path).read_bytes()[:-40])
-    assert "is not a whole Parquet file" in error_of("detect", tmp_path / "o.parquet", "--output", tmp_path / "r.json")
+    assert "is not a complete Parquet file" in error_of(
+        "detect", tmp_path / "o.parquet", "--output", tmp_path / "r.json"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Good files -> broken and hostile ones: bytes, JSON trees, YAML, and Parquet and safetensors whose lengths still fit.
+"""Mutations that turn good files into broken and hostile ones: bytes, JSON, YAML, and safetensors.
 
-Every function takes a `random.Random`, from which alone its result comes.
+Every function takes a `random.Random`, which alone determines its result.
 """
 
 import copy
@@ -13,11 +13,11 @@ NUMBERS = [0, -1, 1, 2, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2*
 REALS = [0.5, -0.5, 1e308, -1e308, 1e301, 5e-324, 1e39, 1.5e9, float("nan"), float("inf"), float("-inf")]
 TEXTS = ["", "x", "\0", "\ud800", "\u202e", "q0.8", "1e5", "true", "../../..", "%s{}", "é" * 40, "y" * 100_000, "\n\n"]
 VALUES = [*NUMBERS, *REALS, *TEXTS, 10**400, None, True, False, [], {}, [[]], [None], [0, 0], {"": 0}, {"id": []}]
-DEEP = "@@DEEP@@"  # where a text is nested deeply after it was written
+DEEP = "@@DEEP@@"  # replaced by deeply nested JSON after the tree was written
 
 
 def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Return the content after one to four damages: flips, cuts, insertions, blocks twice or in each other's place."""
+    """Return the content after one to four changes: flips, cuts, insertions, blocks that are doubled or swapped."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 4])):
         if not data:
@@ -60,7 +60,7 @@ def _holders(tree: Any) -> list[Any]:
 
 
 def mutated_tree(rng: random.Random, tree: Any, values: list = VALUES) -> Any:
-    """Return a tree of dictionaries and lists of which one to three entries are gone, doubled, moved or replaced."""
+    """Return a tree of dictionaries and lists with one to three entries deleted, doubled, moved or replaced."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         holders = _holders(tree)
@@ -102,7 +102,7 @@ def mutated_json(rng: random.Random, tree: Any) -> bytes:
 
 
 def yaml_attacks(marker: str) -> list[str]:
-    """Return lines of YAML that run code, grow without end or break a constructor, where a loader lets them."""
+    """Return YAML that an unsafe loader would run as code, that expands without end, or that breaks a constructor."""
     command = f"touch {marker}"
     tags = [
         f"!!python/object/apply:os.system ['{command}']",
@@ -164,7 +164,7 @@ def yaml_attacks(marker: str) -> list[str]:
 
 
 def mutated_yaml(rng: random.Random, tree: dict[str, Any], marker: str) -> bytes:
-    """Return a recipe: its bytes or its tree mutated, or an attack in the place of a value."""
+    """Return a recipe with mutated bytes or a mutated tree, or with an attack in place of a value."""
     import yaml
 
     kind = rng.choice(["bytes", "tree", "attack", "value"])

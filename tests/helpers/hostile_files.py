@@ -1,6 +1,6 @@
-"""What comes from outside: good files of each kind, broken ones by seed, and what has to be true once one is read.
+"""Files that a user may pass in: good ones of each kind, broken ones by seed, and checks of what is read from them.
 
-A check reads a file as the package's commands do, and asserts of what it got that it keeps the format's promises.
+A check reads a file as the package's commands do, and asserts that the result keeps the promises of the format.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def tokenizer():
 
 
 def occurrence_columns(prompts: int = PROMPTS, length: int = LENGTH) -> dict[str, np.ndarray]:
-    """Return the columns of occurrences in which some types recur in the same surroundings."""
+    """Return the columns of occurrences in which some types recur in the same context."""
     rng, rows = np.random.default_rng(0), prompts * length
     tokens = np.where(np.arange(rows) % 4 < 2, np.arange(rows) % 4, rng.integers(0, VOCAB, rows))
     columns = {"rollout": np.repeat(np.arange(prompts), length), "position": np.tile(np.arange(length), prompts)}
@@ -189,7 +189,7 @@ def good_files(kind: str) -> list[bytes]:
 good_files = functools.cache(good_files)
 
 
-# Odd ones that are whole
+# Complete files with unusual content
 
 
 def _odd_array(rng: random.Random, values: np.ndarray) -> pa.Array:
@@ -221,7 +221,7 @@ def _odd_array(rng: random.Random, values: np.ndarray) -> pa.Array:
 
 
 def odd_parquet(rng: random.Random, content: bytes) -> bytes:
-    """Return a whole Parquet file with columns of other types, other values, other names, no rows or many groups."""
+    """Return a complete Parquet file with columns of other types, other values, other names, no rows or many groups."""
     table = pq.read_table(io.BytesIO(content))
     for _ in range(rng.choice([1, 1, 2])):
         place = rng.randrange(table.num_columns)
@@ -232,7 +232,7 @@ def odd_parquet(rng: random.Random, content: bytes) -> bytes:
             table = table.rename_columns([rng.choice([n, n, n, "kl", "prompt", "", "\0"]) for n in table.column_names])
         elif kind == "twice":
             table = table.append_column(name, table.column(place))
-        elif table.column(place).to_numpy().dtype.kind in "iuf":  # of numbers, and not yet odd
+        elif table.column(place).to_numpy().dtype.kind in "iuf":  # a column of numbers that was not changed yet
             table = table.set_column(place, name, _odd_array(rng, table.column(place).to_numpy()))
         if not table.num_columns:
             break
@@ -242,7 +242,7 @@ def odd_parquet(rng: random.Random, content: bytes) -> bytes:
     rows = rng.choice([0, 1, LENGTH, table.num_rows, table.num_rows, table.num_rows])
     try:
         return _parquet(table.slice(0, rows), row_group_size=rng.choice([1, 5, 1000]))
-    except pa.ArrowException:  # not every type has a place in Parquet
+    except pa.ArrowException:  # Parquet cannot store every type of Arrow
         return content
 
 
@@ -314,11 +314,11 @@ def broken_file(kind: str, seed: int, number: int) -> bytes:
     return damaged_parquet(rng, content)
 
 
-# What has to be true
+# Checks
 
 
 def check_rock_set(path: Path) -> None:
-    """Load, save, load again, check with a tokenizer, and weigh tokens."""
+    """Load, save, load again, check against a tokenizer, and compute token weights."""
     rock_set = RockSet.load(path)
     rock_set.save(path.with_name("again.json"))
     assert RockSet.load(path.with_name("again.json")) == rock_set
@@ -434,7 +434,7 @@ CHECKS = {
 
 
 def read(kind: str, path: Path) -> None:
-    """Read a file as the package does; warnings are no matter here."""
+    """Read a file as the package does, and ignore warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         CHECKS[kind](path)

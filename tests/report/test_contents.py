@@ -34,11 +34,11 @@ def cut(data: bytes) -> bytes:
 RUN = "opd_run.json"
 # What is wrong -> file, its new content (bytes, JSON, or a function of the old bytes or JSON), part of the message
 CASES = {
-    "cut samples": (FILE_NAME, cut, "rollout_samples.parquet is not a whole Parquet file"),
+    "cut samples": (FILE_NAME, cut, "rollout_samples.parquet is not a complete Parquet file"),
     "cut statistics": ("checkpoint-8/token_stats.safetensors", cut, "not token statistics"),
     "cut record": (RUN, cut, "opd_run.json: not the record of a run"),
     "empty record": (RUN, b"", "not the record of a run"),
-    "newer record": (RUN, change(version=2), "version 2, this trl_opd reads version 1: upgrade it"),
+    "newer record": (RUN, change(version=2), "version 2, this trl_opd reads version 1: upgrade trl_opd"),
     "foreign record": (RUN, [], 'its "format" is not "trl_opd.run"'),
     "log without steps": (RUN, change(log=[{"loss": 1.0}]), '"log[0].step" is missing'),
     "NaN": (RUN, {"format": "trl_opd.run", "version": 1, "a": float("nan")}, "NaN"),
@@ -113,7 +113,7 @@ def newer(table: pa.Table) -> pa.Table:
 INF = float("inf")
 THREE = pa.list_(pa.int32(), 3)
 SAMPLES = {
-    "newer": (newer, "has version 99, and this trl_opd reads up to 1: upgrade it"),
+    "newer": (newer, "has version 99, and this trl_opd reads up to version 1: upgrade trl_opd"),
     "infinite": (first("kl", INF), "row 0 has a kl that is not finite"),
     "infinite top": (first("teacher_top_p", [INF] * 5), "row 0 has a teacher_top_p that is not finite"),
     "null step": (first("step", None), "row 0 has no step"),
@@ -125,7 +125,10 @@ SAMPLES = {
     "two prompts": (lambda table: table.append_column("prompt", table["prompt"]), "there must be one column 'prompt'"),
     "lists of three": (column("teacher_top_ids", [1, 2, 3], THREE), "column 'teacher_top_ids' must be lists of 5"),
     "no entropy": (without("entropy"), "there must be one column 'entropy'"),
-    "rows apart": (lambda table: table.take([*range(1, len(table)), 0]), "the rows of a rollout do not stand together"),
+    "rows apart": (
+        lambda table: table.take([*range(1, len(table)), 0]),
+        "the rows of a rollout are not next to each other",
+    ),
 }
 
 

@@ -165,7 +165,7 @@ REQUIRED += ["heldout.token_share", "heldout.kl_share"]
 WRONG_VALUES = [
     ("not a whole number of at least 0", WHOLE, [-1, True, False, 3.0, 3.5, "3", [3], {"a": 3}, 2**63, 10**400]),
     ("not a finite number", NUMBER, [True, "0.5", [0.5], {"a": 0.5}, 10**400, -(10**400)]),
-    ("not a text", TEXT, [True, 3, ["text"], {"a": "text"}]),
+    ("not a string", TEXT, [True, 3, ["text"], {"a": "text"}]),
     ("not true or false", ["controls.matched"], [1, 0.5, "true", []]),
     ("is not an object", OBJECT, [3, "text", [], True]),
     ("is not a list", ["rocks", "controls.ids"], [3, "31", {}, True]),

@@ -197,7 +197,7 @@ def test_batch_size_changes_nothing(collected, tmp_path):
     [
         ({"prompt": range(8), "token_ids": [[5000]] * 8}, "hold token ids outside the 300 that student and teacher"),
         ({"prompt": range(8), "token_ids": ["x"] * 8}, "column 'token_ids' must hold lists of whole numbers"),
-        (b"nothing", "prompts.parquet is not a whole Parquet file"),
+        (b"nothing", "prompts.parquet is not a complete Parquet file"),
         (None, "the gradients need the prompts"),
     ],
 )

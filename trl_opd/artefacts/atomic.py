@@ -21,13 +21,13 @@ PART_FOLDER = "_saving-"
 
 @contextmanager
 def complete_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Give the temporary path to write to; it takes the name `path` at the end, and is gone after an error.
+    """Yield a temporary path to write to, which is renamed to `path` at the end, or deleted after an error.
 
     Raises:
-        `OSError`: that names `path` where the disk is full; others as they come.
+        `OSError`: if the file cannot be written; the message names `path` if the disk is full.
     """
     path = Path(path)
-    _remove_left(path)
+    _remove_leftovers(path)
     part = path.with_name(f"_{path.name}.{os.getpid()}.part")
     try:
         with room_errors(path):
@@ -42,7 +42,7 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
 
     Raises:
         `ValueError`: if a number is not finite.
-        `OSError`: if it cannot be written.
+        `OSError`: if the file cannot be written.
     """
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     with complete_file(path) as part:
@@ -51,7 +51,7 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
 
 @contextmanager
 def room_errors(path: Path) -> Iterator[None]:
-    """Name the file in the error of a full disk; other errors pass unchanged."""
+    """Put the name of the file into the error of a full disk; other errors pass unchanged."""
     try:
         yield
     except OSError as error:
@@ -62,32 +62,34 @@ def room_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def complete_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary folder to write to; its files move to `folder` at the end, and are gone after an error."""
+    """Yield a temporary folder to write to; its files move to `folder` at the end, or are deleted after an error."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{PART_FOLDER}*"):  # a killed process left these behind
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=PART_FOLDER, dir=folder) as name:
         yield Path(name)
-        for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+        for path in sorted(Path(name).rglob("*")):
+            if not path.is_file():
+                continue
             target = folder / path.relative_to(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
 
 
 def require_writable(path: str | os.PathLike) -> None:
-    """Raise `ValueError` unless a file can be written at a path: what is computed for long must not be lost then."""
+    """Raise `ValueError` unless a file can be written at a path; call it before a long computation, not after."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file.")
     if not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to; create it first.")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"The folder {path.parent} cannot be written to.")
+        raise ValueError(f"The folder {path.parent} cannot be written to; choose another or change its permissions.")
 
 
-def _remove_left(path: Path) -> None:
-    """Remove the temporary files of this file that killed processes left behind."""
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that killed processes left behind when they wrote this file."""
     for part in path.parent.glob(f"_{glob.escape(path.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -101,6 +103,6 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it runs under another user
+    except PermissionError:  # the process belongs to another user
         return True
     return True

@@ -11,17 +11,18 @@ if TYPE_CHECKING:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return `sha256:...` over the lines `token<TAB>id<NEWLINE>` of the vocabulary, sorted by their UTF-8 bytes."""
-    # surrogatepass: byte-level vocabularies of a few models hold lone surrogates, which plain UTF-8 refuses.
-    lines = sorted(f"{token}\t{id}\n".encode("utf-8", "surrogatepass") for token, id in tokenizer.get_vocab().items())
+    vocabulary = tokenizer.get_vocab()
+    # The vocabularies of a few byte-level models hold lone surrogates, which UTF-8 cannot encode without this option.
+    lines = sorted(f"{token}\t{id}\n".encode("utf-8", "surrogatepass") for token, id in vocabulary.items())
     return "sha256:" + hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def load_tokenizer(name: object, known: object):
-    """Return the tokenizer of a name where it is on this machine and has the fingerprint `known`, else `None`.
+    """Return the tokenizer with a name if it is on this machine and has the fingerprint `known`, otherwise `None`.
 
     Args:
-        name (`str`): A folder, or a name on the Hub that is in the local cache.
-        known (`str`): Fingerprint of the tokenizer that is meant.
+        name (`str`): A folder, or the name of a Hub repository that is in the local cache.
+        known (`str`): Expected fingerprint.
     """
     if not isinstance(name, str) or not name.strip():
         return None

@@ -1,9 +1,8 @@
-"""gradients.parquet: a row for each token type of a gradient study, written, and read back with checks."""
+"""gradients.parquet, a table with one row per token type of a gradient study: a writer and a checking reader."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pyarrow.parquet as pq
 from .atomic import complete_file
 from .parquet import column_type, open_parquet, read_table
 
-# Group of token types -> how a table names it.
+# Group of token types -> its name in a printed table.
 GROUPS = {"rock": "rocks", "rare": "rare, high KL", "random": "random rest"}
-# Column -> its head in the table of groups.
+# Column whose median is printed for each group -> its heading.
 MEDIANS = {
     "count": "n",
     "norm": "norm",
@@ -26,18 +25,18 @@ MEDIANS = {
     "cos_balanced_without": "cos, less own",
     "cos_matched": "cos, equal n",
 }
-# Columns of numbers that every table has.
-NUMBERS = (*MEDIANS, "mean_kl")
+# Numeric columns that every file has.
+NUMBERS = [*MEDIANS, "mean_kl"]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured of token types, `(T,)` each, by column; `group`, `token_id` and `mean_kl` among them.
+    """Measurements of a gradient study, one value per token type and column.
 
     Args:
-        columns (`dict[str, np.ndarray]`): The table.
-        matched (`int`): Positions of each type in the groups of equal number.
-        has_early (`bool`): Whether `mean_kl_early` is there.
+        columns (`dict[str, np.ndarray]`): Column -> values `(T,)`; `group`, `token_id` and `mean_kl` are among them.
+        matched (`int`): Number of positions per type in the columns that compare groups at an equal number.
+        has_early (`bool`): Whether there is a column `mean_kl_early`.
     """
 
     columns: dict[str, np.ndarray]
@@ -51,8 +50,8 @@ class Study:
 
 
 def write_table(found: Study, tokenizer, path: str | os.PathLike) -> None:
-    """Write `gradients.parquet`: a row for each type; it appears under its name only when it is complete."""
-    columns: Mapping[str, np.ndarray] = found.columns
+    """Write `gradients.parquet`, a row for each type; the file appears under its name only when it is complete."""
+    columns = found.columns
     texts = [tokenizer.decode([id]) for id in columns["token_id"].tolist()]
     arrays = {
         "token_id": pa.array(columns["token_id"], pa.int32()),
@@ -61,37 +60,43 @@ def write_table(found: Study, tokenizer, path: str | os.PathLike) -> None:
         "count": pa.array(columns["count"].astype(np.int64)),
         "matched_count": pa.array(columns["matched_count"].astype(np.int64)),
     }
-    arrays |= {name: pa.array(values, from_pandas=True) for name, values in columns.items() if name not in arrays}
+    for name, values in columns.items():
+        if name not in arrays:
+            arrays[name] = pa.array(values, from_pandas=True)
     with complete_file(path) as part:
         pq.write_table(pa.table(arrays), part, compression="zstd")
 
 
 def read_gradients(path: Path) -> Study:
-    """Return the gradient study of a file.
+    """Return the gradient study in a file, without its token ids.
 
     Raises:
-        `ValueError`: if it is no whole table of `trl-opd gradients`.
+        `ValueError`: if the file is cut, or is not a table that `trl-opd gradients` wrote.
         `OSError`: if there is no such file.
     """
     schema = open_parquet(path).schema_arrow
     has_early = "mean_kl_early" in schema.names
-    numbers = list(NUMBERS)
+    numbers = NUMBERS.copy()
     if has_early:
         numbers.append("mean_kl_early")
-    wanted = [*numbers, "group"]
-    types = {name: column_type(path, schema, name) for name in wanted}
-    if pa.types.is_nested(types["group"]):
-        raise ValueError(f"{path}: column 'group' holds {types['group']}, not texts.")
+    for name in numbers:
+        column_type(path, schema, name)
+    group_type = column_type(path, schema, "group")
+    if pa.types.is_nested(group_type):
+        raise ValueError(f"{path}: column 'group' holds {group_type}, not strings.")
 
-    # As a dictionary a text that stands in many rows is in memory once.
-    table = read_table(path, open_parquet(path, read_dictionary=["group"]), wanted)
+    # Read as a dictionary column, a string that many rows share is in memory only once.
+    table = read_table(path, open_parquet(path, read_dictionary=["group"]), [*numbers, "group"])
     try:
-        columns = {name: np.asarray(table.column(name).to_numpy(), dtype=np.float64) for name in numbers}
-        groups = table.column("group").to_pylist()
+        columns = {name: np.asarray(table[name].to_numpy(), dtype=np.float64) for name in numbers}
+        groups = table["group"].to_pylist()
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: {error}") from error
-    if not groups or not all(isinstance(group, str) and group in GROUPS for group in groups):
-        raise ValueError(f"{path}: not a table of `trl-opd gradients`: its groups are not {', '.join(GROUPS)}.")
+
+    if not groups or not set(groups) <= GROUPS.keys():
+        raise ValueError(
+            f"{path}: not a table of `trl-opd gradients`: its column 'group' must hold {', '.join(GROUPS)} only."
+        )
     if not (columns["count"] >= 1).all():
         raise ValueError(f"{path}: not a table of `trl-opd gradients`: a count is below 1.")
     columns["group"] = np.array(groups, dtype=object)

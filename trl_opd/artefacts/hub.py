@@ -1,6 +1,6 @@
-"""Errors of the Hugging Face Hub, turned into one sentence that contains no access token.
+"""Errors of the Hugging Face Hub, turned into one-line messages that contain no access token.
 
-The Hub's client raises HTTP errors, errors of its HTTP library (which are no `OSError`) and errors of the system, and
+The Hub's client raises HTTP errors, errors of its HTTP library (which are not `OSError`s) and errors of the system, and
 threads and caches wrap each of these once more. This module turns all of them into one `OSError`.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-# Tokens of users and of organisations (the old form; both have over 30 characters), and OAuth and JWT tokens.
+# OAuth and JWT tokens, and the older tokens of users and of organisations, which have more than 30 characters.
 TOKEN = re.compile(r"(?:hf|api_org)_(?:(?:oauth|jwt)_+[\w.-]*|[A-Za-z0-9]{16,})")
 REQUEST_ID = re.compile(r"\(?(?:Request ID|Amzn Trace ID|Amz CF ID): [^\s)]+\)?", re.IGNORECASE)
-XET_REFUSAL = re.compile(r"XetAuthenticationError|\b40[13] (?:Unauthorized|Forbidden)")
+XET_REJECTION = re.compile(r"XetAuthenticationError|\b40[13] (?:Unauthorized|Forbidden)")
 MAX_DETAIL = 200
 
 
@@ -25,67 +25,70 @@ class HubError(OSError):
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn the errors of the Hub's client into one sentence: "Could not {what}: the reason, and what to do."
+    """Turn errors of the Hub's client raised inside into a `HubError`: "Could not {what}: {reason; what to do}."
 
-    Errors that are not the Hub's pass unchanged, and so does a `HubError`.
+    Errors that do not come from the Hub or from the connection to it pass unchanged, and so does a `HubError`.
 
     Args:
-        what (`str`): What is done, with the repository's name: "push the rock set to user/rocks".
+        what (`str`): What the block does, with the repository's name: "push the rock set to user/rocks".
 
     Raises:
-        `HubError`: if the Hub or the way to it failed; it is an `OSError`.
+        `HubError`: if the Hub or the connection to it failed; it is an `OSError`.
     """
     try:
         yield
-    except (HubError, ValueError):  # these are sentences
+    except (HubError, ValueError):  # their messages are already clear
         raise
-    except Exception as error:
-        if (reason := _reason(error)) is None:
+    except Exception as error:  # the client raises errors of many classes, and wraps them in others
+        reason = _reason(error)
+        if reason is None:
             raise
-        raise HubError(redact(" ".join(f"Could not {what}: {reason}.".split()))) from error
+        message = " ".join(f"Could not {what}: {reason}.".split())
+        raise HubError(redact(message)) from error
 
 
 def redact(text: str) -> str:
-    """Return the text with `<TOKEN>` in place of what looks like a Hub token, and of the tokens in the environment."""
+    """Return the text with `<TOKEN>` for everything that looks like a Hub token, and for the environment's tokens."""
     known = {os.environ.get(name, "").strip() for name in TOKEN_VARIABLES} - {""}
-    for token in sorted(known, key=len, reverse=True):
+    for token in sorted(known, key=len, reverse=True):  # a token may begin with a shorter one
         text = text.replace(token, "<TOKEN>")
     return TOKEN.sub("<TOKEN>", text)
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """Return why it failed, from the outermost error that says so, or `None` if none of them is the Hub's."""
+    """Return why a request failed, from the outermost error that shows it; `None` if no error comes from the Hub."""
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
-    last = None
+    reason = None
     while error is not None:
-        said = _short(str(error) or type(error).__name__)
+        detail = _shorten(str(error) or type(error).__name__)
         response = getattr(error, "response", None)
         if isinstance(error, httpx.HTTPError) and response is not None:
-            return _refusal(error, response)
+            return _reason_of_answer(error, response)
         if isinstance(error, errors.OfflineModeIsEnabled):
             return "offline mode is on and the local cache does not hold it; unset HF_HUB_OFFLINE to reach the Hub"
         if isinstance(error, errors.LocalTokenNotFoundError):
-            return f"it takes a token and there is none; {_login()}"
-        # hf_xet raises errors of the system, and only their text shows that the Hub refused the token.
-        if isinstance(error, (ConnectionError, PermissionError)) and XET_REFUSAL.search(repr(error)):
-            return f"the Hub did not accept the token ({said}); {_login()}"
+            return f"this needs a token and none is set; {_login('write there')}"
+        # hf_xet raises errors of the system, and only their text shows that the Hub rejected the token.
+        if isinstance(error, (ConnectionError, PermissionError)) and XET_REJECTION.search(repr(error)):
+            return f"the Hub did not accept the token ({detail}); {_login('write there')}"
         broken = isinstance(error, (httpx.HTTPError, httpx.InvalidURL, ConnectionError, TimeoutError))
-        if broken and not isinstance(error, BrokenPipeError):  # a closed terminal pipe, not the Hub
-            return f"the connection to the Hub broke ({said}); nothing local is lost, run the same again"
+        if broken and not isinstance(error, BrokenPipeError):  # that one is a closed terminal, not the Hub
+            return f"the connection to the Hub broke ({detail}); nothing local is lost, run the same again"
         if isinstance(error, (errors.LocalEntryNotFoundError, errors.FileMetadataError)):
-            last = said
+            reason = detail
         error = error.__cause__ if error.__cause__ is not error else None
-    return last
+    return reason
 
 
-def _refusal(error: Exception, response) -> str:
+def _reason_of_answer(error: Exception, response) -> str:
+    """Return why a request failed to which the Hub answered with an error status."""
     from huggingface_hub import errors
 
     status = response.status_code
-    sent = response.request
-    login = _login("read it" if sent.method in ("GET", "HEAD") else "write there")
+    request = response.request
+    login = _login("read it" if request.method in ("GET", "HEAD") else "write there")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return "the repository holds no such file"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -94,21 +97,28 @@ def _refusal(error: Exception, response) -> str:
         return f"the Hub shows no such repository; check its name, and if it is private {login}"
     if status == 404:
         return "the Hub has no such repository or file"
-    if status == 401 and "Authorization" not in sent.headers:
-        return f"it takes a token and there is none; {login}"
-    said = _short(getattr(error, "server_message", None) or "")
-    answer = f"{status} {response.reason_phrase}".strip() + (f": {said}" if said else "")
+    if status == 401 and "Authorization" not in request.headers:
+        return f"this needs a token and none is set; {login}"
+
+    answer = f"{status} {response.reason_phrase}".strip()
+    detail = _shorten(getattr(error, "server_message", None) or "")
+    if detail:
+        answer += f": {detail}"
     if status in (401, 403):
         return f"the Hub did not accept the token ({answer}); {login}"
-    later = "; nothing local is lost, run the same again later" if status in (408, 429) or status >= 500 else ""
-    return f"the Hub answered {answer}{later}"
+    if status in (408, 429) or status >= 500:
+        answer += "; nothing local is lost, run the same again later"
+    return f"the Hub answered {answer}"
 
 
-def _login(right: str = "write there") -> str:
+def _login(right: str) -> str:
     return f"run `hf auth login`, or set HF_TOKEN to a token that may {right}"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     # We redact before we shorten, because a token that is cut in two no longer matches the pattern.
-    text = redact(" ".join(REQUEST_ID.sub("", text).split())).rstrip(".")
-    return text if len(text) <= MAX_DETAIL else f"{text[:MAX_DETAIL]}..."
+    words = REQUEST_ID.sub("", text).split()
+    text = redact(" ".join(words)).rstrip(".")
+    if len(text) > MAX_DETAIL:
+        text = f"{text[:MAX_DETAIL]}..."
+    return text

@@ -1,6 +1,6 @@
-"""occurrences.parquet: one row per generated token, written from part files and read back in checked batches.
+"""occurrences.parquet, a table with one row per generated token: writers, and a reader that checks the rows in batches.
 
-A rollout "So 3" of prompt 0 whose second token was frozen, and so not measured, gives two rows:
+A rollout "So 3" of prompt 0, whose second token was frozen and therefore not measured, gives two rows:
 
     rollout  position  token_id  kl    entropy  prompt  weight
     0        0         4416      0.71  1.25     0       1.0
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -47,15 +47,25 @@ SCHEMA = pa.schema(
     ]
 )
 PROMPT_SCHEMA = pa.schema([("prompt", pa.int32()), ("token_ids", pa.list_(pa.int32())), ("row", pa.int64())])
-REQUIRED, OPTIONAL = ("rollout", "position", "token_id", "kl"), ("kl_pre", "prompt")
-# No tokenizer has this many tokens; statistics of every type are kept in memory.
+# Columns that are read; a file may lack the optional ones.
+REQUIRED = ("rollout", "position", "token_id", "kl")
+OPTIONAL = ("kl_pre", "prompt")
+# No tokenizer has this many tokens. The limit is needed because statistics of every token type are kept in memory.
 MAX_VOCABULARY = 2**22
-# KL is at least 0; float32 sums over a vocabulary may fall this far below.
+# A KL divergence is at least 0, but its float32 sum over a vocabulary may come out this far below 0.
 LEAST_KL = -1e-4
-# Above the context of every model.
+# More tokens than the context of any model.
 MOST_OF_A_PROMPT = 2**20
-# Bytes that a reader has in memory at once, of each column.
+# Size of a data page: a reader has one page of each column in memory at once.
 PAGE_BYTES = 2**17
+
+
+class _Row(NamedTuple):
+    """Keys of a row, with which the order of the rows is checked."""
+
+    rollout: int
+    position: int
+    unit: int
 
 
 def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], metadata: dict[str, Any]) -> None:
@@ -63,8 +73,9 @@ def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], 
 
     Args:
         path (`str` or `os.PathLike`): The Parquet file.
-        columns (`Mapping[str, Sequence]`): Columns of the format, in the order of (rollout, position); NaN is null.
-        metadata (`dict`): What FORMATS of the project lists: models, tokenizer, temperature and so on.
+        columns (`Mapping[str, Sequence]`):
+            Columns of `SCHEMA`, with rows in the order of (rollout, position). NaN is written as null.
+        metadata (`dict`): What the file says about itself: models, tokenizer, temperature and so on.
     """
     fields = [field for field in SCHEMA if field.name in columns]
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in fields]
@@ -74,7 +85,7 @@ def write_occurrences(path: str | os.PathLike, columns: Mapping[str, Sequence], 
 
 
 def join_files(parts: Sequence[Path], path: str | os.PathLike, metadata: dict[str, Any] | None = None) -> None:
-    """Write the rows of Parquet files of one schema to one file, a part at a time."""
+    """Write the rows of Parquet files of one schema to one file, with one part in memory at a time."""
     schema = pq.read_schema(parts[0])
     if metadata is not None:
         schema = with_metadata(schema, metadata, version=VERSION)
@@ -87,39 +98,47 @@ def join_files(parts: Sequence[Path], path: str | os.PathLike, metadata: dict[st
 
 
 def read_prompts(path: str | os.PathLike) -> Callable[[int], list[int] | None]:
-    """Return a function from the index of a prompt to its token ids, `None` where there is none.
+    """Return a function that gives the token ids of a prompt from its index, `None` for an index that is not there.
 
     Raises:
-        `ValueError`: if the file holds no prompts.
+        `ValueError`: if the file is not a table of prompts, or a prompt is longer than `MOST_OF_A_PROMPT`.
         `OSError`: if there is no such file.
     """
     path = Path(path)
     file = open_parquet(path)
-    prompts, lists = (column_type(path, file.schema_arrow, name) for name in ("prompt", "token_ids"))
+    prompts = column_type(path, file.schema_arrow, "prompt")
+    lists = column_type(path, file.schema_arrow, "token_ids")
     require_whole_type(path, "prompt", prompts)
     if not pa.types.is_list(lists) or not pa.types.is_integer(lists.value_type):
         raise ValueError(f"{path}: column 'token_ids' must hold lists of whole numbers, it holds {lists}.")
+
     table = read_table(path, file, ["prompt", "token_ids"])
-    longest = pc.max(pc.list_value_length(table["token_ids"])).as_py() or 0
+    token_ids = table["token_ids"]
+    longest = pc.max(pc.list_value_length(token_ids)).as_py() or 0
     if longest > MOST_OF_A_PROMPT:
         raise ValueError(f"{path} holds a prompt of {longest} tokens, at most {MOST_OF_A_PROMPT} are read.")
     places = {prompt: place for place, prompt in enumerate(table["prompt"].to_pylist())}
-    return lambda prompt: table["token_ids"][places[prompt]].as_py() if prompt in places else None
+
+    def find_prompt(prompt: int) -> list[int] | None:
+        place = places.get(prompt)
+        return None if place is None else token_ids[place].as_py()
+
+    return find_prompt
 
 
 class Occurrences:
-    """A file of occurrences, whose schema is checked at once and whose rows are checked as they are read.
+    """Reader of a file of occurrences: it checks the columns when it is created and the rows as they are read.
 
     Args:
-        path (`str` or `os.PathLike`): The Parquet file; it comes from outside.
+        path (`str` or `os.PathLike`): The Parquet file, which another program may have written.
 
     Attributes:
-        metadata (`dict`): What the file says of itself; empty when another program wrote it.
+        metadata (`dict`): What the file says about itself; empty if another program wrote it.
         has_pre (`bool`): Whether it holds `kl_pre`, the divergence under the reference student.
         rows (`int`): Number of rows.
 
     Raises:
-        `ValueError`: if it is no Parquet file, has no rows, or a column is missing or of another type.
+        `ValueError`: if it is not a Parquet file, has no rows, or a column is missing or has another type.
         `OSError`: if there is no such file.
     """
 
@@ -127,13 +146,15 @@ class Occurrences:
         self.path = Path(path)
         self._file = open_parquet(self.path)
         schema = self._file.schema_arrow
+        self._names = list(REQUIRED)
+        self._names += [name for name in OPTIONAL if name in schema.names]
         self._check_columns(schema)
         self.metadata = read_metadata(self.path, schema, version=VERSION)
         self.rows = self._file.metadata.num_rows
         if self.rows == 0:
             raise ValueError(f"{path} has no rows.")
-        self.has_pre = "kl_pre" in schema.names
-        self._has_prompt = "prompt" in schema.names
+        self.has_pre = "kl_pre" in self._names
+        self._has_prompt = "prompt" in self._names
 
     def units(self) -> np.ndarray:
         """Return the distinct values of `prompt` (of `rollout` where absent) in ascending order."""
@@ -144,18 +165,19 @@ class Occurrences:
         return found
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the rows in batches, checked: `rollout`, `position`, `token_id`, `unit`, `kl` and, if any, `kl_pre`.
+        """Yield the checked rows in batches, as columns: `rollout`, `position`, `token_id`, `unit`, `kl`.
+
+        `unit` is the prompt, or the rollout in a file without prompts. `kl_pre` is there if the file has it.
 
         Raises:
-            `ValueError`: naming the row (counted from 0) for a null, a divergence that is none, a negative id, rows out
-                of order, or a rollout of two prompts.
+            `ValueError`: naming the row (counted from 0) for a null, a negative id, a divergence that is negative or
+                not finite, rows out of order, or a rollout with two prompts.
         """
-        names = [*REQUIRED, *(name for name in OPTIONAL if name in self._file.schema_arrow.names)]
-        first, last = 0, None
-        for batch in self._raw_batches(names):
+        first = 0
+        last = _Row(rollout=-1, position=-1, unit=-1)
+        for batch in self._raw_batches(self._names):
             rows = {name: self._whole_numbers(batch, name, first) for name in ("rollout", "position", "token_id")}
-            unit = self._whole_numbers(batch, "prompt", first) if self._has_prompt else rows["rollout"]
-            rows["unit"] = unit
+            rows["unit"] = self._whole_numbers(batch, "prompt", first) if self._has_prompt else rows["rollout"]
             rows["kl"] = self._divergences(batch, "kl", first)
             if self.has_pre:
                 rows["kl_pre"] = self._divergences(batch, "kl_pre", first)
@@ -168,12 +190,11 @@ class Occurrences:
         for batch in read_batches(self.path, self._file, names):
             rows += batch.num_rows
             yield batch
-        if rows != self.rows:  # Arrow ends in silence where a column does
+        if rows != self.rows:  # Arrow reports no error where a column ends too early
             raise ValueError(f"{self.path} is cut or damaged: {rows} of {self.rows} rows can be read.")
 
     def _check_columns(self, schema: pa.Schema) -> None:
-        present = [name for name in OPTIONAL if name in schema.names]
-        for name in (*REQUIRED, *present):
+        for name in self._names:
             found = column_type(self.path, schema, name)
             if name.startswith("kl"):
                 require_float_type(self.path, name, found)
@@ -186,40 +207,56 @@ class Occurrences:
 
     def _divergences(self, batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
         column = batch.column(name)
-        if (place := first_null(column)) is not None:
+        place = first_null(column)
+        if place is not None:
             raise ValueError(
                 f"{self.path}: row {first + place} has no {name}: the position was not measured (frozen in training?). "
                 "Collect the rollouts with `trl-opd collect`."
             )
         values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-        wrong = ~((values >= LEAST_KL) & (values < np.inf))  # NaN is not at least anything
+        wrong = ~((values >= LEAST_KL) & (values < np.inf))  # NaN fails both comparisons
         if wrong.any():
-            row = int(np.argmax(wrong))
+            place = int(np.argmax(wrong))
             raise ValueError(
-                f"{self.path}: row {first + row} has {name} {values[row]}, and a divergence is finite and at least 0."
+                f"{self.path}: row {first + place} has {name} {values[place]}, but a divergence is finite and at "
+                "least 0."
             )
         return values
 
-    def _check_order(self, rows: dict[str, np.ndarray], last: tuple | None, first: int) -> tuple[int, int, int]:
-        """Raise `ValueError` unless (rollout, position) rises from row to row; return the last row's place."""
-        names = ("rollout", "position", "unit")
-        before = last or (-1, -1, -1)
-        rollout, position, unit = (
-            np.concatenate([[edge], rows[name]]) for edge, name in zip(before, names, strict=True)
-        )
-        same = rollout[1:] == rollout[:-1]
-        wrong = (rollout[1:] < rollout[:-1]) | (same & (position[1:] <= position[:-1]))
+    def _check_order(self, rows: dict[str, np.ndarray], last: _Row, first: int) -> _Row:
+        """Check that (rollout, position) rises from row to row and that every rollout has one prompt.
+
+        Args:
+            rows (`dict[str, np.ndarray]`): Columns of a batch.
+            last (`_Row`): The row before this batch.
+            first (`int`): Number of the first row of this batch in the file.
+
+        Raises:
+            `ValueError`: naming the first row that breaks the order.
+        """
+        rollout = rows["rollout"]
+        position = rows["position"]
+        unit = rows["unit"]
+        rollout_step = np.diff(rollout, prepend=last.rollout)
+        position_step = np.diff(position, prepend=last.position)
+        unit_step = np.diff(unit, prepend=last.unit)
+
+        same = rollout_step == 0
+        wrong = (rollout_step < 0) | (same & (position_step <= 0))
         if wrong.any():
-            row = int(np.argmax(wrong))
-            twice = same[row] and position[row + 1] == position[row]
-            what = "occurs twice" if twice else "is out of order: rows go by (rollout, position)"
-            place = f"rollout {rollout[row + 1]}, position {position[row + 1]}"
-            raise ValueError(f"{self.path}: row {first + row} ({place}) {what}.")
-        moved = same & (unit[1:] != unit[:-1])
-        if moved.any():
-            row = int(np.argmax(moved))
+            place = int(np.argmax(wrong))
+            reason = "is out of order: rows go by (rollout, position)"
+            if same[place] and position_step[place] == 0:
+                reason = "occurs twice"
             raise ValueError(
-                f"{self.path}: row {first + row} has prompt {unit[row + 1]}, the row before it, of the same rollout, "
-                f"{unit[row]}."
+                f"{self.path}: row {first + place} (rollout {rollout[place]}, position {position[place]}) {reason}."
             )
-        return int(rollout[-1]), int(position[-1]), int(unit[-1])
+
+        moved = same & (unit_step != 0)
+        if moved.any():
+            place = int(np.argmax(moved))
+            raise ValueError(
+                f"{self.path}: row {first + place} has prompt {unit[place]}, but the row before it, of the same "
+                f"rollout, has prompt {unit[place] - unit_step[place]}. A rollout belongs to one prompt."
+            )
+        return _Row(rollout=int(rollout[-1]), position=int(position[-1]), unit=int(unit[-1]))

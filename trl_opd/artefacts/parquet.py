@@ -1,6 +1,6 @@
 """Parquet files that a user passes in: opened with limits on their size, read in batches, checked column by column.
 
-pyarrow finds the damage, and its errors become one `ValueError` that names the file. A file that somebody crafted on
+pyarrow detects damage, and its errors become one `ValueError` that names the file. A file that somebody crafted on
 purpose can state false sizes in its footer, or make pyarrow end the process; we accept that, because users open their
 own files here.
 """
@@ -17,24 +17,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Key of what a file of this package says of itself, as JSON.
+# Key of the metadata that this package writes to its files, as JSON.
 METADATA_KEY = "trl_opd"
-# Rows that a reader has in memory at once.
+# Number of rows that a reader has in memory at once.
 BATCH_ROWS = 32_768
-# Largest file on disk that is opened: about a billion measured tokens of 16 bytes each.
+# Largest file that is opened: about a billion measured tokens of 16 bytes each.
 MAX_FILE_BYTES = 16 * 2**30
-# Largest size in memory, in bytes and in multiples of the size on disk. Measured values compress a few times, whereas a
-# kilobyte of equal values can take a gigabyte of memory.
+# Largest size in memory, in bytes and in multiples of the size on disk; the larger of the two counts. Measured values
+# shrink to a fraction when compressed, whereas a kilobyte of equal values can take a gigabyte of memory.
 MOST_UNFOLDED = 2**28
 MOST_TIMES = 64
 
 
 def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file of a user; only its footer is read.
+    """Open a Parquet file that a user passes in, and read only its footer.
 
     Args:
         path (`str` or `os.PathLike`): The file.
-        options: Of `pyarrow.parquet.ParquetFile`.
+        options: Further arguments of `pyarrow.parquet.ParquetFile`.
 
     Raises:
         `ValueError`: if pyarrow cannot read the footer, if the file is larger than `MAX_FILE_BYTES`, or if its footer
@@ -49,37 +49,37 @@ def open_parquet(path: str | os.PathLike, **options: Any) -> pq.ParquetFile:
         raise ValueError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read. Split it into smaller files.")
 
     try:
-        # By default Arrow would hold the whole file, compressed, in addition to the decoded part.
+        # By default Arrow would keep the whole compressed file in memory, in addition to the decoded part.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16, **options)
-        file.schema_arrow.names  # noqa: B018  Arrow decodes its own copy of the schema only here
+        file.schema_arrow.names  # noqa: B018  Arrow decodes its own copy of the schema on this access
         unfolded = _unfolded_bytes(file.metadata)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+        raise ValueError(f"{path} is not a complete Parquet file: {error}") from error
 
     if unfolded > max(MOST_UNFOLDED, MOST_TIMES * size):
         raise ValueError(
-            f"{path} would unfold from {size} bytes to {unfolded}: no measurement repeats itself so often, and it is "
-            "not read."
+            f"{path} has {size} bytes on disk and would take {unfolded} in memory. Measured values never compress "
+            "that well, so it is not read; write the file again from its source."
         )
     return file
 
 
 def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any], *, version: int) -> pa.Schema:
-    """Return a schema with what its file says of itself, and with the version of its format."""
+    """Return a schema with the metadata that its file has about itself, and with the version of its format."""
     content = {"version": version} | dict(metadata)
     return schema.with_metadata({METADATA_KEY: json.dumps(content, allow_nan=False)})
 
 
 def read_metadata(path: Path, schema: pa.Schema, *, version: int) -> dict[str, Any]:
-    """Return what a file says of itself; empty when another program wrote it.
+    """Return the metadata that a file has about itself; empty if another program wrote it.
 
     Args:
         path (`Path`): The file, for errors.
         schema (`pyarrow.Schema`): Its schema.
-        version (`int`): The newest version of its format that is known.
+        version (`int`): The newest version of its format that we can read.
 
     Raises:
-        `ValueError`: if it is no JSON object, or of a newer version.
+        `ValueError`: if the metadata is not a JSON object, or has a newer version.
     """
     text = (schema.metadata or {}).get(METADATA_KEY.encode())
     if text is None:
@@ -92,15 +92,17 @@ def read_metadata(path: Path, schema: pa.Schema, *, version: int) -> dict[str, A
         raise ValueError(f"{path}: its metadata {METADATA_KEY!r} is not an object.")
     found = content.get("version", version)
     if not isinstance(found, int) or found > version:
-        raise ValueError(f"{path} has version {found!r:.40}, and this trl_opd reads up to {version}: upgrade it.")
+        raise ValueError(
+            f"{path} has version {found!r:.40}, and this trl_opd reads up to version {version}: upgrade trl_opd."
+        )
     return content
 
 
 def column_type(path: Path, schema: pa.Schema, name: str) -> pa.DataType:
-    """Return the type of the one column of a name.
+    """Return the type of the column with a name.
 
     Raises:
-        `ValueError`: if there is none, or more than one.
+        `ValueError`: if there is no such column, or more than one.
     """
     count = schema.names.count(name)
     if count == 1:
@@ -110,22 +112,22 @@ def column_type(path: Path, schema: pa.Schema, name: str) -> pa.DataType:
 
 
 def require_whole_type(path: Path, name: str, found: pa.DataType) -> None:
-    """Raise `ValueError` unless the type of a column is one of whole numbers."""
+    """Raise `ValueError` unless the type of a column is an integer type."""
     if not pa.types.is_integer(found):
         raise ValueError(f"{path}: column {name!r} holds {found}, not whole numbers.")
 
 
 def require_float_type(path: Path, name: str, found: pa.DataType) -> None:
-    """Raise `ValueError` unless the type of a column is one of floating-point numbers."""
+    """Raise `ValueError` unless the type of a column is a floating-point type."""
     if not pa.types.is_floating(found):
         raise ValueError(f"{path}: column {name!r} holds {found}, not floating-point numbers.")
 
 
 def read_table(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
-    """Return columns of a file as a whole.
+    """Return all rows of some columns of a file.
 
     Raises:
-        `ValueError`: if it is cut or damaged.
+        `ValueError`: if the file is cut or damaged.
     """
     try:
         table = file.read(list(names), use_threads=False)
@@ -138,10 +140,10 @@ def read_table(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> pa.Tab
 def read_batches(
     path: Path, file: pq.ParquetFile, names: Sequence[str], *, row_groups: Sequence[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield columns of a file in batches of rows, of some of its row groups where these are given.
+    """Yield some columns of a file in batches of rows, from all of its row groups or only from those given.
 
     Raises:
-        `ValueError`: if it is cut or damaged.
+        `ValueError`: if the file is cut or damaged.
     """
     try:
         yield from file.iter_batches(BATCH_ROWS, row_groups=row_groups, columns=list(names), use_threads=False)
@@ -150,10 +152,10 @@ def read_batches(
 
 
 def first_null(column: pa.Array | pa.ChunkedArray) -> int | None:
-    """Return the place of the first null of a column, `None` without one."""
+    """Return the index of the first null in a column, or `None` if there is no null."""
     if not column.null_count:
         return None
-    is_known = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+    is_known = column.is_valid().to_numpy(zero_copy_only=False)
     return int(np.argmin(is_known))
 
 
@@ -165,17 +167,18 @@ def whole_numbers(
     Args:
         path (`Path`): The file, for errors.
         name (`str`): The column, for errors.
-        column (`pyarrow.Array` or `pyarrow.ChunkedArray`): Some of its values, in order.
-        limit (`int`): Above every value, at most 2**31; the least is 0.
-        first_row (`int`, *optional*, defaults to `0`): Row of the first value in the file.
-        per_row (`int`, *optional*, defaults to `1`): Values of a row, for a column of lists.
+        column (`pyarrow.Array` or `pyarrow.ChunkedArray`): Consecutive values of the column.
+        limit (`int`): Values must lie in 0..limit - 1; at most 2**31, so that they fit into int32.
+        first_row (`int`, *optional*, defaults to `0`): Row in the file of the first value.
+        per_row (`int`, *optional*, defaults to `1`): Number of values per row, for a column of lists.
 
     Raises:
-        `ValueError`: naming the row (counted from 0) for a null, and for a value outside of 0..limit - 1.
+        `ValueError`: naming the row (counted from 0) of a null or of a value outside of 0..limit - 1.
     """
-    if (place := first_null(column)) is not None:
+    place = first_null(column)
+    if place is not None:
         raise ValueError(f"{path}: row {first_row + place // per_row} has no {name}.")
-    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    values = column.to_numpy(zero_copy_only=False)
     wrong = (values < 0) | (values >= limit)
     if wrong.any():
         place = int(np.argmax(wrong))
@@ -185,9 +188,11 @@ def whole_numbers(
 
 
 def _unfolded_bytes(metadata: pq.FileMetaData) -> int:
-    """Return the bytes that a file takes in memory according to its footer, at least 4 for each value of a row.
+    """Return the bytes that a file takes in memory according to its footer, but at least 4 for each value.
 
-    Asks for row groups only: pyarrow ends the process at damaged metadata of a column.
+    Only the metadata of row groups is used, because pyarrow ends the process at damaged metadata of a column.
     """
-    stated = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    stated = 0
+    for index in range(metadata.num_row_groups):
+        stated += metadata.row_group(index).total_byte_size
     return max(stated, 4 * metadata.num_rows * metadata.num_columns)

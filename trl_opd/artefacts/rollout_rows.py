@@ -1,7 +1,7 @@
-"""Single rollouts out of a Parquet file: where the rows of each lie, and its columns, read without the others.
+"""Single rollouts of a Parquet file: where the rows of each are, and readers that read only those rows.
 
-For `rollout_samples.parquet`, and for `occurrences.parquet`, which has some of the same columns and no steps. Both come
-from outside.
+This module reads `rollout_samples.parquet` and `occurrences.parquet`, which has some of the same columns but no steps.
+Both files may come from another program, so every value that is read is checked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sampled_rollouts import LISTS, TOP, TOP_IDS, VERSION, WHOLE_NUMBERS
 
 
 class Span(NamedTuple):
-    """Place of a rollout in a file.
+    """Rows of one rollout in a file.
 
     Args:
         step (`int`): Optimizer step that sampled it; 0 in a file without steps.
@@ -45,14 +45,15 @@ class Span(NamedTuple):
 
 
 def find_rollouts(path: Path, *, by_step: bool) -> list[Span]:
-    """Return the rollouts of a file, in its order.
+    """Return the rows of every rollout in a file, in the order of the file.
 
     Args:
         path (`Path`): The file.
-        by_step (`bool`): Whether its rows have a `step`, in which rollouts are counted.
+        by_step (`bool`): Whether the file has a column `step`; its rollouts are then numbered within each step.
 
     Raises:
-        `ValueError`: for a file that is none, cut or newer, or whose rollouts do not stand together.
+        `ValueError`: if the file is cut, is of a newer version, lacks a column, or if the rows of a rollout are not
+            next to each other.
         `OSError`: if there is no such file.
     """
     file = open_parquet(path)
@@ -60,55 +61,57 @@ def find_rollouts(path: Path, *, by_step: bool) -> list[Span]:
     keys = ["step", "rollout"] if by_step else ["rollout"]
     _require_columns(path, file.schema_arrow, [*keys, "position", "token_id", "kl"])
 
-    found: list[tuple[int, ...]] = []
+    found: list[tuple[int, ...]] = []  # (step, rollout) or (rollout,) of each rollout
     starts: list[int] = []
     rows = 0
     last = np.full((1, len(keys)), -1)
     for batch in read_batches(path, file, keys):
         columns = [_whole_numbers(path, name, batch.column(name), first_row=rows) for name in keys]
-        values = np.concatenate([last, np.stack(columns, axis=1)])
-        changed = np.flatnonzero((values[1:] != values[:-1]).any(axis=1))
-        found += [tuple(key) for key in values[1:][changed].tolist()]
+        values = np.stack(columns, axis=1)
+        changed = np.flatnonzero(np.diff(values, axis=0, prepend=last).any(axis=1))
+        found += map(tuple, values[changed].tolist())
         starts += (rows + changed).tolist()
         last = values[-1:]
         rows += batch.num_rows
     if len(set(found)) < len(found):
-        raise ValueError(f"{path}: the rows of a rollout do not stand together.")
+        raise ValueError(
+            f"{path}: the rows of a rollout are not next to each other. Sort them by {', '.join(keys)} and position."
+        )
 
     spans = []
-    for key, (first, end) in zip(found, pairwise([*starts, rows]), strict=True):
+    starts.append(rows)
+    for key, (first, end) in zip(found, pairwise(starts), strict=True):
         step = key[0] if by_step else 0
         spans.append(Span(step=step, rollout=key[-1], first=first, end=end))
     return spans
 
 
 def read_rollout(path: Path, span: Span, names: Sequence[str], *, most_tokens: int) -> dict[str, np.ndarray]:
-    """Return columns of a rollout, those of its first tokens only: `(n,)`, of lists `(n, 5)`; NaN for null.
+    """Return columns of the first tokens of a rollout: `(n,)`, for columns of lists `(n, 5)`; NaN for null.
 
     Args:
         path (`Path`): The file.
-        span (`Span`): Where the rollout lies in it.
-        names (`Sequence[str]`): Columns of numbers, and of lists; `prompt`, if any, and `token_id` are always there.
-        most_tokens (`int`): Tokens that are read at most.
+        span (`Span`): Rows of the rollout.
+        names (`Sequence[str]`): Columns to read besides `token_id` and, if the file has it, `prompt`.
+        most_tokens (`int`): Largest number of tokens to read.
 
     Raises:
-        `ValueError`: for a file that is cut, or with values that cannot be.
+        `ValueError`: if the file is cut, lacks a column, or holds a value that is impossible.
     """
     file = open_parquet(path)
-    has_prompt = "prompt" in file.schema_arrow.names
-    wanted = (["prompt", "token_id"] if has_prompt else ["token_id"]) + list(names)
+    wanted = ["token_id", *names]
+    if "prompt" in file.schema_arrow.names:
+        wanted.insert(0, "prompt")
     _require_columns(path, file.schema_arrow, wanted)
     end = min(span.end, span.first + most_tokens)
     table = _read_rows(path, file, wanted, span.first, end)
     found = {}
     for name in wanted:
-        column = table.column(name)
+        column = table[name]
         if name in LISTS:
             found[name] = _read_lists(path, name, column, first_row=span.first)
-        elif name in WHOLE_NUMBERS:
-            found[name] = _whole_numbers(path, name, column, first_row=span.first)
         else:
-            found[name] = _numbers(path, name, column, first_row=span.first)
+            found[name] = _read_numbers(path, name, column, first_row=span.first)
     return found
 
 
@@ -126,31 +129,44 @@ def _require_columns(path: Path, schema: pa.Schema, names: Sequence[str]) -> Non
 
 
 def _read_rows(path: Path, file: pq.ParquetFile, names: Sequence[str], first: int, end: int) -> pa.Table:
-    """Return rows of a file, for which no other row groups are read, and a part of those at a time."""
+    """Return the rows `first` to `end - 1` of a file, from the row groups that hold them, read batch by batch."""
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    edges = list(pairwise(accumulate(sizes, initial=0)))
-    groups = [group for group, (start, stop) in enumerate(edges) if start < end and first < stop]
-    place = edges[groups[0]][0] if groups else end
+    edges = list(accumulate(sizes, initial=0))
+    groups = [group for group, (start, stop) in enumerate(pairwise(edges)) if start < end and first < stop]
+    place = edges[groups[0]] if groups else end  # row of the file with which the next batch begins
     parts = []
     for batch in read_batches(path, file, names, row_groups=groups):
         skipped = max(first - place, 0)
-        wanted = max(end - max(first, place), 0)
-        parts.append(batch.slice(skipped, wanted))
+        parts.append(batch.slice(skipped, end - place - skipped))
         place += batch.num_rows
         if place >= end:
             break
     if sum(part.num_rows for part in parts) != end - first:
-        raise ValueError(f"{path} is damaged: its row groups do not hold as many rows as they say.")
+        raise ValueError(f"{path} is damaged: its row groups do not hold as many rows as they state.")
     return pa.Table.from_batches(parts)
 
 
 def _read_lists(path: Path, name: str, column: pa.ChunkedArray, *, first_row: int) -> np.ndarray:
     """Return the values of a column of lists, `(n, 5)`."""
-    if (place := first_null(column)) is not None:
+    place = first_null(column)
+    if place is not None:
         raise ValueError(f"{path}: row {first_row + place} has no {name}.")
     values = column.combine_chunks().flatten()
-    read = _whole_numbers if name in WHOLE_NUMBERS else _numbers
-    return read(path, name, values, first_row=first_row, per_row=TOP).reshape(-1, TOP)
+    return _read_numbers(path, name, values, first_row=first_row, per_row=TOP).reshape(-1, TOP)
+
+
+def _read_numbers(
+    path: Path, name: str, column: pa.Array | pa.ChunkedArray, *, first_row: int, per_row: int = 1
+) -> np.ndarray:
+    """Return the values of a column: int32 for a column of whole numbers, otherwise float64 with NaN for null."""
+    if name in WHOLE_NUMBERS:
+        return _whole_numbers(path, name, column, first_row=first_row, per_row=per_row)
+    values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
+    infinite = np.isinf(values)
+    if infinite.any():
+        row = first_row + int(np.argmax(infinite)) // per_row
+        raise ValueError(f"{path}: row {row} has a {name} that is not finite.")
+    return values
 
 
 def _whole_numbers(
@@ -158,15 +174,3 @@ def _whole_numbers(
 ) -> np.ndarray:
     limit = MAX_VOCABULARY if name == "token_id" or name in TOP_IDS else 2**31
     return whole_numbers(path, name, column, limit=limit, first_row=first_row, per_row=per_row)
-
-
-def _numbers(
-    path: Path, name: str, column: pa.Array | pa.ChunkedArray, *, first_row: int, per_row: int = 1
-) -> np.ndarray:
-    """Return the values of a column of numbers, float64, NaN for null."""
-    values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
-    infinite = np.isinf(values)
-    if infinite.any():
-        row = first_row + int(np.argmax(infinite)) // per_row
-        raise ValueError(f"{path}: row {row} has a {name} that is not finite.")
-    return values

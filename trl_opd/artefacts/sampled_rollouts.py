@@ -1,7 +1,7 @@
-"""rollout_samples.parquet: some rollouts of a run, with what both models thought of each token; for the report.
+"""rollout_samples.parquet: some rollouts of a run for the report, with both models' probabilities of every token.
 
-One row per token, in order of (step, rollout, position). A part file for each step during the run, one file
-when it has ended.
+One row per token, in the order of (step, rollout, position). During the run there is a part file for each step; at the
+end of the run they are joined to one file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .atomic import complete_file
 from .run_files import ROLLOUT_SAMPLES_FILE, find_step_parts, step_part
 
 VERSION = 1
-# transformers pushes the output folder during the run, without names that begin with an underscore.
+# Begins with an underscore, because transformers pushes the output folder during the run, except for these names.
 PARTS = "_rollout_samples"
-# Likeliest tokens that are kept of each distribution.
+# Number of most likely tokens that are kept of each distribution.
 TOP = 5
 KEYS = ("step", "rollout", "prompt", "position", "token_id")
 MEASURES = ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p")
@@ -40,13 +40,13 @@ SCHEMA = pa.schema(
 
 
 def write_part(folder: Path, step: int, columns: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Write the rollouts of a step; the file appears under its name only when it is complete.
+    """Write the rollouts of a step to a part file, which appears under its name only when it is complete.
 
     Args:
         folder (`Path`): The run's output folder.
         step (`int`): The step.
-        columns (`Mapping[str, np.ndarray]`): Columns of the format; `*_top_ids` and `*_top_p` of shape `(n, 5)`.
-        metadata (`dict`): Models, tokenizer, and `prompts`: token ids by "step/prompt".
+        columns (`Mapping[str, np.ndarray]`): Columns of `SCHEMA`, `(n,)`; `*_top_ids` and `*_top_p` are `(n, 5)`.
+        metadata (`dict`): Models, tokenizer, and `prompts`, a mapping from "step/prompt" to token ids.
     """
     arrays = []
     for field in SCHEMA:
@@ -60,7 +60,7 @@ def write_part(folder: Path, step: int, columns: Mapping[str, np.ndarray], metad
 
 
 def join_parts(folder: Path) -> None:
-    """Make one file of a run's parts, and remove them; nothing where there are none."""
+    """Join the part files of a run to one file and remove them; do nothing if there are none."""
     parts = [path for _, path in find_step_parts(folder / PARTS)]
     if not parts:
         return
@@ -69,7 +69,9 @@ def join_parts(folder: Path) -> None:
     for part in parts:
         metadata = read_metadata(part)
         prompts |= metadata.get("prompts", {})
-    schema = parquet.with_metadata(SCHEMA, metadata | {"prompts": prompts}, version=VERSION)
+    metadata["prompts"] = prompts
+
+    schema = parquet.with_metadata(SCHEMA, metadata, version=VERSION)
     with (
         complete_file(folder / ROLLOUT_SAMPLES_FILE) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
@@ -80,12 +82,12 @@ def join_parts(folder: Path) -> None:
 
 
 def keep_up_to(folder: Path, step: int) -> None:
-    """Drop the rollouts after a step, at which a run resumes from a checkpoint, or (step 0) begins."""
+    """Drop the rollouts after the step at which a run resumes from a checkpoint, or all (step 0) when it begins."""
     whole = folder / ROLLOUT_SAMPLES_FILE
     if whole.is_file() and step > 0:
         table = pq.read_table(whole)
         metadata = read_metadata(whole)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)  # the file was complete, so they are in it
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # the joined file is complete and holds all of them
         _write(step_part(folder / PARTS, step), table.filter(pc.field("step") <= step), metadata)
     whole.unlink(missing_ok=True)
     for at, path in find_step_parts(folder / PARTS):
@@ -94,7 +96,7 @@ def keep_up_to(folder: Path, step: int) -> None:
 
 
 def find_sample_files(folder: Path) -> list[Path]:
-    """Return the files that hold a run's rollouts, in order: one, or the parts of a run that has not ended."""
+    """Return the files that hold a run's rollouts in order: one file, or the part files while the run has not ended."""
     whole = folder / ROLLOUT_SAMPLES_FILE
     if whole.is_file():
         return [whole]
@@ -102,15 +104,15 @@ def find_sample_files(folder: Path) -> list[Path]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what a file says of itself; empty when another program wrote it.
+    """Return the metadata that a file of rollouts has about itself; empty if another program wrote it.
 
     Raises:
-        `ValueError`: if it is no whole Parquet file, or of a newer version.
+        `ValueError`: if it is not a complete Parquet file, or has a newer version.
     """
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file of rollouts: {error}") from error
+        raise ValueError(f"{path} is not a complete Parquet file of rollouts: {error}") from error
     return parquet.read_metadata(path, schema, version=VERSION)
 
 
@@ -118,4 +120,4 @@ def _write(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = parquet.with_metadata(SCHEMA, metadata, version=VERSION)
     with complete_file(path) as part:
-        pq.write_table(table.cast(SCHEMA).replace_schema_metadata(schema.metadata), part, compression="zstd")
+        pq.write_table(table.cast(schema), part, compression="zstd")

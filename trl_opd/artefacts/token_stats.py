@@ -1,7 +1,7 @@
 """TokenStats: sums of divergence and entropy per vocabulary entry, from which rocks are chosen.
 
-Sums travel, means are for display: any split of the data, merged in any order, gives the same statistics. No interval
-comes from them alone, because the tokens of one rollout are not independent.
+We store sums and derive means from them, so that any split of the data, merged in any order, gives the same statistics.
+They are not enough for confidence intervals, because the tokens of one rollout are not independent.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ FORMAT = "trl_opd.token_stats"
 VERSION = 1
 COUNTS = ("seen", "count")
 SUMS = ("kl_sum", "kl_sq_sum", "entropy_sum")
-# Ten times the statistics of a vocabulary of 262 144: a larger file is a mistake.
+NAMES = COUNTS + SUMS
+# Ten times the size of the statistics for a vocabulary of 262 144 entries; a larger file is a mistake.
 MAX_BYTES = 100 * 2**20
-# Windows that end after this share of a run are its last quarter.
+# Windows that end after this share of a run belong to its last quarter.
 LAST_QUARTER = 0.75
 
 
 class MeasuredTokens(Protocol):
-    """What is known of `N` emitted tokens, a tensor `(N,)` each; [`TokenSignals`] has it."""
+    """Measurements of `N` emitted tokens, tensors of shape `(N,)`; [`TokenSignals`] has these attributes."""
 
     token_ids: torch.Tensor
     divergence: torch.Tensor
@@ -40,16 +41,16 @@ class MeasuredTokens(Protocol):
 class TokenStats:
     """Sums per vocabulary entry over the positions of a loss mask.
 
-    `seen` counts every position, `count` and the sums those that were measured: a frozen position is not, in steps that
-    do not log. The mean divergence of type v is `kl_sum[v] / count[v]`, and `R(v) = kl_sum[v] / count[v] * seen[v]`
-    its part of the whole (arXiv:2605.09253, stage A).
+    `seen` counts every position. `count` and the sums cover only measured positions; a frozen position is not measured
+    in steps that do not log. The mean divergence of type v is `kl_sum[v] / count[v]`, and
+    `R(v) = kl_sum[v] / count[v] * seen[v]` estimates its sum over all positions (arXiv:2605.09253, stage A).
 
     Args:
-        vocab_size (`int`): Vocabulary entries V that student and teacher share.
+        vocab_size (`int`): Number V of vocabulary entries that student and teacher share.
         measure (`dict`):
             What was measured: `divergence` ("forward_kl", "reverse_kl" or "jsd"), `beta`, `temperature`, `dropout`,
-            `student`, `teacher`, `tokenizer`. Statistics of unequal measures do not merge.
-        device (`torch.device`, *optional*, defaults to the CPU): Where the sums are kept; it needs float64.
+            `student`, `teacher`, `tokenizer`. Statistics of different measures cannot be merged.
+        device (`torch.device`, *optional*, defaults to the CPU): Device of the sums; it must support float64.
 
     Attributes:
         seen (`torch.Tensor`): Positions, int64, shape `(V,)`.
@@ -71,12 +72,13 @@ class TokenStats:
 
     def __init__(self, vocab_size: int, measure: Mapping[str, Any], device: torch.device | str = "cpu"):
         if vocab_size < 1:
-            raise ValueError(f"vocab_size counts vocabulary entries, at least 1, got {vocab_size}.")
+            raise ValueError(f"vocab_size must be at least 1, the number of vocabulary entries; got {vocab_size}.")
         self.measure = _plain(measure)
-        self.seen, self.count = (torch.zeros(vocab_size, dtype=torch.int64, device=device) for _ in COUNTS)
-        self.kl_sum, self.kl_sq_sum, self.entropy_sum = (
-            torch.zeros(vocab_size, dtype=torch.float64, device=device) for _ in SUMS
-        )
+        self.seen = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+        self.count = torch.zeros_like(self.seen)
+        self.kl_sum = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+        self.kl_sq_sum = torch.zeros_like(self.kl_sum)
+        self.entropy_sum = torch.zeros_like(self.kl_sum)
 
     @property
     def vocab_size(self) -> int:
@@ -89,12 +91,12 @@ class TokenStats:
         return self.kl_sum / self.count
 
     def update(self, signals: MeasuredTokens) -> None:
-        """Add `N` positions; those whose divergence is NaN count as seen and not as measured.
+        """Add `N` positions; a position whose divergence is NaN counts as seen but not as measured.
 
-        Needs no synchronisation with the device.
+        On a GPU this does not wait for the device.
 
         Raises:
-            `ValueError`: if the tensors of the signals differ in length or, on the CPU, an id is no entry.
+            `ValueError`: if the tensors of the signals differ in shape or, on the CPU, an id is outside the vocabulary.
         """
         ids = signals.token_ids
         divergence = signals.divergence
@@ -104,32 +106,35 @@ class TokenStats:
                 f"token_ids, divergence and entropy must have one shape (N,), got {tuple(ids.shape)}, "
                 f"{tuple(divergence.shape)} and {tuple(entropy.shape)}."
             )
-        if ids.device.type == "cpu" and len(ids):  # on a GPU this check would wait for the device
+        if ids.device.type == "cpu" and len(ids):  # on a GPU, this check would wait for the device
             least = int(ids.min())
             largest = int(ids.max())
             if least < 0 or largest >= self.vocab_size:
                 raise ValueError(f"token_ids must lie in 0..{self.vocab_size - 1}, got {least}..{largest}.")
+
         ids = ids.to(self.seen.device, torch.int64)
         measured = ~divergence.isnan()
         self.seen.index_add_(0, ids, torch.ones_like(ids))
         self.count.index_add_(0, ids, measured.to(self.count))
+
         divergence = divergence.detach().where(measured, 0.0).to(self.kl_sum)
         self.kl_sum.index_add_(0, ids, divergence)
         self.kl_sq_sum.index_add_(0, ids, divergence.square())
-        self.entropy_sum.index_add_(0, ids, entropy.detach().where(measured, 0.0).to(self.entropy_sum))
+        entropy = entropy.detach().where(measured, 0.0).to(self.entropy_sum)
+        self.entropy_sum.index_add_(0, ids, entropy)
 
     def merge(self, other: TokenStats) -> TokenStats:
-        """Add the sums of other positions to these, and return these.
+        """Add the sums of other statistics to these, in place, and return these.
 
         Raises:
-            `ValueError`: if the two measured different things, or have vocabularies of different size.
+            `ValueError`: if the two have different measures, or vocabularies of different size.
         """
         if self.vocab_size != other.vocab_size:
             raise ValueError(
-                f"Statistics of {self.vocab_size} and of {other.vocab_size} vocabulary entries do not merge."
+                f"Statistics of {self.vocab_size} and of {other.vocab_size} vocabulary entries cannot be merged."
             )
         require_same_measure(self.measure, other.measure)
-        for name in (*COUNTS, *SUMS):
+        for name in NAMES:
             mine = getattr(self, name)
             mine += getattr(other, name).to(mine.device)
         return self
@@ -144,7 +149,7 @@ class TokenStats:
         Raises:
             `ValueError`: if a sum is not finite.
         """
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in (*COUNTS, *SUMS)}
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in NAMES}
         _check(tensors)
         metadata = {"format": FORMAT, "version": str(VERSION), "measure": json.dumps(self.measure)}
         with complete_file(path) as part:
@@ -152,10 +157,10 @@ class TokenStats:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TokenStats:
-        """Return the statistics of a file, or of a checkpoint folder's `token_stats.safetensors`.
+        """Return the statistics in a file, or in the `token_stats.safetensors` of a checkpoint folder.
 
         Raises:
-            `ValueError`: if the file holds no statistics of a known version, with the file and the reason.
+            `ValueError`: if the file does not hold statistics of a known version; it names the file and the reason.
             `OSError`: if there is no such file.
         """
         path = Path(path)
@@ -167,8 +172,9 @@ class TokenStats:
                 "checkpoints."
             )
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are read")
             return _read(path)
         except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not token statistics: {str(error) or type(error).__name__:.250}") from error
@@ -177,28 +183,28 @@ class TokenStats:
 def merge_last_quarter(windows: Sequence[tuple[int, Path]]) -> tuple[TokenStats, int]:
     """Return the statistics of the last quarter of a run, and the step after which it begins.
 
-    Windows of 10 steps to step 80 give those of steps 61 to 80, and 60.
+    For windows of 10 steps up to step 80, these are the statistics of steps 61 to 80, and 60.
 
     Args:
-        windows (`Sequence[tuple[int, Path]]`): Last step and file of each window, in order, at least one.
+        windows (`Sequence[tuple[int, Path]]`): Last step and file of each window in order, at least one.
 
     Raises:
-        `ValueError`: if a file holds no statistics, or those of another measure than the last one.
+        `ValueError`: if a file does not hold statistics, or has another measure than the last one.
         `OSError`: if there is no such file.
     """
     end, last_path = windows[-1]
-    merged = TokenStats.load(last_path).copy()
-    first = len(windows) - 1
-    for place, (step, path) in enumerate(windows[:-1]):
+    merged = TokenStats.load(last_path)
+    start = 0
+    for step, path in windows[:-1]:
         if step > LAST_QUARTER * end:
-            first = min(first, place)
             merged.merge(load_matching(path, merged))
-    start = windows[first - 1][0] if first > 0 else 0
+        else:
+            start = step
     return merged, start
 
 
 def load_matching(path: Path, last: TokenStats, *, ignore: tuple[str, ...] = ()) -> TokenStats:
-    """Return the statistics of a window of a run, which measured what the last window did.
+    """Return the statistics of a window of a run, after checking that its measure is that of the last window.
 
     Args:
         path (`Path`): File of the window.
@@ -206,39 +212,41 @@ def load_matching(path: Path, last: TokenStats, *, ignore: tuple[str, ...] = ())
         ignore (`tuple[str, ...]`, *optional*): Keys of the measure that may differ.
 
     Raises:
-        `ValueError`: if it holds no statistics, or those of another measure or vocabulary.
+        `ValueError`: if the file does not hold statistics, or has another measure or vocabulary size.
         `OSError`: if there is no such file.
     """
     stats = TokenStats.load(path)
     try:
         require_same_measure(stats.measure, last.measure, ignore=ignore)
     except ValueError as error:
-        raise ValueError(f"{path} and the last checkpoint's: {error}") from error
+        raise ValueError(f"{path} and the last checkpoint: {error}") from error
     if stats.vocab_size != last.vocab_size:
         raise ValueError(
-            f"{path} is of {stats.vocab_size} vocabulary entries, the last checkpoint's of {last.vocab_size}."
+            f"{path} has statistics of {stats.vocab_size} vocabulary entries, the last checkpoint of {last.vocab_size}."
         )
     return stats
 
 
 def require_same_measure(first: Mapping[str, Any], second: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> None:
-    """Raise `ValueError` with the first key that two measures disagree in, apart from those to ignore."""
-    for key in sorted({*first, *second} - {*ignore}):
-        pair = [json.dumps(measure[key]) if key in measure else "not there" for measure in (first, second)]
-        if pair[0] != pair[1]:
+    """Raise `ValueError` with the first key in which two measures differ; keys in `ignore` may differ."""
+    keys = (first.keys() | second.keys()).difference(ignore)
+    for key in sorted(keys):
+        one = json.dumps(first[key]) if key in first else "not there"
+        other = json.dumps(second[key]) if key in second else "not there"
+        if one != other:
             raise ValueError(
-                f"Statistics of different measures do not go together: {key} is {pair[0]:.200} and {pair[1]:.200}."
+                f"Statistics of different measures cannot be combined: {key} is {one:.200} and {other:.200}."
             )
 
 
 def _plain(measure: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a measure, as a file that stores it would give it back."""
+    """Return a copy of a measure in the form that it has after it was written to JSON and read again."""
     if not isinstance(measure, Mapping) or not all(isinstance(key, str) for key in measure):
-        raise ValueError("measure must be a dictionary of names.")
+        raise ValueError("measure must be a dictionary whose keys are strings.")
     try:
         return json.loads(json.dumps(dict(measure), allow_nan=False, sort_keys=True))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"measure must hold text and finite numbers only: {error}.") from error
+        raise ValueError(f"measure must hold only values that JSON can store, with finite numbers: {error}.") from error
 
 
 def _read(path: Path) -> TokenStats:
@@ -247,10 +255,11 @@ def _read(path: Path) -> TokenStats:
         if metadata.get("format") != FORMAT:
             raise ValueError(f'its "format" is not "{FORMAT}"')
         if metadata.get("version") != str(VERSION):
-            raise ValueError(f"version {metadata.get('version')!r:.40}, this trl_opd reads version {VERSION}")
-        if set(file.keys()) != {*COUNTS, *SUMS}:
-            raise ValueError(f"it must hold {', '.join((*COUNTS, *SUMS))} and nothing else")
-        tensors = {name: file.get_tensor(name) for name in (*COUNTS, *SUMS)}
+            raise ValueError(f"it has version {metadata.get('version')!r:.40}, this trl_opd reads version {VERSION}")
+        if set(file.keys()) != set(NAMES):
+            raise ValueError(f"it must hold {', '.join(NAMES)} and nothing else")
+        tensors = {name: file.get_tensor(name) for name in NAMES}
+
     measure = json.loads(metadata.get("measure", "null"))
     if not isinstance(measure, dict):
         raise ValueError("its measure is not an object")
@@ -262,19 +271,23 @@ def _read(path: Path) -> TokenStats:
 
 
 def _check(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` unless these can be the sums of some positions."""
+    """Raise `ValueError` unless the tensors can be sums over positions."""
     size = tensors["seen"].numel()
     for name, tensor in tensors.items():
         dtype = torch.int64 if name in COUNTS else torch.float64
-        if tensor.dtype != dtype or tensor.shape != (size,) or not size:
+        if size == 0 or tensor.shape != (size,) or tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of one shape (V,)")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
+
     seen = tensors["seen"]
     count = tensors["count"]
-    if (count < 0).any() or (count > seen).any() or seen.double().sum() >= 2**62:
+    impossible = (count < 0) | (count > seen)
+    if impossible.any() or seen.double().sum() >= 2**62:
         raise ValueError("count must lie between 0 and seen, and seen must be a number of positions")
-    if any(tensors[name][count == 0].any() for name in SUMS):
-        raise ValueError("a type that was never measured has sums")
+    unmeasured = count == 0
+    for name in SUMS:
+        if tensors[name][unmeasured].any():
+            raise ValueError("a type that was never measured has sums")
     if (tensors["kl_sq_sum"] < 0).any():
         raise ValueError("kl_sq_sum is negative")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def load_student(
     make_readable(base_model)
     before = own_logits(base_model)
     student = PeftModel.from_pretrained(base_model, name)
-    with student.disable_adapter():
+    with adapter_switched_off(student):
         difference = kl_between(before, own_logits(student))
     if not difference <= largest_difference(student):
         raise ValueError(
@@ -66,6 +68,21 @@ def load_student(
             f"--reference_model_name_or_path {base}."
         )
     return student, tokenizer_name
+
+
+@contextmanager
+def adapter_switched_off(model: PeftModel) -> Iterator[None]:
+    """Switch the adapter of a model off inside the block, and restore which weights are trainable after it.
+
+    PEFT makes the whole adapter trainable when it is switched on again.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def _require_start_at_base(name: str) -> None:

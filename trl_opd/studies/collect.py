@@ -167,7 +167,7 @@ class Collector:
 
         if self._reference == ADAPTER_OFF:
             reference = student
-            adapter_state = student.disable_adapter()
+            adapter_state = adapter_switched_off(student)
         else:
             reference = self._reference
             adapter_state = nullcontext()

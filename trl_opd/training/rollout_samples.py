@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..artefacts.sampled_rollouts import TOP, join_parts, keep_up_to, write_part
 from ..loss.logits import entropy, logit_chunks, reverse_kl
 from ..loss.signals import HiddenStates
+from ..models.student import adapter_switched_off
 from ..opd_config import require_whole
 from ..rollouts.batches import locate_loss_positions, take_rollouts
 from ..rollouts.sampling import sampling_mode
@@ -108,7 +109,7 @@ class RolloutSamples(OPDCallback):
         columns = describe_tokens(states, token_ids, temperature=pair.temperature)
         # A run that continues an adapter, or PiSSA, does not begin at the base.
         if is_peft_model(student) and pair.starts_at_base:
-            with student.disable_adapter():
+            with adapter_switched_off(student):
                 states_before = pair.hidden_states(inputs, student=student)
                 before = describe_tokens(states_before, token_ids, temperature=pair.temperature)
                 columns["kl_pre"] = before["kl"]
