@@ -26,6 +26,7 @@ from ..artefacts.atomic import complete_file, write_json
 from ..artefacts.occurrences import PROMPT_SCHEMA, Occurrences, join_files, write_occurrences
 from ..artefacts.run_files import OCCURRENCES_FILE, PROMPTS_FILE
 from ..loss.divergence import loss_and_signals
+from ..models.student import adapter_switched_off
 from ..rollouts.sampling import own_random_stream
 from ..training.model_pair import ModelPair
 
