@@ -107,6 +107,13 @@ def assert_same_weights(one, other) -> None:
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
 
+def reference_of(trainer, inputs, vocab: int = 300):
+    """Return the loss and every gradient of given rollouts, unweighted, by reference."""
+    rows = [[1.0] * int(mask.sum()) for mask in inputs["completion_mask"]]
+    count = int(inputs["completion_mask"].sum())
+    return reference.loss_and_gradient(trainer.model, trainer.teacher_model, inputs, rows, count, vocab=vocab)
+
+
 def timeless(line: dict) -> dict:
     """Return the metrics of a line of the log that do not depend on how long anything took."""
     parts = ("time", "per_second", "phase/")
