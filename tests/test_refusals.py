@@ -183,6 +183,8 @@ def test_token_weights_raise_an_error_for_invalid_arguments(changes, sentence):
         ({"weights": torch.ones(2)}, "must describe the same N positions; got 3, 3 and 2"),
         ({"beta": 1.5}, r"beta must be in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"student_hidden": torch.ones(3, 2)}, "The student's hidden states have width"),
+        ({"teacher_hidden": torch.ones(3, 2)}, "The teacher's hidden states have width"),
     ],
 )
 def test_weighted_divergence_raises_an_error_for_invalid_arguments(changes, sentence):

@@ -17,12 +17,12 @@ from tests.helpers.tiny import make_dataset
 from tests.helpers.trainers import (
     GREEDY,
     ROCKS,
+    Recorder,
     build,
     ending_student,
     loss_positions,
     measured,
     record,
-    timeless,
 )
 
 # Several rollouts per prompt
@@ -56,10 +56,11 @@ def test_shuffled_stream_keeps_groups_together_and_reads_every_prompt(tokenizer,
 
 
 def test_evaluation_has_one_rollout_per_prompt(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path, eval_dataset=make_dataset(3, chat=False), num_generations=4)
+    dataset = make_dataset(3, chat=False)
+    trainer = build(tmp_path, tokenizer=tokenizer, cls=Recorder, eval_dataset=dataset, num_generations=4)
     trainer.evaluate()
-    seen = [prompt for training, _, row, _ in trainer.batches if not training for prompt in row]
-    assert sorted(seen) == sorted(make_dataset(3, chat=False)["prompt"])
+    seen = [prompt for _, _, row, _ in trainer.batches for prompt in row]
+    assert sorted(seen) == sorted(dataset["prompt"])
 
 
 # Rollouts that were cut
@@ -115,52 +116,54 @@ def test_logged_repetition_is_the_mean_over_completions_since_the_last_log(token
     student = ending_student(8, ends=range(40, 44))  # which can hardly write anything but these tokens
     changes = {"max_steps": 4, "logging_steps": 2, "max_completion_length": 20}
     trainer = record(tokenizer, tmp_path, student=student, eval_dataset=make_dataset(3, chat=False), **changes)
-    trainer.evaluate()
-    shares = {True: {}, False: {}}
+    evaluated = trainer.evaluate()["eval_completions/repetition"]
+    shares = {"first log": [], "second log": [], "evaluation": []}
     for training, step, _, batch in trainer.batches:
+        window = ("first log", "second log")[step // 2] if training else "evaluation"
         for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
-            grams = [tuple(ids[mask.bool()].tolist()[place : place + 4]) for place in range(int(mask.sum()) - 3)]
-            before = sum(gram in grams[:place] for place, gram in enumerate(grams))
-            if grams:
-                shares[training].setdefault(step // 2 if training else 0, []).append(before / len(grams))
+            shares[window].append(repetition(ids[mask.bool()].tolist()))
     lines = [line["completions/repetition"] for line in trainer.state.log_history if "loss" in line]
-    assert lines == pytest.approx([sum(values) / len(values) for values in shares[True].values()])
+    means = [np.mean([share for share in window if share is not None]) for window in shares.values()]
+    assert [*lines, evaluated] == pytest.approx(means)
     assert max(lines) > 0
-    wanted = shares[False][0] if 0 in shares[False] else next(iter(shares[False].values()))
-    line = next(line for line in trainer.state.log_history if "eval_completions/repetition" in line)
-    assert line["eval_completions/repetition"] == pytest.approx(sum(wanted) / len(wanted))
 
 
 def test_rock_set_without_weighting_only_adds_metrics(tokenizer, tmp_path):
-    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
-    trainers = [record(tokenizer, tmp_path, **changes) for changes in ({}, {"rock_set": rocks})]
-    plain, shown = (trainer.state.log_history[0] for trainer in trainers)
-    assert shown["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert shown["kl/mean"] == pytest.approx(plain["kl/mean"], rel=1e-5)
+    sets = {"plain": {}, "shown": {"rock_set": rock_file(tmp_path / "rocks.json", ROCKS)}}
+    sets["absent"] = {"rock_set": rock_file(tmp_path / "absent.json", [1])}  # which no rollout has
+    lines = {name: record(tokenizer, tmp_path, **given).state.log_history[0] for name, given in sets.items()}
+    plain, shown, absent = lines.values()
+    for name in ("loss", "kl/mean"):
+        assert shown[name] == absent[name] == pytest.approx(plain[name], rel=1e-5)
     assert {"rock/token_share", "rock/mean_kl", "rock/kl_share", "other/mean_kl"} <= shown.keys() - plain.keys()
     assert not any(name.startswith("control/") for name in shown)
+    assert absent["rock/token_share"] == 0.0
+    assert "rock/mean_kl" not in absent
 
 
-def test_each_of_several_evaluation_sets_has_its_own_metrics(tokenizer, tmp_path):
+def test_each_of_several_evaluation_sets_has_its_own_metrics(tmp_path):
     sets = {"a": make_dataset(2, chat=False), "b": make_dataset(5, chat=False)}
-    trainer = record(tokenizer, tmp_path, eval_dataset=sets, max_steps=1)
-    both = trainer.evaluate() | {k: v for line in trainer.state.log_history for k, v in line.items()}
+    trainer = build(tmp_path, eval_dataset=sets)
+    trainer.evaluate()
+    both = {name: value for line in trainer.state.log_history for name, value in line.items()}
     for name in sets:
         assert both[f"eval_{name}_kl/mean"] == pytest.approx(both[f"eval_{name}_loss"], rel=1e-6)
     assert both["eval_a_kl/mean"] != both["eval_b_kl/mean"]
-    alone = record(tokenizer, tmp_path, eval_dataset=sets["a"], max_steps=1).evaluate()
+    alone = build(tmp_path, eval_dataset=sets["a"]).evaluate()
     assert alone["eval_kl/mean"] == both["eval_a_kl/mean"]
 
 
-def test_predictions_repeat_the_metrics_of_an_evaluation_and_leave_the_training_rng_unchanged(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path, max_steps=1)
+def test_prediction_repeats_an_evaluation_and_changes_neither_the_next_one_nor_the_training_rng(tmp_path):
+    trainer = build(tmp_path, eval_dataset=make_dataset(3))
     state = torch.get_rng_state()
-    evaluated = trainer.evaluate(make_dataset(3))
+    evaluated = trainer.evaluate()
+    assert trainer.predict(make_dataset(7)).metrics["test_loss"] != evaluated["eval_loss"]
     for _ in range(2):
         predicted = trainer.predict(make_dataset(3)).metrics
         for name in ("loss", "kl/mean", "entropy", "completions/repetition"):
             assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
     assert not [name for name in predicted if name.startswith("eval_")]
+    assert trainer.evaluate()["eval_loss"] == evaluated["eval_loss"]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -178,31 +181,6 @@ def test_ten_steps_skipped_by_the_gradient_scaler_stop_the_run(tmp_path, until, 
     else:
         with pytest.raises(ValueError, match=r"Step 10: the gradients of the last 10 steps overflowed in float16"):
             trainer.train()
-
-
-@pytest.mark.slow
-def test_prediction_does_not_change_the_next_evaluation(tokenizer, tmp_path):
-    trainers = [record(tokenizer, tmp_path, eval_dataset=make_dataset(3), max_steps=1) for _ in range(2)]
-    predicted = trainers[0].predict(make_dataset(7)).metrics["test_loss"]
-    losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
-    assert losses[0] == losses[1] != predicted
-
-
-def test_metrics_without_positions_are_absent(tokenizer, tmp_path):
-    trainer = record(tokenizer, tmp_path, rock_set=rock_file(tmp_path / "rocks.json", [1]))
-    line = trainer.state.log_history[0]
-    assert line["rock/token_share"] == 0.0
-    assert "rock/mean_kl" not in line
-
-
-def test_evaluation_is_never_weighted(tmp_path):
-    rocks = rock_file(tmp_path / "rocks.json", ROCKS)
-    found = []
-    for weighting in ({}, {"token_weighting": "rock", "rock_weight": 0.0, "rock_window": 2}):
-        trainer = build(tmp_path, rock_set=rocks, eval_dataset=make_dataset(4), generation_kwargs=GREEDY, **weighting)
-        found.append(timeless(trainer.evaluate()))
-    assert found[0] == found[1]
-    assert found[0]["eval_weight/zero_share"] == 0.0
 
 
 # Frozen positions
@@ -239,18 +217,14 @@ def test_control_weighting_weights_the_control_types(tokenizer, tmp_path):
         assert torch.equal(batch["weights"], torch.where(chosen, 0.25, 1.0) * mask)
 
 
-@pytest.mark.slow
 def test_random_weighting_draws_the_share_of_rocks_and_repeats_its_draw(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
-    trainers = [
-        record(tokenizer, tmp_path, token_weighting="random", rock_set=rocks, generation_kwargs=GREEDY, **split)
-        for split in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
-    ]
-    for first, second in zip(trainers[0].batches, trainers[1].batches, strict=True):
-        assert torch.equal(first[3]["weights"], second[3]["weights"])
-        mask = first[3]["completion_mask"].bool()
-        expected = random_weights(mask, share=0.4, rock_weight=0.0, seed=7, step=first[1])
-        assert torch.equal(first[3]["weights"], expected)
+    for split in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}):
+        settings = {"token_weighting": "random", "rock_set": rocks, "generation_kwargs": GREEDY, **split}
+        for _, step, _, batch in record(tokenizer, tmp_path, **settings).batches:
+            mask = batch["completion_mask"].bool()
+            expected = random_weights(mask, share=0.4, rock_weight=0.0, seed=7, step=step)
+            assert torch.equal(batch["weights"], expected)
 
 
 def test_random_weights_are_uniform_and_independent_and_leave_the_rng_unchanged():

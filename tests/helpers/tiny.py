@@ -54,38 +54,30 @@ def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 def make_model(family: str = "qwen3", *, seed: int = 0, rows: int = 300, width: int = 32, **changes) -> torch.nn.Module:
     """Return a random model of two layers whose logits are spread enough for divergences of about a nat."""
-    common = {
-        "vocab_size": rows,
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    common = {"vocab_size": rows, "initializer_range": 0.2, **ids}
+    sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
     }
-    gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 256}
     opt = {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2, "dropout": 0.0}
     half = {"head_dim": width // 2}
     families = {
-        "qwen3": ("qwen3", {**half, "tie_word_embeddings": False}),
-        "qwen3_tied": ("qwen3", {**half, "tie_word_embeddings": True}),
-        "llama": ("llama", {}),
-        "gpt2": ("gpt2", gpt2),
-        "cohere": ("cohere", {"logit_scale": 0.3}),
-        "granite": ("granite", {"logits_scaling": 2.0}),
-        "gemma2": ("gemma2", {**half, "final_logit_softcapping": 5.0}),
-        "opt": ("opt", opt),
-        "phi": ("phi", {}),
+        "qwen3": ("qwen3", {**sizes, **half, "tie_word_embeddings": False}),
+        "qwen3_tied": ("qwen3", {**sizes, **half, "tie_word_embeddings": True}),
+        "llama": ("llama", sizes),
+        "gpt2": ("gpt2", {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+        "cohere": ("cohere", {**sizes, "logit_scale": 0.3}),
+        "granite": ("granite", {**sizes, "logits_scaling": 2.0}),
+        "gemma2": ("gemma2", {**sizes, **half, "final_logit_softcapping": 5.0}),
+        "opt": ("opt", {**sizes, **opt}),
+        "phi": ("phi", sizes),
     }
     model_type, fields = families[family]
-    if family == "gpt2":  # it has other names for the sizes
-        common = {
-            name: common[name] for name in common if name.endswith("_id") or name in ("vocab_size", "initializer_range")
-        }
     config = AutoConfig.for_model(model_type, **common | fields | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
