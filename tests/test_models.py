@@ -1,4 +1,4 @@
-"""OPDTrainer with every kind of student and teacher, and with vocabularies of one tokenizer and two sizes."""
+"""OPDTrainer with each type of student and teacher, and with two vocabulary sizes of one tokenizer."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": ADAPTER}
 
 
-# Both paths of the loss, TRL's own (without statistics) and ours (with them), on models of unlike weights
+# Both paths of the loss: TRL's (without statistics) and ours (with them)
 
 
 @pytest.mark.parametrize(

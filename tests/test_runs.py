@@ -1,4 +1,4 @@
-"""Whole short runs: groups of rollouts, cut rollouts, projected positions, and every metric of the log by hand."""
+"""Whole short runs: groups of rollouts, cut rollouts, frozen positions, evaluation and prediction."""
 
 import itertools
 

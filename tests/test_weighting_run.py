@@ -1,4 +1,4 @@
-"""Weights, metrics and projections over whole runs: log windows, arms and cut rollouts (test_runs checks one step)."""
+"""Weighted runs: metrics computed by hand, projected positions, measured steps and the first step's warning."""
 
 import re
 import warnings

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def flags(world: Path, output: Path, **changes) -> list[str]:
-    """Return the flags of a short run; a value of `True` stands for a flag without one, `None` leaves it out."""
+    """Return the flags of a short run; `True` gives a flag without a value, `None` leaves the flag out."""
     settings = {
         "model_name_or_path": world / "student",
         "teacher_model_name_or_path": world / "teacher",

@@ -28,7 +28,7 @@ def make_inputs(prompts=((5, 6, 7), (8, 9), (10, 11, 12, 13)), lengths=(4, 7, 1)
 
 
 def split(lengths, steps, *, width=(12, 15), tools=True) -> list[dict[str, torch.Tensor]]:
-    """Return micro-batches of rollouts of these lengths, padded alike as TRL pads; tokens name rollout and place."""
+    """Return micro-batches of rollouts of these lengths, padded to one width; tokens name rollout and place."""
     rows = []
     for number, (prompt, completion) in enumerate(lengths * steps):
         row = {name: torch.zeros(width[0], dtype=torch.long) for name in ("prompt_ids", "prompt_mask")}

@@ -1,4 +1,4 @@
-"""The slow twins: every formula once more, in float64, with loops, and nothing shared with the package."""
+"""The slow twins: each formula in float64, with loops, and without any code of the package."""
 
 import copy
 import math

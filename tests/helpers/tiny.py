@@ -1,4 +1,4 @@
-"""Tiny real models, a tokenizer and prompts, made in memory: what the tests run on."""
+"""Tiny models, a tokenizer, prompts and configs for the tests, made in memory."""
 
 import json
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trl_opd import OPDConfig
 
-# With these the loss is TRL's own.
+# With these settings TRL computes the loss.
 AS_TRL = {"token_statistics": False, "micro_batching": "trl"}
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 TEXT = [

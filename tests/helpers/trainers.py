@@ -1,4 +1,4 @@
-"""Trainers on tiny models: built, run with their generation batches kept, stopped, and measured by the reference."""
+"""Trainers on tiny models: builds, runs and stops them, keeps their generation batches, and measures by reference."""
 
 import torch
 from transformers import TrainerCallback

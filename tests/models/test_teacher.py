@@ -1,4 +1,4 @@
-"""The teacher: quantised when it is loaded, placed on its device, and refused where it cannot be."""
+"""The teacher: quantised when it is loaded, placed on its device, and errors for settings that cannot work."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tokenizers of student and teacher agree, or are refused with an example."""
+"""Tokenizers of student and teacher that number tokens differently are an error with an example."""
 
 import re
 import warnings

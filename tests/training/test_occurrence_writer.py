@@ -73,7 +73,7 @@ def test_files_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     trained(tmp_path, **settings)
     whole = steps(tmp_path)
     assert list(whole) == [1, 2, 3, 4]
-    (tmp_path / "occurrences" / "step-9.parquet").write_bytes(b"of a run that went on")
+    (tmp_path / "occurrences" / "step-9.parquet").write_bytes(b"of a longer run")
     build(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert steps(tmp_path) == whole
 
