@@ -17,6 +17,7 @@ from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import AS_TRL, make_model
 from tests.helpers.trainers import (
     GREEDY,
+    assert_close,
     assert_same_weights,
     build,
     loss_and_gradient,
@@ -51,12 +52,6 @@ def make_pair(name):
     return built
 
 
-def assert_equal(found, expected) -> None:
-    """Assert that two losses, and their gradients, agree to 1e-5."""
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert reference.relative_error(found[1], expected[1]) < 1e-5
-
-
 # Law 1: with nothing new set it trains as TRL's trainer does.
 
 
@@ -83,12 +78,11 @@ def test_our_loss_and_gradients_equal_trls_on_the_same_rollouts(tmp_path, pair, 
     for cls, new in ((DistillationTrainer, {}), (OPDTrainer, ours)):
         trainer = build(tmp_path, *make_pair(pair), cls=cls, beta=beta, temperature=1.3, **new)
         found.append(loss_and_gradient(trainer, make_inputs()))
-    assert_equal(found[1], found[0])
+    assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("beta", "tools"), [(0.0, True), (0.25, False), (0.5, True), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("tools", [False, True])
 def test_weighted_loss_and_gradients_equal_the_float64_reference(tmp_path, pair, beta, tools):
     inputs = make_inputs(tools=tools)
     rocks = [inputs["completion_ids"][1, 0].item(), inputs["completion_ids"][1, 5].item()]
@@ -101,7 +95,7 @@ def test_weighted_loss_and_gradients_equal_the_float64_reference(tmp_path, pair,
     count = int(inputs["num_items_in_batch"])
     expected = reference.loss_and_gradient(*make_pair(pair), inputs, kept, count, beta=beta)
     trainer._position_weights.weigh(inputs, 0)
-    assert_equal(loss_and_gradient(trainer, inputs), expected)
+    assert_close(loss_and_gradient(trainer, inputs), expected)
 
 
 # Law 2: the effect of a weight on its own position and on the others.
@@ -173,7 +167,7 @@ def test_the_denominator_is_the_token_count_or_the_sum_of_the_weights(tmp_path, 
     rows = [w[m].tolist() for w, m in zip(inputs["weights"], mask, strict=True)]
     denominator = {"tokens": int(mask.sum()), "weights": inputs["weights"].sum().item()}[normalization]
     expected = reference.loss_and_gradient(trainer.model, trainer.teacher_model, inputs, rows, denominator)
-    assert_equal(loss_and_gradient(trainer, inputs), expected)
+    assert_close(loss_and_gradient(trainer, inputs), expected)
 
 
 # Law 3: a weight acts on the position whose logits predict the token.

@@ -7,19 +7,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDConfig, OPDTrainer
 
-from tests.helpers import reference
 from tests.helpers.padded_rollouts import make_inputs
 from tests.helpers.tiny import (
     FOUR_BIT,
     config_kwargs,
-    make_config,
     make_dataset,
     make_model,
     make_tokenizer,
     save,
     swapped_tokenizer,
 )
-from tests.helpers.trainers import Recorder, build, loss_and_gradient, reference_of
+from tests.helpers.trainers import Recorder, assert_close, build, loss_and_gradient, reference_of
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
@@ -49,19 +47,6 @@ def test_documented_trl_example_runs_with_our_two_class_names(paths, tmp_path):
     config = OPDConfig(**config_kwargs(tmp_path))
     trainer = OPDTrainer(model=paths[0], teacher_model=paths[1], args=config, train_dataset=make_dataset())
     assert_trains(trainer)
-
-
-def test_arguments_may_be_given_in_the_order_of_trl(paths, tmp_path, tokenizer):
-    trainer = OPDTrainer(*paths, make_config(tmp_path), make_dataset(), make_dataset(4), tokenizer)
-    assert trainer.evaluate()["eval_kl/mean"] > 0
-    assert trainer.processing_class is tokenizer
-
-
-def test_the_teacher_may_be_named_in_the_config_alone(paths, tmp_path):
-    config = make_config(tmp_path, teacher_model_name_or_path=paths[1])
-    trainer = OPDTrainer(model=paths[0], args=config, train_dataset=make_dataset())
-    named = AutoModelForCausalLM.from_pretrained(paths[1])
-    assert torch.equal(trainer.teacher_model.lm_head.weight, named.lm_head.weight)
 
 
 def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
@@ -118,12 +103,11 @@ def test_a_qlora_student_trains_evaluates_and_trains_again(paths, tmp_path, give
         moved = movement(trainer)
         assert moved
         assert all(distance > 0 for name, distance in moved.items() if "lora_B" in name)
-        before, first = loss_and_gradient(trainer, make_inputs())
+        before = loss_and_gradient(trainer, make_inputs())
         assert trainer.evaluate()["eval_kl/mean"] > 0
-        after, second = loss_and_gradient(trainer, make_inputs())
-        assert after == pytest.approx(before, rel=1e-5)
-        assert all("lora" in name and gradient.abs().sum() > 0 for name, gradient in second.items())
-        assert reference.relative_error(second, first) < 1e-5
+        after = loss_and_gradient(trainer, make_inputs())
+        assert_close(after, before)
+        assert all("lora" in name and gradient.abs().sum() > 0 for name, gradient in after[1].items())
 
 
 def test_a_peft_teacher_scores_with_its_adapter(tmp_path):
@@ -143,9 +127,7 @@ def test_one_tokenizer_and_two_paddings_train_on_the_shared_range(tmp_path, stud
     teacher = save(tmp_path / "teacher", seed=1, rows=teacher_rows)
     trainer, inputs = build(tmp_path, student, teacher), make_inputs()
     expected = reference_of(trainer, inputs)
-    loss, gradients = loss_and_gradient(trainer, inputs)
-    assert loss == pytest.approx(expected[0], rel=1e-5)
-    assert reference.relative_error(gradients, expected[1]) < 1e-5
+    assert_close(loss_and_gradient(trainer, inputs), expected)
     assert_trains(trainer)
 
 

@@ -12,7 +12,6 @@ from trl_opd.models.quantised import keep_4bit_layout
 
 from tests.helpers import reference
 from tests.helpers.padded_rollouts import make_inputs
-from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import (
     AS_TRL,
     FOUR_BIT,
@@ -20,7 +19,7 @@ from tests.helpers.tiny import (
     make_tokenizer,
     save,
 )
-from tests.helpers.trainers import build, loss_and_gradient, reference_of
+from tests.helpers.trainers import assert_close, build, loss_and_gradient, reference_of
 
 ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": ADAPTER}
@@ -54,8 +53,7 @@ def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes
     # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype.
     half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
     rounding = 1e-2 if half else 1e-5
-    assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
-    assert reference.relative_error(found[1][1], found[0][1]) < rounding
+    assert_close(found[1], found[0], rounding)
 
 
 def test_four_bit_teacher_can_be_an_object(tmp_path):
@@ -67,29 +65,26 @@ def test_four_bit_teacher_can_be_an_object(tmp_path):
     assert len(losses) == 1
 
 
-@pytest.mark.parametrize("own_path", [False, True])
-def test_the_teacher_scores_without_its_dropout(tmp_path, own_path):
+@pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+def test_the_teacher_scores_without_its_dropout(tmp_path, settings):
     teacher = make_model("gpt2", seed=1)
     assert teacher.config.resid_pdrop > 0
-    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
-    trainer, inputs = build(tmp_path, teacher=teacher, **rocks), make_inputs()
+    trainer, inputs = build(tmp_path, teacher=teacher, **settings), make_inputs()
     assert not teacher.training
     teacher.train()  # as a callback of the user may leave it
     assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(reference_of(trainer, inputs)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("own_path", [False, True])
-def test_loss_uses_the_head_that_peft_trains(tmp_path, own_path):
-    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
+@pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+def test_loss_uses_the_head_that_peft_trains(tmp_path, settings):
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    trainer, inputs = build(tmp_path, peft_config=config, **rocks), make_inputs()
+    trainer, inputs = build(tmp_path, peft_config=config, **settings), make_inputs()
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.mul_(1.5)  # the copy that trains; the original stays below it
     expected = reference_of(trainer, inputs)
-    found = loss_and_gradient(trainer, inputs)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert reference.relative_error(found[1], expected[1]) < 1e-5
-    assert any("lm_head" in name and gradient is not None for name, gradient in found[1].items())
+    loss, gradients = loss_and_gradient(trainer, inputs)
+    assert_close((loss, gradients), expected)
+    assert any("lm_head" in name and gradient is not None for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("inner", ["teacher", "student"])

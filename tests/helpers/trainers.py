@@ -1,5 +1,6 @@
 """Trainers on tiny models: builds, runs and stops them, keeps their generation batches, and measures by reference."""
 
+import pytest
 import torch
 from transformers import TrainerCallback
 from trl import DistillationConfig
@@ -98,6 +99,12 @@ def loss_and_gradient(trainer, inputs):
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_close(found, expected, tolerance: float = 1e-5) -> None:
+    """Assert that two pairs of a loss and its gradients by name agree."""
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert reference.relative_error(found[1], expected[1]) < tolerance
 
 
 def assert_same_weights(one, other) -> None:

@@ -1,6 +1,7 @@
 """Logits that are not finite: in one rollout, in one entry of the vocabulary, in half precision, in every command."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.helpers import trainers
 from tests.helpers.command_line import flags
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import AS_TRL, make_model, make_tokenizer
-from tests.helpers.trainers import GREEDY, assert_same_weights
+from tests.helpers.trainers import GREEDY, assert_same_weights, broken
 
 NAN, INF = float("nan"), float("inf")
 BATCHED = {"use_transformers_continuous_batching": True}
@@ -35,21 +36,18 @@ def broken_row(seed: int, value: float = NAN) -> torch.nn.Module:
     return model
 
 
-def broken_entry(seed: int, value: float | None) -> torch.nn.Module:
-    """Return a model whose logit of id 50 is this number at every position; with `None` all its weights are NaN."""
+def broken_entry(seed: int, value: float) -> torch.nn.Module:
+    """Return a model whose logit of id 50 is this number at every position."""
     model = make_model("phi", seed=seed)
     with torch.no_grad():
-        for p in model.parameters() if value is None else (model.lm_head.bias[50],):
-            p.fill_(NAN if value is None else value)
+        model.lm_head.bias[50] = value
     return model
 
 
-def healthy_and(culprit: str, broken, **changes) -> dict[str, torch.nn.Module]:
-    """Return student and teacher, of which `broken(seed)` is the culprit."""
-    return {
-        name: broken(seed) if name == culprit else make_model(seed=seed, **changes)
-        for seed, name in enumerate(("student", "teacher"))
-    }
+def healthy_and(culprit: str, make_broken: Callable[[int], torch.nn.Module], family: str = "qwen3") -> dict:
+    """Return student and teacher by name, of which the culprit is broken."""
+    models = {"student": make_model(family, seed=0), "teacher": make_model(family, seed=1)}
+    return models | {culprit: make_broken(list(models).index(culprit))}
 
 
 def overflowing(scale: float, dtype: torch.dtype) -> torch.nn.Module:
@@ -67,7 +65,7 @@ def build(path, *, student=None, teacher=None, rows=PROMPTS, eval_rows=PROMPTS, 
     return trainers.build(path, student, teacher, dataset=data, eval_dataset=evaluation, **fixed, **changes)
 
 
-def stops(run, culprit: str, step: int | str = 1) -> None:
+def stops(run, culprit: str, step: int = 1) -> None:
     """Run, and expect the error that names model and step."""
     with pytest.raises(ValueError, match=f"^Step {step}: the {culprit}'s logits are not finite") as error:
         run()
@@ -98,17 +96,17 @@ def test_one_broken_rollout_of_the_student_stops_the_step(tmp_path, settings):
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
 def test_one_broken_entry_of_the_vocabulary_stops_the_run(tmp_path, culprit, value, settings, beta):
     models = healthy_and(culprit, lambda seed: broken_entry(seed, value), family="phi")
-    trainer = build(tmp_path, **models, beta=beta, **settings)
-    for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
-        stops(run, culprit, step="[01]")
+    stops(build(tmp_path, **models, beta=beta, **settings).train, culprit)
 
 
 @pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+@pytest.mark.parametrize("where", ["nan", "inf", "everywhere"])
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
-def test_broken_weights_stop_greedy_rollouts(tmp_path, culprit, settings):
-    models = healthy_and(culprit, lambda seed: broken_entry(seed, None), family="phi")
+def test_broken_weights_stop_evaluation_prediction_and_training(tmp_path, culprit, where, settings):
+    models = healthy_and(culprit, lambda seed: broken(make_model(seed=seed), where))
     trainer = build(tmp_path, **models, generation_kwargs=GREEDY, **settings)
     stops(trainer.evaluate, culprit, step=0)
+    stops(lambda: trainer.predict(trainer.eval_dataset), culprit, step=0)
     stops(trainer.train, culprit)
 
 
@@ -210,14 +208,19 @@ def test_probe_names_the_problem_whose_logits_are_broken(world, tmp_path, capsys
     assert not (tmp_path / "k.json").exists()
 
 
-@pytest.mark.parametrize("bad", [None, "student", "teacher"])
-def test_one_broken_rollout_stops_gradients(world, tmp_path, capsys, bad):
-    changes = {"dataset_name": None, "rock_set": world / "rocks.json"}
-    if bad is not None:
-        changes[{"student": "", "teacher": "teacher_"}[bad] + "model_name_or_path"] = world / f"bad_{bad}"
+@pytest.mark.parametrize(
+    ("changes", "bad"),
+    [
+        ({}, None),
+        ({"model_name_or_path": "bad_student"}, "student"),
+        ({"teacher_model_name_or_path": "bad_teacher"}, "teacher"),
+    ],
+)
+def test_one_broken_rollout_stops_gradients(world, tmp_path, capsys, changes, bad):
+    changes = {name: world / folder for name, folder in changes.items()}
+    run = flags(world, tmp_path / "out", dataset_name=None, rock_set=world / "rocks.json", **changes)
     table = tmp_path / "gradients.parquet"
-    occurrences = world / "rollouts" / "occurrences.parquet"
-    given = [str(occurrences), "--output", str(table), *flags(world, tmp_path / "out", **changes)]
+    given = [str(world / "rollouts" / "occurrences.parquet"), "--output", str(table), *run]
     assert main(["gradients", *given]) == (bad is not None)
     assert table.exists() == (bad is None)
     if bad is not None:

@@ -15,6 +15,7 @@ from trl_opd.artefacts.run_files import ROLLOUT_SAMPLES_FILE as FILE_NAME
 from trl_opd.artefacts.sampled_rollouts import PARTS, SCHEMA, find_sample_files, read_metadata
 from trl_opd.training.callbacks import OPDCallback
 
+from tests.helpers import reference
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import AS_TRL, make_config, make_model
 from tests.helpers.trainers import Stop, assert_same_weights, build, trained
@@ -51,8 +52,7 @@ def by_reference(batch, student, teacher, temperature=1.0) -> list[dict[str, lis
     """Return both models' probabilities of each rollout's tokens, in float64, from whole logits."""
     found = []
     for row in range(len(batch["completion_ids"])):
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        prompt, completion = reference.unpadded(batch, row)
         ids = torch.cat([prompt, completion])[None]
         logs = []
         for model in (student, teacher):
