@@ -33,9 +33,9 @@ from trl_opd.cli.train import GLOO_RELEASE_SECONDS
 
 from tests.helpers.command_line import flags
 from tests.helpers.rock_sets import rock_file
-from tests.helpers.tiny import make_config, make_model, make_tokenizer
+from tests.helpers.tiny import make_tokenizer
 from tests.helpers.token_statistics import NAMES
-from tests.helpers.trainers import ending_student
+from tests.helpers.trainers import GREEDY, build, ending_student
 
 # Greedy rollouts of `ending_student()`: these end within six tokens, after one to six, and those are cut.
 ENDING = ["Sell 5 eggs first.", "Step 2 = 7", "42 = 7", "Wait left?"]
@@ -55,7 +55,7 @@ def rank() -> int:
 
 
 class SpoilStudent(TrainerCallback):
-    """Put a NaN into the student of one process, as a broken card would, before the second step."""
+    """Put a NaN into the student of one process, as a broken GPU would, before the second step."""
 
     def on_step_begin(self, args, state, control, model=None, **_):
         if state.global_step == 1 and rank() == processes() - 1:
@@ -73,7 +73,7 @@ def run(folder: Path, *, prompts: list[str], problems: int = 0, lora: bool = Fal
     settings = {
         "per_device_train_batch_size": 4 // processes(),
         "per_device_eval_batch_size": 2,
-        "generation_kwargs": {"do_sample": False},
+        "generation_kwargs": GREEDY,
         "max_completion_length": 6,
         "max_steps": 1,
         "optim": "sgd",
@@ -82,21 +82,20 @@ def run(folder: Path, *, prompts: list[str], problems: int = 0, lora: bool = Fal
         "shuffle_dataset": False,
     }
     torch.manual_seed(3)  # of the adapter
-    trainer = OPDTrainer(
-        model=ending_student(),
-        teacher_model=make_model(seed=1),
-        args=make_config(folder, **settings | changes),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+    trainer = build(
+        folder,
+        student=ending_student(),
+        dataset=Dataset.from_dict({"prompt": prompts}),
         eval_dataset=evaluation,
-        processing_class=make_tokenizer(),
         callbacks=list(callbacks),
         peft_config=LORA if lora else None,
+        **settings | changes,
     )
     return observe(trainer)
 
 
 def weights_of(trainer: OPDTrainer) -> torch.Tensor:
-    """Return a copy of the trained weights in one vector; with FSDP a collective."""
+    """Return a copy of the trained weights in one vector; with FSDP a collective operation."""
     parts = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
     return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).flatten() for p in parts])
 
@@ -106,6 +105,7 @@ def sums_of(stats: TokenStats) -> dict[str, list]:
 
 
 def columns(path: Path, *names: str) -> dict[str, list] | None:
+    """Return columns of a Parquet file, or `None` if the run wrote none."""
     return pq.read_table(path, columns=list(names)).to_pydict() if path.exists() else None
 
 
@@ -121,8 +121,8 @@ def observe(trainer: OPDTrainer) -> dict:
             error = str(stop)
     weights = weights_of(trainer)
     moved = weights - before
-    total = trainer.reduced_token_stats()
     folder = Path(trainer.args.output_dir)
+    samples, occurrences = folder / "rollout_samples.parquet", folder / "occurrences" / "step-1.parquet"
     checkpoint = folder / "checkpoint-1"
     return {
         "processes": trainer.accelerator.num_processes,
@@ -134,12 +134,10 @@ def observe(trainer: OPDTrainer) -> dict:
         "moved": moved[torch.linspace(0, len(moved) - 1, 4000).long()].tolist(),
         "sharded": any(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "local": {name: int(getattr(trainer.token_stats, name).sum()) for name in ("seen", "count")},
-        "stats": sums_of(total),
+        "stats": sums_of(trainer.reduced_token_stats()),
         "checkpoint": sums_of(TokenStats.load(checkpoint)) if checkpoint.is_dir() else None,
-        "samples": columns(folder / "rollout_samples.parquet", "step", "rollout", "token_id", "kl"),
-        "occurrences": columns(
-            folder / "occurrences" / "step-1.parquet", "rollout", "position", "token_id", "prompt", "kl"
-        ),
+        "samples": columns(samples, "step", "rollout", "token_id", "kl"),
+        "occurrences": columns(occurrences, "rollout", "position", "token_id", "prompt", "kl"),
     }
 
 
@@ -154,7 +152,7 @@ def ids_apart() -> list[int]:
 
 
 def rocks(folder: Path, ids) -> dict:
-    """Return the settings that weight these types; every process writes its own rock set."""
+    """Return the settings that freeze or weight these types; every process writes its own rock set."""
     return {"token_weighting": "rock", "rock_set": rock_file(folder.with_name(f"{folder.name}-{rank()}-rocks"), ids)}
 
 
@@ -203,7 +201,7 @@ SHARDED = ["cut on one", "cut on one, LoRA", "uneven", "sampled"]
 
 
 def shard_on_cpu() -> None:
-    """Let Accelerate shard with FSDP2 on the CPU, which torch can: it shards on accelerators only (1.15)."""
+    """Let Accelerate 1.15, which shards on accelerators only, shard with FSDP2 on the CPU, as torch can."""
     settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CPU_RAM_EFFICIENT_LOADING": "false"}
     settings |= {"RESHARD_AFTER_FORWARD": "true", "STATE_DICT_TYPE": "FULL_STATE_DICT"}
     os.environ |= {f"FSDP_{name}": value for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
