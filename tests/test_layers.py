@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "rollouts": {"loss", "_trl"},
     "models": {"loss", "artefacts", "opd_config", "_trl"},
     "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
-    "saving": {"report", "rocks", "artefacts", "opd_config"},  # the record of a run holds its settings
+    "saving": {"models", "report", "rocks", "artefacts", "opd_config"},  # the record of a run holds its settings
     "opd_trainer": {"training", "saving", "models", "rollouts", "loss", "rocks", "artefacts", "opd_config", "_trl"},
     "studies": {
         "opd_trainer",

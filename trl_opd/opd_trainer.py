@@ -9,11 +9,12 @@ generation batch, clamped at 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -30,8 +31,8 @@ from .artefacts.token_stats import TokenStats
 from .loss.divergence import loss_and_signals
 from .loss.lm_head import is_read_by_trl, output_rows
 from .models.model_check import StudentTraits, check_student, check_teacher, require_causal_lm
-from .models.quantised import make_readable
-from .models.shape import context_length
+from .models.quantised import keep_scalable, make_readable
+from .models.shape import context_length, rope_switch_length
 from .models.teacher import (
     check_teacher_vocabulary,
     load_teacher,
@@ -141,6 +142,8 @@ class OPDTrainer(DistillationTrainer):
         require_causal_lm(self.model, "student")
         preflight.require_mergeable(args, self.model)
         make_readable(self.model)
+        if args.fp16 and is_peft_model(self.model):
+            keep_scalable(self.model)
         self._attach_teacher(teacher)
         if self.rock_set is not None:
             self.rock_set.check(self._tokenizer, self.model_pair.vocab_size)
@@ -163,6 +166,9 @@ class OPDTrainer(DistillationTrainer):
                 preflight.ids_to_suppress(vocab_size, student_rows, self.eos_token_ids, use_vllm=self.use_vllm)
             )
         preflight.warn_of_float32(self.accelerator.device, self.model, teacher)
+        preflight.warn_of_router_loss(self.model)
+        switches = [rope_switch_length(model) for model in (self.model, teacher)]
+        self._rope_limit = min((limit for limit in switches if limit is not None), default=None)
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         trains_as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
@@ -176,10 +182,10 @@ class OPDTrainer(DistillationTrainer):
             # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
             self.accelerator._models.append(self.teacher_model)
 
-        self._student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
+        self.student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
         # TRL's own loss is called if nothing is weighted or grouped, both vocabularies have the same size, and TRL's
         # padding and its reading of the heads are right for both models. The run is then bit-identical to TRL's.
-        padded_left = teacher_padded_left and self._student_traits.scores_padded_left
+        padded_left = teacher_padded_left and self.student_traits.scores_padded_left
         self._uses_trl_loss = trains_as_trl and padded_left and is_read_by_trl(self.model) and is_read_by_trl(teacher)
         self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
@@ -192,6 +198,7 @@ class OPDTrainer(DistillationTrainer):
             train_dataset=self.train_dataset,
             rock_set=self.rock_set,
             measure=measure,
+            starts_at_base=self.student_traits.starts_at_base,
         )
         self.model_pair = ModelPair(
             student=self.accelerator.unwrap_model(self.model),
@@ -203,6 +210,7 @@ class OPDTrainer(DistillationTrainer):
             temperature=self.temperature,
             device=self.accelerator.device,
             measure=measure,
+            starts_at_base=self.student_traits.starts_at_base,
         )
 
     def _check_teacher(self, teacher: PreTrainedModel, *, padded_left: bool) -> bool:
@@ -220,6 +228,7 @@ class OPDTrainer(DistillationTrainer):
             self.accelerator.unwrap_model(self.model),
             last_hidden_state=self._get_last_hidden_state,
             autocast=self.accelerator.autocast,
+            sampling=sampling_mode,
             generates=not self.use_vllm and not self.args.use_transformers_continuous_batching,
             padded_left=padded_left,
         )
@@ -301,6 +310,7 @@ class OPDTrainer(DistillationTrainer):
             callback.attach(self, self.model_pair)
         self._token_sums.start(resumed=resume_from_checkpoint is not None)
         self.run_record.start()
+        preflight.require_trainable(self.model)
 
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         preflight.require_step(self.state, self.train_dataset, self._prompts_per_step)
@@ -396,7 +406,9 @@ class OPDTrainer(DistillationTrainer):
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
 
         name_student = name_student_in_sampling_error(self.state.global_step + 1)
-        with name_student, sampling_mode(self.model):
+        # An adapter in float32 on a base in bfloat16 is sampled as it is scored. Other students are sampled as in TRL.
+        autocast = self.accelerator.autocast() if is_peft_model(self.model) else nullcontext()
+        with name_student, sampling_mode(self.model), autocast:
             if not self.args.use_transformers_continuous_batching:
                 generate = partial(
                     super()._generate_single_turn,
@@ -404,7 +416,7 @@ class OPDTrainer(DistillationTrainer):
                     multimodal_fields=multimodal_fields,
                     has_tool_images=has_tool_images,
                 )
-                if self._student_traits.generates_padded:
+                if self.student_traits.generates_padded:
                     return generate(prompt_ids)
                 return sample_by_length(generate, prompt_ids)
             with self.generation_model(self.generation_kwargs) as model:
@@ -428,9 +440,14 @@ class OPDTrainer(DistillationTrainer):
         for row in inputs:
             require_prompt(row.get("prompt"), "a row of the dataset")
         training = self.model.training
+        if training:
+            # The teacher's hidden states of the last batch, which may take gigabytes, go before the next is sampled.
+            self._buffered_inputs = None
+            self._micro_batches = None
         with self._step_timer.time("generate", on=training):
             batch = super()._generate_and_score_completions(inputs)
         self._has_new_completions = True
+        self._warn_of_rope_switch(batch)
 
         if not training:
             mask_repeated(batch, self.accelerator)
@@ -446,6 +463,15 @@ class OPDTrainer(DistillationTrainer):
             for callback in self._opd_callbacks():
                 callback.on_generation_batch(batch)
         return batch
+
+    def _warn_of_rope_switch(self, batch: dict[str, torch.Tensor]) -> None:
+        """Warn once, of the first batch with a rollout beyond the context in which rotary frequencies are constant."""
+        if self._rope_limit is None:
+            return
+        longest = int((batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).amax())
+        if longest > self._rope_limit:
+            preflight.warn_of_rope_switch(longest, self._rope_limit)
+            self._rope_limit = None
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
@@ -535,7 +561,11 @@ class OPDTrainer(DistillationTrainer):
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         # TRL calls the backbone outside the forward that Accelerate runs under autocast (bf16 is TRL's default).
         with self.accelerator.autocast():
-            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+            hidden = super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+            # A final norm in float32 gives float32, which TRL's kernel on CUDA would project in float32.
+            if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+                hidden = hidden.to(torch.get_autocast_dtype("cuda"))
+        return hidden
 
     # Step and log
 
@@ -549,6 +579,8 @@ class OPDTrainer(DistillationTrainer):
         self._step_timer.end_step()
         self._occurrence_writer.end_step(step)
         self._finite_guard.end_step(step)
+        if step == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            preflight.warn_of_zero_gradient(self.model)
         if step == 1:
             preflight.warn_of_first_step(self._metric_sums["train"].mean_divergence(self._sum_over_processes))
         return loss

@@ -123,7 +123,7 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
     from .models import make_trainer
 
     num_generations = args.num_generations  # `make_trainer` sets it to 1
-    trainer, kwargs, quantization = make_trainer(dataset, args, model_args)
+    trainer, kwargs, quantization = make_trainer(dataset, args, model_args, needs_base=reference == ADAPTER_OFF)
     if reference not in (None, ADAPTER_OFF):
         reference = load_reference(
             reference, kwargs, quantization, student=trainer.model, device=trainer.accelerator.device

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 
-def make_trainer(dataset, args, model_args):
+def make_trainer(dataset, args, model_args, *, needs_base: bool = False):
     """Return a trainer whose student is not trained, with the student's init kwargs and quantisation config.
 
+    With `needs_base`, a student that is an adapter has to leave, switched off, the student before its distillation.
     Sets `args.num_generations` to 1, and `args.model_init_kwargs` to `None` if the student is already loaded.
     """
     from transformers import AutoTokenizer
@@ -17,7 +18,7 @@ def make_trainer(dataset, args, model_args):
     args.num_generations = 1  # the callers repeat the prompts in their batches
     quantization = get_quantization_config(model_args)
     kwargs = dict(args.model_init_kwargs)
-    student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization)
+    student, tokenizer = load_student(model_args.model_name_or_path, kwargs, quantization, needs_base=needs_base)
 
     processor = None
     trainer_quantization = quantization

@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import has_offloaded_params, is_peft_model
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..loss.lm_head import lm_head
 from ..loss.logits import head_logits
+from .quantised import read_head
 from .shape import context_length
 
 # Length of the longer sequence, of which the last quarter is changed to see whether the model is causal. The shorter
@@ -32,6 +33,9 @@ GENERATED = 3
 LIMIT_FLOAT32 = 1e-6
 LIMIT_HALF = 2e-3
 LIMIT_8BIT = 1e-2
+# The same where `generate` gives one of the two, in half precision: its forwards of single tokens have other shapes,
+# and it is measured on few tokens.
+LIMIT_GENERATED = 1e-2
 # Standard deviation of the noise on the weights of an adapter, many of which are zero at first.
 NOISE = 0.05
 # Names of the number of experts in configurations.
@@ -121,6 +125,8 @@ def check_teacher(
     if not check.can_run():
         return True
     with check.undone():
+        if not check.is_finite():
+            return True
         check.require_own_distribution()
         return not padded_left or check.scores_padded_left()
 
@@ -130,6 +136,7 @@ def check_student(
     *,
     last_hidden_state: LastHiddenState,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    sampling: Callable[[torch.nn.Module], AbstractContextManager] = nullcontext,
     generates: bool = True,
     padded_left: bool = False,
 ) -> StudentTraits:
@@ -143,6 +150,7 @@ def check_student(
         student (`transformers.PreTrainedModel`): The student on its device, not wrapped for training.
         last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
         autocast (`Callable`): Returns the context in which the trainer runs forwards.
+        sampling (`Callable`): Returns the context in which the trainer lets a model generate.
         generates (`bool`): Whether the model's own `generate` samples the rollouts.
         padded_left (`bool`): Whether its forwards are to be padded on the left, as TRL's loss does.
 
@@ -153,9 +161,12 @@ def check_student(
     if not check.can_run():
         return StudentTraits()
     with check.undone():
+        if not check.is_finite():
+            return StudentTraits()
         check.require_own_distribution()
         scores_padded_left = not padded_left or check.scores_padded_left()
-        generates_padded = not generates or check.generates_padded()
+        with sampling(student):
+            generates_padded = not generates or check.generates_padded()
         starts_at_base = not is_peft_model(student) or check.starts_at_base()
         check.require_trainable_effect()
     return StudentTraits(scores_padded_left, generates_padded, starts_at_base)
@@ -172,6 +183,41 @@ def largest_difference(model: PreTrainedModel, *, mixed: bool = False) -> float:
         return LIMIT_8BIT
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     return LIMIT_FLOAT32 if exact and not mixed else LIMIT_HALF
+
+
+@torch.no_grad()
+def mean_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Return the mean KL (nats) between the distributions of two models on some tokens, each on its device.
+
+    Args:
+        model (`transformers.PreTrainedModel`): A model; its mode is restored.
+        other (`transformers.PreTrainedModel`): Another one with its vocabulary, in eval mode afterwards.
+    """
+    return kl_between(own_logits(model), own_logits(other), median=is_mixture(model))
+
+
+@torch.no_grad()
+def own_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the logits of a model's own forward on some tokens, without dropout, float32, `(L, V)`."""
+    modules = [(module, module.training) for module in model.modules()]
+    generator = torch.Generator().manual_seed(0)
+    ids = _ordinary_ids(model)
+    row = ids[torch.randint(len(ids), (1, 2 * LONG), generator=generator)].to(model.device)
+    row = row[:, : context_length(model)]
+    try:
+        model.eval()
+        return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float()
+    finally:
+        for module, training in modules:
+            module.training = training
+
+
+def kl_between(right: torch.Tensor, found: torch.Tensor, *, median: bool = False) -> float:
+    """Return the mean or median KL (nats) between the softmax of rows of logits, `(N, V)` each."""
+    right_log_p = right.double().log_softmax(-1)
+    found_log_p = found.to(right.device).double().log_softmax(-1)
+    divergence = (right_log_p.exp() * (right_log_p - found_log_p)).sum(-1)
+    return float(divergence.median() if median else divergence.mean())
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
@@ -196,6 +242,8 @@ class _Check:
         self._last_hidden_state = last_hidden_state
         self._autocast = autocast
         self._device = model.get_input_embeddings().weight.device
+        if self._device.type == "meta":  # offloaded, and moved together with its inputs for a forward
+            self._device = torch.device("cpu")
         with autocast():
             mixed = torch.is_autocast_enabled(self._device.type)
         self._limit = largest_difference(model, mixed=mixed)
@@ -212,8 +260,7 @@ class _Check:
 
     def can_run(self) -> bool:
         """Return whether this process holds the model's weights; say so if it does not."""
-        parameters = list(self._model.parameters())
-        held = all(not parameter.is_meta and not hasattr(parameter, "ds_id") for parameter in parameters)
+        held = all(_holds_weights(module) for module in self._model.modules())
         if not held:
             logger.warning(
                 "The %s is not compared with its own logits, because this process does not hold all its weights.",
@@ -237,15 +284,17 @@ class _Check:
             for parameter, requires_grad in parameters:  # PEFT switches them with its adapters
                 parameter.requires_grad_(requires_grad)
 
+    def is_finite(self) -> bool:
+        """Return whether the logits are finite; if not, the first training step names the model."""
+        return all(bool(torch.isfinite(logits).all()) for logits in self._scored([self._long]))
+
     def require_own_distribution(self) -> None:
         """Raise `ValueError` unless head and hidden states give the model's own distribution, causally and padded."""
         own = self._own([self._long, self._changed])
-        if not torch.isfinite(own).all():
-            return  # the first training step names the model whose logits are not finite
         scored = torch.stack(self._scored([self._long, self._changed]))
         if own.shape != scored.shape:
             raise ValueError(
-                f"{self._subject()} cannot be distilled: it gives logits for {own.shape[-1]} vocabulary entries, and "
+                f"{self._subject()} cannot be used: it gives logits for {own.shape[-1]} vocabulary entries, and "
                 f"its LM head has {scored.shape[-1]} rows. Use another architecture."
             )
         self._require_equal(
@@ -275,16 +324,28 @@ class _Check:
         return self._difference(alone, padded) <= self._limit
 
     def generates_padded(self) -> bool:
-        """Return whether `generate` gives the same distributions beside a longer prompt, padded on the left."""
+        """Return whether `generate` gives the same distributions beside a longer prompt, padded on the left.
+
+        Raises:
+            `ValueError`: if it cannot generate, or samples from other distributions than those that are scored.
+        """
+        limit = self._limit if self._limit == LIMIT_FLOAT32 else LIMIT_GENERATED
         try:
             alone = self._generated([self._short])
         except Exception as error:  # model classes raise errors of many types
             raise ValueError(f"{self._subject()} cannot generate: {type(error).__name__}: {error}.") from error
+        scored = self._scored([self._short + self._forced])[0][-GENERATED:]
+        self._require_equal(
+            scored[:, : alone.shape[-1]],
+            alone,
+            "`generate`, which keeps a cache, samples from other distributions than those of a whole forward",
+            limit,
+        )
         try:
             padded = self._generated([self._short, self._long])
         except Exception:  # as above
             return False
-        return self._difference(alone, padded) <= self._limit
+        return self._difference(alone, padded) <= limit
 
     def starts_at_base(self) -> bool:
         """Return whether the model with its adapter switched off gives the same distributions."""
@@ -311,13 +372,12 @@ class _Check:
                 "or its LM head, so nothing would be trained: activate the adapter that is to be trained, or use a "
                 "plain LoRA."
             )
-        if torch.isfinite(own).all():
-            self._require_equal(
-                own,
-                after,
-                "its trainable weights act outside of the backbone and of the LM head's weight, where the divergence "
-                "does not see them",
-            )
+        self._require_equal(
+            own,
+            after,
+            "its trainable weights act outside of the backbone and of the LM head's weight, where the divergence does "
+            "not see them",
+        )
 
     def _own(self, rows: list[list[int]]) -> torch.Tensor:
         """Return the logits of the model's own forward, without those after the last token, float32, `(B, L - 1, V)`.
@@ -350,7 +410,12 @@ class _Check:
                 f"The backbone of {self._subject(start=False)} cannot be run by itself: {type(error).__name__}: "
                 f"{error}. Use a causal language model."
             ) from error
-        head = lm_head(self._model)
+        head = read_head(self._model)
+        if hidden.shape[-1] != head.weight.shape[1]:
+            raise ValueError(
+                f"{self._subject()} cannot be used: its hidden states have width {hidden.shape[-1]} and its LM head "
+                f"{head.weight.shape[1]}, so another layer lies between them. Use another architecture."
+            )
         hidden = hidden.to(head.weight.device)
         return [head_logits(hidden[place, columns[place][:-1]], head, len(head.weight)) for place in range(len(rows))]
 
@@ -373,23 +438,30 @@ class _Check:
         )
         return torch.stack([logits[0].float() for logits in output.logits])
 
-    def _require_equal(self, right: torch.Tensor, found: torch.Tensor, what: str) -> None:
+    def _require_equal(self, right: torch.Tensor, found: torch.Tensor, what: str, limit: float | None = None) -> None:
+        limit = self._limit if limit is None else limit
         difference = self._difference(right, found)
-        if not difference <= self._limit:
+        if not difference <= limit:
             raise ValueError(
-                f"{self._subject()} cannot be distilled: {what}. Mean KL {difference:.2g} nats per token; rounding "
-                f"alone stays below {self._limit:.0e}. Use another architecture or adapter."
+                f"{self._subject()} cannot be used: {what}. Mean KL {difference:.2g} nats per token; rounding "
+                f"alone stays below {limit:.0e}. Use another architecture or adapter."
             )
 
     def _difference(self, right: torch.Tensor, found: torch.Tensor) -> float:
         """Return the mean KL between rows of logits; the median for experts, whose routing may flip by rounding."""
-        right_log_p = right.double().log_softmax(-1)
-        found_log_p = found.double().to(right.device).log_softmax(-1)
-        divergence = (right_log_p.exp() * (right_log_p - found_log_p)).sum(-1)
-        return float(divergence.median() if is_mixture(self._model) else divergence.mean())
+        return kl_between(right, found, median=is_mixture(self._model))
 
     def _subject(self, *, start: bool = True) -> str:
         return f"{'The' if start else 'the'} {self._who} ({self._kind})"
+
+
+def _holds_weights(module: torch.nn.Module) -> bool:
+    """Return whether a process has the weights of a module: not with ZeRO-3, nor on some processes with FSDP."""
+    for parameter in module.parameters(recurse=False):
+        offloaded = parameter.is_meta and has_offloaded_params(module)  # by a `device_map`, and loaded for its forward
+        if hasattr(parameter, "ds_id") or (parameter.is_meta and not offloaded):
+            return False
+    return True
 
 
 class _Emit(LogitsProcessor):

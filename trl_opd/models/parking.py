@@ -49,11 +49,12 @@ class Parking:
         """Keep the weights on their device inside this block; the outermost block offloads them at its end."""
         held = self._held
         self._held = True
-        if self._away:
-            for parameter, host, device in self._weights:
-                parameter.data = host.to(device, non_blocking=True)
-            self._away = False
         try:
+            if self._away:
+                # An out-of-memory error may leave some weights on the device, so they count as there from now on.
+                self._away = False
+                for parameter, host, device in self._weights:
+                    parameter.data = host.to(device, non_blocking=True)
             yield
         finally:
             self._held = held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import align_module_device, is_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -12,6 +12,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from ..loss.lm_head import LMHead, lm_head
+
+
+def read_head(model: torch.nn.Module) -> LMHead:
+    """Return the LM head of an unwrapped model, also where a `device_map` has offloaded its weights."""
+    with align_module_device(model.get_output_embeddings()):
+        return lm_head(model)
 
 
 def make_readable(model: PreTrainedModel) -> None:
@@ -62,6 +70,17 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_scalable(model: torch.nn.Module) -> None:
+    """Convert the trainable weights of a student to float32 where they are in half precision, for training in fp16.
+
+    The gradient scaler of fp16 takes float32 gradients only, and TRL converts the adapter of a quantised student to
+    bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def is_by_bitsandbytes(config: BitsAndBytesConfig | dict | None) -> bool:

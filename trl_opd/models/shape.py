@@ -147,4 +147,26 @@ def quantization_constants(shape: Shape, *, nested: bool) -> int:
 def context_length(model: PreTrainedModel) -> int:
     """Return the largest number of positions of a model, 2^31 if its configuration names none (Mamba, ALiBi)."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    for name in ("max_position_embeddings", "n_positions"):
+        positions = getattr(config, name, None)
+        if positions is not None and positions > 0:  # XLNet's -1 is none
+            return positions
+    return 2**31
+
+
+def rope_switch_length(model: PreTrainedModel) -> int | None:
+    """Return the number of positions beyond which the rotary frequencies depend on the longest rollout of a batch.
+
+    `None` for models whose frequencies are constant. transformers chooses the frequencies of "longrope" and "dynamic"
+    for a whole batch.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Some configurations have one set of parameters for each type of layer.
+    by_layer = [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
+    for entry in by_layer:
+        rope_type = entry.get("rope_type") or "default"
+        if rope_type == "longrope" or "dynamic" in rope_type:
+            named = entry.get("original_max_position_embeddings")
+            return named or getattr(config, "original_max_position_embeddings", None) or context_length(model)
+    return None

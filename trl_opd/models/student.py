@@ -11,13 +11,14 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .._trl import create_model_from_path
-from ..artefacts.run_files import TOKENIZER_FILE
+from ..artefacts.run_files import RUN_FILE, TOKENIZER_FILE, read_run
 from ..loss.lm_head import output_rows
+from .model_check import kl_between, largest_difference, own_logits
 from .quantised import make_readable
 
 
 def load_student(
-    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None
+    name: str, kwargs: dict[str, Any], quantization: BitsAndBytesConfig | None, *, needs_base: bool = False
 ) -> tuple[str | PeftModel, str]:
     """Return the student as a trainer takes it, and the name of its tokenizer.
 
@@ -27,10 +28,11 @@ def load_student(
         name (`str`): A folder, or a name on the Hub.
         kwargs (`dict`): Keyword arguments of the model's `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*): Quantisation of the base of an adapter.
+        needs_base (`bool`): Whether an adapter, switched off, has to leave the student from before its distillation.
 
     Raises:
         `OSError`: if there is no such folder.
-        `ValueError`: if an adapter does not name its base model.
+        `ValueError`: if an adapter does not name its base model, or does not leave the student from before.
     """
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(
@@ -49,7 +51,35 @@ def load_student(
 
     tokenizer_name = name if Path(name, TOKENIZER_FILE).is_file() else base
     base_model = create_model_from_path(base, **kwargs)
-    return PeftModel.from_pretrained(base_model, name), tokenizer_name
+    if not needs_base:
+        return PeftModel.from_pretrained(base_model, name), tokenizer_name
+    _require_start_at_base(name)
+    make_readable(base_model)
+    before = own_logits(base_model)
+    student = PeftModel.from_pretrained(base_model, name)
+    with student.disable_adapter():
+        difference = kl_between(before, own_logits(student))
+    if not difference <= largest_difference(student):
+        raise ValueError(
+            f"The adapter in {name} has changed the weights of its base (PiSSA, OLoRA, CorDA and LoftQ do), so that "
+            f"without it the student is another model, by {difference:.2g} nats per token. Pass "
+            f"--reference_model_name_or_path {base}."
+        )
+    return student, tokenizer_name
+
+
+def _require_start_at_base(name: str) -> None:
+    """Raise `ValueError` if the run that trained an adapter did not begin at its base, as far as its record says."""
+    for folder in (Path(name), Path(name).parent):  # a checkpoint lies in the folder of its run
+        path = folder / RUN_FILE
+        if path.is_file():
+            if read_run(path)["student"].get("starts_at_base") is False:
+                raise ValueError(
+                    f"The run of {folder} continued another adapter, or began with one that is not zero (PiSSA), so "
+                    "the student without its adapter is not the student before this run: name that student with "
+                    "--reference_model_name_or_path."
+                )
+            return
 
 
 def load_student_model(

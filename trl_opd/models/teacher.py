@@ -187,8 +187,7 @@ def _init_kwargs(args: OPDConfig) -> dict:
 
 def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
     """Return the config that `teacher_quantization` names, and set `kwargs["dtype"]` for layers left unquantised."""
-    on_cpu = torch.device(args.teacher_device or args.device).type == "cpu"
-    dtype = torch.float32 if on_cpu else torch.bfloat16
+    dtype = _compute_dtype(torch.device(args.teacher_device or args.device))
     if kwargs["dtype"] is None:
         kwargs["dtype"] = dtype
     if args.teacher_quantization == "8bit":
@@ -199,6 +198,15 @@ def _quantization(args: OPDConfig, kwargs: dict) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which quantised layers compute on a device; cards before Ampere only emulate bfloat16."""
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
 def _warn_of_other_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:

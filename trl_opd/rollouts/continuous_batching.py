@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
-from .sampling import logits_processor_names, resolve_generation_config
+from .sampling import attention_restored, logits_processor_names, resolve_generation_config
 
 # Logits processors that the engine applies to each request. It drops others, or runs them without the request's tokens.
 PROCESSORS = {
@@ -48,9 +48,10 @@ def generate_continuously(
     settings = resolve_generation_config(model, generation_config)
     require_supported(model, settings)
     engine = engine_config(model, engine_settings, prompt_ids, settings.max_new_tokens)
-    outputs = model.generate_batch(
-        prompt_ids, generation_config=settings, continuous_batching_config=engine, progress_bar=False
-    )
+    with attention_restored(model):
+        outputs = model.generate_batch(
+            prompt_ids, generation_config=settings, continuous_batching_config=engine, progress_bar=False
+        )
     failed = [output.error for output in outputs.values() if output.error is not None]
     if failed or len(outputs) < len(prompt_ids):
         lost = len(prompt_ids) - len(outputs) + len(failed)

@@ -50,13 +50,23 @@ def own_random_stream(seed: int):
 
 @contextmanager
 def sampling_mode(model: torch.nn.Module):
-    """Keep the model in eval mode, because with dropout the rollouts would come from another model than we score."""
+    """Keep the model in eval mode, because with dropout the rollouts would come from another model than we score.
+
+    A mixture of experts that returns its router logits computes a load-balancing loss from them, with an attention mask
+    that does not fit while tokens are generated, so inside this block it does not return them.
+    """
     training = model.training
+    config = model.config.get_text_config()
+    router_logits = getattr(config, "output_router_logits", None)
     model.eval()
+    if router_logits:
+        config.output_router_logits = False
     try:
         yield
     finally:
         model.train(training)
+        if router_logits:
+            config.output_router_logits = router_logits
 
 
 def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:
@@ -78,6 +88,21 @@ def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], pro
         for place, completion in zip(same_length, sampled, strict=True):
             completions[place] = completion
     return completions
+
+
+@contextmanager
+def attention_restored(model: PreTrainedModel):
+    """Restore the attention implementation of a model after this block.
+
+    Continuous batching switches it, and does not switch it back if it fails before its first rollout (transformers
+    5.24, `init_continuous_batching`). Can go when it does.
+    """
+    implementation = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
 
 
 def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:

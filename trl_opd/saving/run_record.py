@@ -49,6 +49,7 @@ class RunRecord:
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training prompts.
         rock_set (`RockSet`, *optional*): The rock set of the run.
         measure (`dict`): What is measured (see [`TokenStats`]).
+        starts_at_base (`bool`): Whether the student with its adapter switched off is the student as the run began.
 
     Attributes:
         dataset_name (`str` or `None`): Name of the training data; known to whoever loaded it.
@@ -64,6 +65,7 @@ class RunRecord:
         train_dataset: Dataset | IterableDataset | None,
         rock_set: RockSet | None,
         measure: dict[str, Any],
+        starts_at_base: bool,
     ):
         self._args = args
         self._accelerator = accelerator
@@ -72,6 +74,7 @@ class RunRecord:
         self._train_dataset = train_dataset
         self._rock_set = rock_set
         self._measure = measure
+        self._starts_at_base = starts_at_base
         self._folder = Path(args.output_dir)
         self._started = _now()
         self.dataset_name: str | None = None
@@ -125,7 +128,7 @@ class RunRecord:
             "max_steps": state.max_steps,
             "versions": _versions(),
             "hardware": _hardware(self._accelerator),
-            "student": _student(self._student),
+            "student": _student(self._student, self._starts_at_base),
             "teacher": self._teacher,
             "dataset": _dataset(self._train_dataset, self.dataset_name),
             "measure": self._measure,
@@ -213,7 +216,7 @@ def _quantization(config: Any) -> str:
     return str(content.get("quant_method", "quantised")).rsplit(".", 1)[-1].lower()
 
 
-def _student(model: torch.nn.Module) -> dict[str, Any]:
+def _student(model: torch.nn.Module, starts_at_base: bool) -> dict[str, Any]:
     found = _model(model)
     found["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found["adapter"] = None
@@ -222,6 +225,7 @@ def _student(model: torch.nn.Module) -> dict[str, Any]:
         rank, kind = getattr(config, "r", None), str(config.peft_type).rsplit(".", 1)[-1]
         found["adapter"] = kind if rank is None else f"{kind} of rank {rank}"
         found["name"] = config.base_model_name_or_path or found["name"]
+        found["starts_at_base"] = starts_at_base
     return found
 
 

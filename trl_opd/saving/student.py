@@ -28,6 +28,7 @@ def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merg
 
     Raises:
         `OSError`: if a file cannot be written.
+        `ValueError`: if the merged model would compute something else than the student; its adapter is saved then.
     """
     folder = Path(folder)
     with write_errors(folder, folder):
@@ -35,10 +36,17 @@ def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merg
             if (folder / CARD_FILE).is_file():  # PEFT adds to it
                 shutil.copy(folder / CARD_FILE, part)
             save(str(part))
+            refusal = None
             if merge is not None:
-                replace_by_merged(merge, part)
-        if merge is not None:  # last: until they are gone the folder loads as the adapter
-            remove_adapter(folder)
+                try:
+                    replace_by_merged(merge, part)
+                except ValueError as error:  # the adapter is saved first
+                    refusal = error
+        if refusal is not None:
+            raise refusal
+        # This is the last step, because a folder with an adapter's files loads as the adapter.
+        if merge is not None:
+            remove_adapter(folder, list(merge.peft_config))
 
 
 def write_card(

@@ -64,12 +64,22 @@ def not_finite_error(model: str, step: int) -> ValueError:
 
 @contextmanager
 def name_student_in_sampling_error(step: int):
-    """Raise a `ValueError` that names the student if sampling fails because its logits are not finite."""
+    """Raise an error that says what to do if sampling fails because the student's logits are not finite.
+
+    It is a `ValueError` that names the student, and for an assertion of CUDA, which may have other causes, a
+    `RuntimeError`.
+    """
     try:
         yield
     except RuntimeError as error:
-        # torch.multinomial reports NaN with the first message on the CPU, and with the second on CUDA.
+        # torch.multinomial reports NaN with the first message on the CPU, and as any failed assertion on CUDA.
         message = str(error)
-        if "probability tensor contains" in message or "device-side assert" in message:
+        if "probability tensor contains" in message:
             raise not_finite_error("student", step) from error
+        if "device-side assert" in message:
+            raise RuntimeError(
+                f"Step {step}: a CUDA assertion failed while rollouts were sampled. The line that CUDA printed before "
+                "says which one: `input[0] != 0` or `probability` means logits that are not finite (lower "
+                "learning_rate, use bf16), an index out of bounds means a token id that the student cannot embed."
+            ) from error
         raise

@@ -36,6 +36,7 @@ class ModelPair:
         temperature (`float`): Softmax temperature of both distributions.
         device (`torch.device`): Device of the batches.
         measure (`dict`): Names of divergence, models and tokenizer, as [`TokenStats`] takes them.
+        starts_at_base (`bool`): Whether the student with its adapter switched off is the student as the run began.
     """
 
     student: torch.nn.Module
@@ -47,6 +48,7 @@ class ModelPair:
     temperature: float
     device: torch.device
     measure: dict[str, Any]
+    starts_at_base: bool
 
     def hidden_states(self, inputs: dict[str, torch.Tensor], *, student: torch.nn.Module | None = None) -> HiddenStates:
         """Return the hidden states that predict the tokens of a micro-batch's loss mask, `(N, H)` for each model.

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from ..models.model_check import is_mixture
 from ..opd_config import OPDConfig
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,52 @@ def warn_of_float32(device: torch.device, student: PreTrainedModel, teacher: Pre
                 "bfloat16: pass `--dtype bfloat16`, or `dtype` in its init kwargs.",
                 stacklevel=2,
             )
+
+
+def require_trainable(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if no weight of the student would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The student has no trainable weights: pass `peft_config`, load its adapter with `is_trainable=True`, or "
+            "call `model.requires_grad_(True)`."
+        )
+
+
+def warn_of_router_loss(student: PreTrainedModel) -> None:
+    """Say that a mixture of experts is trained without its load-balancing loss."""
+    config = student.config.get_text_config()
+    names = ("router_aux_loss_coef", "aux_loss_alpha", "output_router_logits")
+    if is_mixture(student) and any(getattr(config, name, None) for name in names):
+        logger.warning(
+            "The student is a mixture of experts: its auxiliary (load-balancing) loss is not part of the loss."
+        )
+
+
+def warn_of_rope_switch(longest: int, limit: int) -> None:
+    """Warn that a rollout exceeds the positions up to which the rotary frequencies of a model are constant.
+
+    Args:
+        longest (`int`): Tokens of the longest rollout, with its prompt.
+        limit (`int`): The positions (see [`rope_switch_length`]).
+    """
+    warnings.warn(
+        f"A rollout has {longest} tokens with its prompt, more than the {limit} of the original context of student or "
+        "teacher. Beyond it a longrope or dynamic rope changes the distributions of every rollout in the batch, so "
+        "that they depend on the longest one: keep prompt and max_completion_length within "
+        f"{limit} tokens for exact numbers.",
+        stacklevel=3,
+    )
+
+
+def warn_of_zero_gradient(student: PreTrainedModel) -> None:
+    """Warn if every gradient of an unsharded student is exactly 0 after the first step's backward."""
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.requires_grad]
+    if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        warnings.warn(
+            "The gradient of the first step is exactly 0, so nothing was trained: check that the adapter that is to be "
+            "trained is active, that the teacher is not the student itself, and that some token has a weight.",
+            stacklevel=2,
+        )
 
 
 def warn_of_first_step(mean_divergence: float | None) -> None:

@@ -24,10 +24,11 @@ PROMPT_TOKENS = 512  # at most so many last tokens of a prompt are saved
 class RolloutSamples(OPDCallback):
     """Keeps `n` rollouts of every optimizer step that ends in a log, for `trl-opd report`.
 
-    They are written to `output_dir/rollout_samples.parquet`: for each token the divergence (with a LoRA student also
-    the divergence before the distillation), the entropy, the weight, and the five likeliest tokens of both models.
-    Everything is measured before the step's update, without dropout, and no random number is drawn, so the callback
-    does not change the run. It costs a forward of the student over `n` rollouts (two with LoRA) in each of those steps.
+    They are written to `output_dir/rollout_samples.parquet`: for each token the divergence (with a LoRA student that
+    began at its base also the divergence before the distillation), the entropy, the weight, and the five likeliest
+    tokens of both models. Everything is measured before the step's update, without dropout, and no random number is
+    drawn, so the callback does not change the run. It costs a forward of the student over `n` rollouts (two with LoRA)
+    in each of those steps.
 
     Args:
         n (`int`, *optional*, defaults to `4`): Rollouts per step, of the first process, spread over its prompts.
@@ -51,10 +52,12 @@ class RolloutSamples(OPDCallback):
             keep_up_to(Path(args.output_dir), state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        batch = self._batch
+        self._batch = None  # the teacher's hidden states in it may take gigabytes
         if not ends_in_log(args, state):
             return
         # Every process measures, because a forward of sharded models needs all of them.
-        columns, prompts = self._measure(self._batch, num_generations=args.num_generations)
+        columns, prompts = self._measure(batch, num_generations=args.num_generations)
         tokens = len(columns["token_id"])
         if not state.is_world_process_zero or not tokens:
             return
@@ -103,7 +106,8 @@ class RolloutSamples(OPDCallback):
         token_ids = inputs["completion_ids"].flatten()[inputs["positions"]]
         states = pair.hidden_states(inputs, student=student)
         columns = describe_tokens(states, token_ids, temperature=pair.temperature)
-        if is_peft_model(student):
+        # A run that continues an adapter, or PiSSA, does not begin at the base.
+        if is_peft_model(student) and pair.starts_at_base:
             with student.disable_adapter():
                 states_before = pair.hidden_states(inputs, student=student)
                 before = describe_tokens(states_before, token_ids, temperature=pair.temperature)

@@ -15,6 +15,7 @@ import torch
 
 from ..loss.lm_head import LMHead, lm_head
 from ..models.parking import Parking
+from ..models.quantised import read_head
 from ..rollouts.batches import at_loss_positions, forward_inputs, left_aligned, length_groups, loss_mask
 
 # Tokens of a forward, padding included: enough to keep a GPU busy, and few enough that the activations fit.
@@ -57,13 +58,13 @@ class TeacherStates:
         self._device = device
         self._logged_home: torch.device | None = None
 
-        head = lm_head(teacher)
+        head = read_head(teacher)
         bias = None if head.bias is None else head.bias.to(device)
         self._head = LMHead(head.weight.to(device), bias, head.logit_scale, head.softcap)
 
         self._parking: Parking | None = None
         if parked:
-            self._parking = Parking(teacher, (head.weight, head.bias))
+            self._parking = Parking(teacher, teacher.get_output_embeddings().parameters())
             self._parking.offload()
 
     def resident(self) -> AbstractContextManager[None]:
@@ -92,6 +93,8 @@ class TeacherStates:
         prompt_lengths = prompt_lengths.tolist()
         mask = loss_mask(batch).cpu()
         device = self._teacher.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded by a `device_map`, which moves the inputs of a forward
+            device = self._device
         home = self._home(int(mask.sum()))
 
         kept = [None] * len(lengths)
@@ -115,7 +118,7 @@ class TeacherStates:
         if self._device.type != "cuda":
             return self._device
         size = positions * self._head.weight.shape[1] * self._teacher.dtype.itemsize
-        free = torch.cuda.mem_get_info(self._device)[0]
+        free = free_cuda_memory(self._device)
         home = self._device if size <= ON_DEVICE_SHARE * free else _HOST
         if home != self._logged_home:
             logger.info("The teacher's hidden states (%.0f MiB) are kept on %s.", size / 2**20, home)
@@ -176,6 +179,16 @@ class ShardedTeacherStates:
 
         hidden = self._call_in_wrapped_forward(self._teacher, states_and_head)
         return at_loss_positions(hidden, inputs, hidden.device), heads[0]
+
+
+def free_cuda_memory(device: torch.device) -> int:
+    """Return the bytes that a process may still allocate on a GPU.
+
+    They are the bytes that CUDA has free and those that PyTorch keeps for reuse: after the first step CUDA has little
+    free, because PyTorch returns nothing to it.
+    """
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def gather_head_with(model: torch.nn.Module) -> None:
