@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from trl_opd import LMHead, weighted_divergence
-from trl_opd.loss.divergence import _divergence_by_trl, _divergence_fused
+from trl_opd.loss.divergence import divergence_by_trl, divergence_fused
 
 from tests.benchmarks.workload import in_a_process, machine, peak_bytes
 
@@ -41,13 +41,13 @@ def leaves(hidden, heads, trainable: bool):
 
 def in_one_pass(hidden, heads, weights, beta, trainable):
     student, head = leaves(hidden, heads, trainable)
-    loss, *_ = _divergence_fused(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
+    loss, *_ = divergence_fused(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
     loss.backward()
 
 
 def by_trl(hidden, heads, weights, beta, trainable):
     student, head = leaves(hidden, heads, trainable)
-    loss, *_ = _divergence_by_trl(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
+    loss, *_ = divergence_by_trl(student, hidden[1], (LMHead(head), LMHead(heads[1])), weights, beta, 1.0, CHUNK_BYTES)
     loss.backward()
 
 

@@ -10,7 +10,6 @@ difference that justifies it. Wrong: accepted, with another number; then the exi
 
 import argparse
 import contextlib
-import copy
 import io
 import signal
 import sys
@@ -21,45 +20,12 @@ import warnings
 import torch
 import transformers
 
-from trl_opd import OPDTrainer
 from trl_opd.models.model_check import check_student
 
-from tests.helpers.families import families, make_family
-from tests.helpers.tiny import make_config, make_dataset, make_tokenizer
+from tests.helpers.families import families, make_family, make_trainer, mean_kl
 
 SECONDS = 120  # of one family
 TOLERANCE = 1e-4  # relative; nats per token below a KL of 0.01
-
-
-class FirstBatch(OPDTrainer):
-    """Keeps the first generation batch, and the student as it was."""
-
-    batch = None
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        if self.batch is None:
-            self.batch = batch
-            self.first_student = copy.deepcopy(self.model)
-        return batch
-
-
-@torch.no_grad()
-def mean_kl(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Return the mean KL(student ‖ teacher) per token by the models' own forwards, each rollout alone, unpadded."""
-    values = []
-    for row in range(len(batch["completion_ids"])):
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
-        ids = torch.cat([prompt, completion])[None]
-        log_p, log_q = (
-            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
-            for model in (student, teacher)
-        )
-        log_p = log_p.double().log_softmax(-1)
-        log_q = log_q.double().log_softmax(-1)
-        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return float(torch.cat(values).mean())
 
 
 def judge(family: str) -> tuple[str, str]:
@@ -69,17 +35,8 @@ def judge(family: str) -> tuple[str, str]:
     except Exception as error:
         return "unbuildable", f"{type(error).__name__}: {error}"
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config(
-            folder,
-            max_steps=1,
-            logging_steps=1,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=1,
-            max_completion_length=12,
-            save_strategy="no",
-        )
         try:
-            trainer = FirstBatch(student, teacher, config, make_dataset(), processing_class=make_tokenizer())
+            trainer = make_trainer(folder, student, teacher)
         except ValueError as error:
             return "refused", str(error)
         with contextlib.redirect_stdout(io.StringIO()):

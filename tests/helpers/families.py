@@ -1,9 +1,15 @@
 """Tiny random models of every causal family of transformers, whose logits are spread as those of a trained model."""
 
+import copy
+
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trl_opd import OPDTrainer
+
+from tests.helpers.tiny import make_config, make_dataset, make_tokenizer
 
 WIDTH = 64
 VOCAB = 300  # the tokenizer's
@@ -178,3 +184,49 @@ def _shorten_layers(config, name: str, kinds: list[str]) -> None:
                 setattr(config, layers, count)
     except AttributeError:  # the configuration derives its kinds
         return
+
+
+class FirstBatch(OPDTrainer):
+    """Keeps the first generation batch, and the student as it was."""
+
+    batch = None
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self.batch is None:
+            self.batch = batch
+            self.first_student = copy.deepcopy(self.model)
+        return batch
+
+
+@torch.no_grad()
+def mean_kl(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Return the mean KL(student ‖ teacher) per token by the models' own forwards, each rollout alone, unpadded."""
+    values = []
+    for row in range(len(batch["completion_ids"])):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        ids = torch.cat([prompt, completion])[None]
+        log_p, log_q = (
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+            for model in (student, teacher)
+        )
+        log_p = log_p.double().log_softmax(-1)
+        log_q = log_q.double().log_softmax(-1)
+        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(values).mean())
+
+
+def make_trainer(folder, student: torch.nn.Module, teacher: torch.nn.Module, **changes) -> FirstBatch:
+    """Return a trainer that takes one step on eight rollouts of unequal prompts."""
+    config = make_config(
+        folder,
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_completion_length=12,
+        save_strategy="no",
+        **changes,
+    )
+    return FirstBatch(student, teacher, config, make_dataset(), processing_class=make_tokenizer())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trl_opd import LMHead, weighted_divergence
 from trl_opd.loss import fused
-from trl_opd.loss.divergence import _divergence_by_trl
+from trl_opd.loss.divergence import divergence_by_trl
 from trl_opd.loss.fused import MAX_ROWS, FusedDivergence, _rows_of_a_chunk
 
 from tests.helpers import reference
@@ -89,7 +89,7 @@ def test_half_precision_is_no_worse_than_with_trl(dtype, beta):
         if op == "ours":
             loss, *_ = weighted_divergence(*hidden, *heads, weights, 1.0, beta=beta, temperature=1.0)
         else:
-            loss, *_ = _divergence_by_trl(*hidden, heads, weights, beta, 1.0, None)
+            loss, *_ = divergence_by_trl(*hidden, heads, weights, beta, 1.0, None)
         loss.backward()
         errors.append([error(t.grad, e) for t, e in zip((hidden[0], heads[0].weight), expected, strict=False)])
     assert all(mine < 1.01 * its for mine, its in zip(*errors, strict=True))

@@ -5,6 +5,7 @@ teacher), anything between the generalised Jensen-Shannon divergence with mixtur
 (Agarwal et al., arXiv:2306.13649). All in nats, over the vocabulary range that both heads share.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -72,9 +73,7 @@ def weighted_divergence(
     projected_weights = weights.to(device, non_blocking=True)[projected]
     row_weights = _shares(projected_weights, denominator)
 
-    # On CUDA we use TRL's kernels until ours is measured to be faster there.
-    divergence_of = _divergence_by_trl if student_hidden.is_cuda else _divergence_fused
-    loss, row_divergence, row_entropy = divergence_of(
+    loss, row_divergence, row_entropy = way_on(device)(
         student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes
     )
 
@@ -140,7 +139,16 @@ def _shares(weights: torch.Tensor, denominator: torch.Tensor | float) -> torch.T
     return weights.float() / denominator.where(denominator > 0, torch.inf)
 
 
-def _divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
+def way_on(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return the function that computes the divergence on a device.
+
+    On CUDA it calls TRL's kernels, until ours is measured to be faster there.
+    """
+    return divergence_by_trl if device.type == "cuda" else divergence_fused
+
+
+def divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, chunk_bytes):
+    """Return loss, divergence and entropy of rows by our own op ([`weighted_divergence`] has the arguments)."""
     student_head = heads[0]
     device = student_hidden.device.type
     castable = torch.amp.is_autocast_available(device)
@@ -159,7 +167,8 @@ def _divergence_fused(student_hidden, teacher_hidden, heads, row_weights, beta, 
         )
 
 
-def _divergence_by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
+def divergence_by_trl(student_hidden, teacher_hidden, heads, row_weights, beta, temperature, _):
+    """Return loss, divergence and entropy of rows by TRL's op, whose kernels project tiles of the vocabulary."""
     student_head, teacher_head = heads
     teacher_bias = None if teacher_head.bias is None else teacher_head.bias.detach()
     divergence, entropy = ChunkedDivergenceFunction.apply(

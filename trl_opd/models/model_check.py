@@ -167,8 +167,8 @@ def check_student(
         scores_padded_left = not padded_left or check.scores_padded_left()
         with sampling(student):
             generates_padded = not generates or check.generates_padded()
+        check.require_trainable_effect()  # before the adapter is switched off, which changes what is trainable
         starts_at_base = not is_peft_model(student) or check.starts_at_base()
-        check.require_trainable_effect()
     return StudentTraits(scores_padded_left, generates_padded, starts_at_base)
 
 
