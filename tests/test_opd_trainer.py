@@ -50,10 +50,14 @@ def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype.
-    half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
-    rounding = 1e-2 if half else 1e-5
-    assert_close(found[1], found[0], rounding)
+    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype. The gradient of
+    # a bfloat16 student is 0.024 from the float64 reference in TRL and 0.023 here. QLoRA's adapters are bfloat16.
+    (loss, gradients), expected = found[1], found[0]
+    rounding = 1e-2 if "bfloat16" in str(changes) else 1e-5
+    of_gradients = {torch.bfloat16: 3e-2, torch.float32: rounding}
+    assert loss == pytest.approx(expected[0], rel=rounding)
+    dtype = next(iter(gradients.values())).dtype
+    assert reference.relative_error(gradients, expected[1]) < of_gradients[dtype]
 
 
 def test_four_bit_teacher_can_be_an_object(tmp_path):

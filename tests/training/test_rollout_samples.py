@@ -89,14 +89,17 @@ def test_file_has_both_models_probabilities_of_every_token(tmp_path, changes):
                 np.testing.assert_allclose(found, values, rtol=0 if "id" in name else 2e-4, atol=1e-6, err_msg=name)
 
 
-def test_divergence_before_distillation_is_that_of_the_student_without_adapter(tmp_path):
+def test_divergence_before_distillation_is_that_of_a_student_whose_adapter_began_at_its_base(tmp_path):
     batches = Batches()
-    sampled(tmp_path, batches, n=2, peft_config=LORA, max_steps=1)
-    expected = by_reference(batches.kept[1][0], make_model(seed=0), make_model(seed=1))
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    sampled(tmp_path, batches, n=2, peft_config=adapter, learning_rate=0.1)
+    expected = by_reference(batches.kept[2][0], make_model(seed=0), make_model(seed=1))
     for rollout in (0, 3):
-        mine = [row for row in rows_of(tmp_path) if row["rollout"] == rollout]
+        mine = [row for row in rows_of(tmp_path) if (row["step"], row["rollout"]) == (2, rollout)]
         np.testing.assert_allclose([row["kl_pre"] for row in mine], expected[rollout]["kl"], rtol=2e-4)
         assert all(row["kl_pre"] != row["kl"] for row in mine)
+    sampled(tmp_path, peft_config=LORA, max_steps=1)  # which does not begin at the base
+    assert {row["kl_pre"] for row in rows_of(tmp_path)} == {None}
 
 
 def test_frozen_tokens_have_weight_zero_and_are_measured(tmp_path):
