@@ -50,8 +50,8 @@ def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype. The gradient of
-    # a bfloat16 student is 0.024 from the float64 reference in TRL and 0.023 here. QLoRA's adapters are bfloat16.
+    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype. The gradient
+    # of a bfloat16 student is 0.024 from the float64 reference in TRL and 0.023 here. QLoRA's adapters are bfloat16.
     (loss, gradients), expected = found[1], found[0]
     rounding = 1e-2 if "bfloat16" in str(changes) else 1e-5
     of_gradients = {torch.bfloat16: 3e-2, torch.float32: rounding}
