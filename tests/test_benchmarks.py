@@ -1,6 +1,9 @@
-"""The benchmark scripts run at small sizes. No test asserts a time."""
+"""The benchmark scripts run with small sizes. No test asserts a time."""
 
 import argparse
+import functools
+import itertools
+import statistics
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,40 +20,46 @@ from tests.benchmarks import (
     detection_sensitivity,
     divergence_op,
     equality,
+    generation,
     gradients_memory,
     memory_gpu,
     profile_step,
     report,
     step_time,
+    workload,
 )
-from tests.benchmarks.workload import (
-    LONGEST,
-    MEAN_SHARE,
-    ROCK_SHARE,
-    ROCKS,
-    host_peak_bytes,
-    in_a_process,
-    make_rollouts,
-    peak_bytes,
-)
+from tests.benchmarks.measuring import in_a_process, peak_bytes
+from tests.benchmarks.workload import LONGEST, MEAN_SHARE, ROCK_SHARE, ROCKS, make_rollouts
 from tests.helpers.planted import make_world
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real sizes")
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Make the models and rollouts of the workload small."""
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(workload, "STUDENT", size)
+    monkeypatch.setattr(workload, "TEACHER", size)
+    short = functools.partial(make_rollouts, longest=8)
+    for module in (step_time, profile_step):
+        monkeypatch.setattr(module, "make_rollouts", short)
+
+
 def test_workload_has_the_stated_lengths_and_share_of_rocks():
     batches = [make_rollouts(32_768, seed) for seed in range(20)]
+    tokens = []
     for rollouts in batches:
         lengths = [len(ids) for ids in rollouts.completions]
         assert max(lengths) == LONGEST
-        assert sum(lengths) / len(lengths) / LONGEST == pytest.approx(MEAN_SHARE, abs=0.06)
+        assert statistics.mean(lengths) / LONGEST == pytest.approx(MEAN_SHARE, abs=0.06)
         assert all(32 <= len(ids) <= 96 for ids in rollouts.prompts)
-    tokens = torch.tensor([id for rollouts in batches for ids in rollouts.completions for id in ids])
-    assert (tokens < ROCKS).double().mean().item() == pytest.approx(ROCK_SHARE, abs=0.02)
+        tokens += itertools.chain.from_iterable(rollouts.completions)
+    assert (torch.tensor(tokens) < ROCKS).double().mean().item() == pytest.approx(ROCK_SHARE, abs=0.02)
 
 
 @pytest.mark.slow
-def test_step_time_measures_both_trainers():
+def test_step_time_measures_both_trainers(small):
     theirs, ours, ratio = step_time.compare(512, 1, lora=True, freeze=True)
     assert theirs > 0
     assert ours > 0
@@ -64,18 +73,15 @@ def test_divergence_op_is_timed(name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_peak_memory_counts_short_lived_buffers():
-    held = peak_bytes(lambda: torch.ones(2**25).sum())
-    assert 2**27 * 0.9 < held < 2**27 * 1.5
+def test_peak_memory_includes_short_lived_buffers():
+    used = peak_bytes(lambda: torch.ones(2**25).sum())
+    assert 2**27 * 0.9 < used < 2**27 * 1.5
 
 
 @pytest.mark.slow
-def test_profile_separates_the_phases_of_a_step(monkeypatch):
-    for module, name in (
-        (opd_trainer, "loss_and_signals"),
-        (opd_trainer, "locate_loss_positions"),
-    ):  # which the profile replaces
-        monkeypatch.setattr(module, name, getattr(module, name))
+def test_profile_separates_the_phases_of_a_step(small, monkeypatch):
+    for name in ("loss_and_signals", "locate_loss_positions"):  # the profile replaces them
+        monkeypatch.setattr(opd_trainer, name, getattr(opd_trainer, name))
     options = argparse.Namespace(vocab=512, steps=2, log_every=1, freeze=True, lora=True)
     seconds = profile_step.profile(options)
     assert seconds.keys() == set(profile_step.PHASES)
@@ -89,11 +95,19 @@ def test_gpu_memory_script_runs_on_tiny_shapes():
     assert peaks.keys() == set(memory_gpu.PHASES)
 
 
+def test_generation_benchmark_makes_a_row_of_its_table():
+    rounds = [generation.Sampling(2.0, [4, 6]), generation.Sampling(1.0, [4, 6])]
+    assert generation.row_of_table(rounds, rounds[::-1]) == "5 | 1.50 | 8 | 1.50 | 8 | 1.25"
+    prompts = generation.make_prompts(2, 512, torch.Generator().manual_seed(0))
+    assert all(32 <= len(ids) <= 96 for ids in prompts)
+
+
 @pytest.mark.slow
 def test_detection_ranks_as_the_dictionary_baseline_does(tmp_path):
-    detection.make_file(tmp_path / "o.parquet", 20_000, 200)
-    assert detection.by_dicts(tmp_path / "o.parquet") == detection.ours(tmp_path / "o.parquet", "aggregate")
-    seconds, _, rocks = detection.run("context", tmp_path / "o.parquet")
+    path = tmp_path / "o.parquet"
+    detection.make_file(path, 20_000, 200)
+    assert detection.by_dicts(path) == detection.ours(path, "aggregate")
+    seconds, _, rocks = detection.run("context", path)
     assert seconds > 0
     assert rocks
 
@@ -111,14 +125,14 @@ def test_detection_sensitivity_writes_a_plot(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_gradient_study_needs_two_vectors_per_type():
-    # Each in a process of its own: here an allocator would hand out again what other tests have freed.
-    sizes = [in_a_process(host_peak_bytes, gradients_memory.study, 20_000, types, 64) for types in (20, 520)]
-    assert sizes[1] - sizes[0] == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)
+    # In a new process, because here an allocator would reuse what other tests have freed.
+    small, large = in_a_process(gradients_memory.peaks, 20_000, [20, 520], 64)
+    assert large - small == pytest.approx(500 * 2 * 20_000 * 4, rel=0.25)
 
 
 @pytest.mark.parametrize("make", [report.make_samples, report.make_collection])
 @pytest.mark.slow
-def test_report_of_many_rollouts_is_small_and_shows_a_subset(tmp_path, make):
+def test_report_of_many_rollouts_is_small_and_shows_some_of_them(tmp_path, make):
     make(tmp_path, 500, 20, 400)
     found = report.measure(tmp_path)
     assert 0 < found["size"] < 5

@@ -113,7 +113,7 @@ def warnings_of(path, *ends: list[str], eos: str, chat: bool = True) -> list[str
         model.generation_config.eos_token_id = [ids[kinds.index(name)] for name in names] or None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        build(path, *models, tokenizer=tokenizer, dataset=make_dataset(chat=chat))
+        build(path, *models, tokenizer=tokenizer, train_dataset=make_dataset(chat=chat))
     return [str(warning.message) for warning in caught if RISK in str(warning.message)]
 
 

@@ -53,7 +53,7 @@ def test_01_bf16_reaches_both_backbones_and_not_the_divergence(tmp_path, cls, dt
 
 def prompts_of_epochs(cls, path, *, resume: int | None = None, **changes) -> list[list[str]]:
     """Return the prompts of every step of two epochs, or of those after the checkpoint of a step."""
-    settings = {"max_steps": -1, "num_train_epochs": 2, "dataset": make_dataset(8, chat=False)}
+    settings = {"max_steps": -1, "num_train_epochs": 2, "train_dataset": make_dataset(8, chat=False)}
     trainer = build(path, cls=recorder(cls), **settings, **changes)
     trainer.train(resume_from_checkpoint=resume and str(path / f"checkpoint-{resume}"))
     return [prompts for *_, prompts, _ in trainer.batches]
@@ -222,11 +222,11 @@ def test_11_dataset_smaller_than_one_step_is_an_error_with_the_number_of_prompts
         rows = make_dataset(3)
         return IterableDataset.from_generator(lambda: iter(rows)) if stream else rows
 
-    theirs = build(tmp_path, cls=DistillationTrainer, dataset=data())
+    theirs = build(tmp_path, cls=DistillationTrainer, train_dataset=data())
     theirs.train()
     assert theirs.state.global_step == 0
     with pytest.raises(ValueError, match=r"Nothing was trained: an optimizer step needs 4 prompts"):
-        build(tmp_path, dataset=data()).train()
+        build(tmp_path, train_dataset=data()).train()
 
 
 # 12
@@ -238,18 +238,18 @@ def test_11_dataset_smaller_than_one_step_is_an_error_with_the_number_of_prompts
         ({"question": ["a"] * 8}, r"training dataset has no column 'prompt' \(it has question\)"),
         ({"prompt": ["a", "b", "", "c"] * 2}, "row 2 of the training dataset is empty"),
         ({"prompt": [1, 2, 3, 4]}, "row 0 of the training dataset is neither a text nor a list of messages"),
-        ({"prompt": ["a", "b", "c", "so " * 300] * 2}, "row 3 of the dataset has 300 tokens|row 3 .* tokens and the"),
+        ({"prompt": ["a", "b", "c", "so " * 300] * 2}, "row 3 of the dataset has 900 tokens"),
     ],
 )
 def test_12_invalid_prompt_is_an_error_with_its_row(tmp_path, rows, sentence):
     dataset = Dataset.from_dict(rows)
     with pytest.raises(ValueError, match=sentence):
-        build(tmp_path, dataset=dataset, shuffle_dataset=False).train()
+        build(tmp_path, train_dataset=dataset, shuffle_dataset=False).train()
 
 
 def test_12_trl_raises_a_key_error_for_a_missing_column(tmp_path):
     with pytest.raises(KeyError):
-        trained(tmp_path, cls=DistillationTrainer, dataset=Dataset.from_dict({"question": ["a"] * 8}))
+        trained(tmp_path, cls=DistillationTrainer, train_dataset=Dataset.from_dict({"question": ["a"] * 8}))
 
 
 def test_12_evaluation_dataset_is_checked(tmp_path):
@@ -267,7 +267,7 @@ def test_13_rollouts_without_a_limit_end_at_the_context_length(tmp_path):
         student = make_model(seed=0, max_position_embeddings=64)
         settings = {"max_completion_length": None, "generation_kwargs": {"suppress_tokens": [0, 2]}, "max_steps": 1}
         dataset = make_dataset(chat=False)
-        trainer = trained(tmp_path, cls=recorder(cls), student=student, dataset=dataset, **settings)
+        trainer = trained(tmp_path, cls=recorder(cls), student=student, train_dataset=dataset, **settings)
         *_, batch = trainer.batches[0]
         lengths[cls] = batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
     assert lengths[DistillationTrainer] < lengths[OPDTrainer] == 64
@@ -385,7 +385,7 @@ def test_18_resuming_a_finished_run_does_nothing(tmp_path, cls, steps):
 def prompts_of_a_stream(cls, folder, *, resume=None, **changes) -> list[list[str]]:
     rows = list(make_dataset(8, chat=False))
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    trainer = build(folder, cls=recorder(cls), dataset=stream, **changes)
+    trainer = build(folder, cls=recorder(cls), train_dataset=stream, **changes)
     trainer.train(resume_from_checkpoint=resume)
     return [prompts for *_, prompts, _ in trainer.batches]
 

@@ -1,4 +1,4 @@
-"""Tests of the structure of trl_opd: allowed imports, the cost of an import, and private names.
+"""The structure of trl_opd: allowed imports, the cost of an import, private names, and the types of trainer parameters.
 
 The table below is the diagram of docs/design.md, with one row for each part. The tests compare it with the sources.
 """
@@ -8,7 +8,8 @@ import graphlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -37,20 +38,11 @@ MAY_IMPORT = {
     "training": {"models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
     "saving": {"models", "report", "rocks", "artefacts", "opd_config"},  # the record of a run holds its settings
     "opd_trainer": {"training", "saving", "models", "rollouts", "loss", "rocks", "artefacts", "opd_config", "_trl"},
-    "studies": {
-        "opd_trainer",
-        "training",
-        "models",
-        "rollouts",
-        "loss",
-        "rocks",
-        "artefacts",
-        "opd_config",
-        "statistics",
-    },
+    "studies": {"opd_trainer", "training", "models", "rollouts", "loss", "rocks", "artefacts", "opd_config"},
+    "demo": {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts", "opd_config"},
 }
-MAY_IMPORT["demo"] = {"studies", "opd_trainer", "training", "saving", "report", "rocks", "artefacts"}
-MAY_IMPORT["demo"] |= {"opd_config", "statistics"}
+MAY_IMPORT["studies"].add("statistics")
+MAY_IMPORT["demo"].add("statistics")
 # Commands parse, load models, call functions and print; they compute nothing with tensors.
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "models", "rollouts"}
 MAY_IMPORT["__main__"] = {"cli"}
@@ -63,8 +55,8 @@ NOT_PURE = {"accelerate", "datasets", "peft", "transformers", "trl"}
 EDGE = ("__init__", "__main__", "cli")
 # Seams to TRL and transformers, whose private names are overridden, called or copied there.
 SEAMS = {"opd_trainer", "_trl", "rollouts.sampling"}
-# Names that the standard library has made public with an underscore in front.
-PUBLIC_IN_SPITE_OF_IT = {"_asdict", "_exit", "_fields", "_make", "_replace"}
+# Public names of the standard library that begin with an underscore.
+PUBLIC_WITH_UNDERSCORE = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 
 
 # Imports
@@ -76,7 +68,7 @@ class Import(NamedTuple):
     Args:
         importer (`str`): The module of ours that contains it ("rocks.rock_set").
         target (`str`): The absolute name of the import ("trl_opd.artefacts.hub.hub_errors").
-        line (`int`): Where.
+        line (`int`): Its line.
         moment (`str`): When it runs: with the module ("load"), in a function ("call") or for type checkers ("typing").
     """
 
@@ -86,24 +78,18 @@ class Import(NamedTuple):
     moment: str
 
 
-def imports_in(source: str, module: str, *, package: bool = False) -> list[Import]:
-    """Return every import of a source, at any depth.
-
-    Args:
-        source (`str`): The text of the module.
-        module (`str`): Its absolute name.
-        package (`bool`, *optional*, defaults to `False`): Whether it is an `__init__`, from which one dot is itself.
-    """
+def imports_in(source: str, module: str) -> list[Import]:
+    """Return every import, at any depth, of the source of a module ("trl_opd.cli.demo" or "trl_opd.cli.__init__")."""
     found = []
     for node, moment in _nodes(ast.parse(source), "load"):
         targets = []
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".")
-            above = parts[: len(parts) - node.level + package] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            targets = [f"{base}.{alias.name}" for alias in node.names]
+            base = module.split(".")[: -node.level] if node.level else []
+            if node.module:
+                base.append(node.module)
+            targets = [".".join([*base, alias.name]) for alias in node.names]
         for target in targets:
             found.append(Import(module_of(module), target, node.lineno, moment))
     return found
@@ -132,7 +118,7 @@ def module_of(target: str) -> str | None:
     while names:
         path = PACKAGE.joinpath(*names)
         if path.is_dir() or path.with_suffix(".py").is_file():
-            return ".".join(names)
+            return ".".join(names).removesuffix(".__init__")
         names.pop()
     return "__init__"
 
@@ -147,16 +133,25 @@ def lies_in(module: str, places) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """Return the absolute name of a module by its path."""
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    """Return the absolute name of a module by its path ("trl_opd.cli.demo" or "trl_opd.cli.__init__")."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
+@cache
+def source_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def all_imports() -> list[Import]:
     found = []
     for path in FILES:
-        found += imports_in(path.read_text(encoding="utf-8"), name_of(path), package=path.stem == "__init__")
+        found += imports_in(source_of(path), name_of(path))
     return found
+
+
+def wrong_imports(is_wrong: Callable[[Import], bool]) -> list[str]:
+    return [f"{one.importer} imports {one.target} (line {one.line})" for one in all_imports() if is_wrong(one)]
 
 
 @pytest.mark.parametrize(
@@ -174,16 +169,10 @@ def all_imports() -> list[Import]:
         ("def f():\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "call")),
         ("class A:\n    async def f(self):\n        import trl_opd.cli", ("trl_opd.cli", "cli", "call")),
         ("class A:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "load")),
-        (
-            "try:\n    pass\nfinally:\n    from .finite import A",
-            ("trl_opd.training.finite.A", "training.finite", "load"),
-        ),
+        ("try:\n    f()\nfinally:\n    from . import finite", ("trl_opd.training.finite", "training.finite", "load")),
         ("if TYPE_CHECKING:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "typing")),
         ("if not TYPE:\n    from .finite import A", ("trl_opd.training.finite.A", "training.finite", "load")),
-        (
-            "if TYPE_CHECKING:\n    pass\nelse:\n    from .finite import A",
-            ("trl_opd.training.finite.A", "training.finite", "load"),
-        ),
+        ("if TYPE_CHECKING: f()\nelse: from . import finite", ("trl_opd.training.finite", "training.finite", "load")),
         ("from trl.trainer.utils import RepeatSampler", ("trl.trainer.utils.RepeatSampler", None, "load")),
     ],
 )
@@ -195,8 +184,10 @@ def test_import_reader_finds_every_form_of_import(source, expected):
 
 def test_import_reader_resolves_relative_imports():
     assert imports_in("from ..loss import fused", "trl_opd.cli.demo")[0].target == "trl_opd.loss.fused"
-    assert imports_in("from .demo import main", "trl_opd.cli", package=True)[0].target == "trl_opd.cli.demo.main"
-    assert imports_in("from .loss import fused", "trl_opd", package=True)[0].target == "trl_opd.loss.fused"
+    assert imports_in("from .demo import main", "trl_opd.cli.__init__")[0].target == "trl_opd.cli.demo.main"
+    assert imports_in("from .loss import fused", "trl_opd.__init__")[0].target == "trl_opd.loss.fused"
+    assert module_of("trl_opd.cli.__init__") == "cli"
+    assert module_of("trl_opd.__init__") == "__init__"
 
 
 def test_folder_contains_its_modules_and_no_others():
@@ -213,16 +204,12 @@ def test_import_table_has_a_row_for_each_part():
 
 
 def test_every_import_is_allowed_by_the_table():
-    wrong = []
-    for found in all_imports():
+    def is_wrong(found: Import) -> bool:
         ours = module_of(found.target)
-        if ours is None or part_of(ours) == part_of(found.importer):
-            continue
-        allowed = MAY_IMPORT.get(part_of(found.importer), set())
-        if not lies_in(ours, allowed):
-            may = ", ".join(sorted(allowed)) or "none of ours"
-            wrong.append(f"{found.importer} imports {found.target} (line {found.line}); it may import {may}")
-    assert not wrong, "\n".join(wrong)
+        importer = part_of(found.importer)
+        return ours is not None and part_of(ours) != importer and not lies_in(ours, MAY_IMPORT[importer])
+
+    assert not wrong_imports(is_wrong), "see MAY_IMPORT for what each part may import"
 
 
 def test_import_table_has_no_cycle():
@@ -240,38 +227,35 @@ def test_imports_between_modules_have_no_cycle():
 
 
 def test_pure_modules_import_no_trainer_library():
-    wrong = []
-    for found in all_imports():
+    def is_wrong(found: Import) -> bool:
         library = found.target.split(".")[0]
-        if lies_in(found.importer, PURE) and library in NOT_PURE and found.moment != "typing":
-            wrong.append(f"{found.importer} imports {found.target} (line {found.line})")
-    assert not wrong, "\n".join(wrong)
+        return lies_in(found.importer, PURE) and library in NOT_PURE and found.moment != "typing"
+
+    assert not wrong_imports(is_wrong)
 
 
 def test_only_trl_py_imports_private_names_of_trl():
-    wrong = []
-    for found in all_imports():
+    def is_wrong(found: Import) -> bool:
         package, *names = found.target.split(".")
         if package != "trl" or found.importer == "_trl":
-            continue
-        # `import trl` would let `trl.trainer.utils` in unseen: take names, one dot below.
-        if len(names) != 1 or isinstance(getattr(trl, names[0]), ModuleType):
-            wrong.append(f"{found.importer} imports {found.target} (line {found.line}): take it through _trl")
-    assert not wrong, "\n".join(wrong)
+            return False
+        # After `import trl` the reader would not see a use of `trl.trainer.utils`, so only names of `trl` are allowed.
+        return len(names) != 1 or isinstance(getattr(trl, names[0]), ModuleType)
+
+    assert not wrong_imports(is_wrong), "import these through _trl"
 
 
 def test_no_inner_module_imports_by_a_computed_name():
-    # `import_module("trl_opd.cli")` is invisible to the reader of imports.
+    # The reader of imports does not see `import_module("trl_opd.cli")`.
     for path in FILES:
         if not lies_in(module_of(name_of(path)), EDGE):
-            text = path.read_text(encoding="utf-8")
-            assert "import_module" not in text, path
-            assert "__import__" not in text, path
+            assert "import_module" not in source_of(path), path
+            assert "__import__" not in source_of(path), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_has_a_docstring(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "write a docstring that defines the module"
+def test_every_module_has_a_docstring():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(source_of(path))), f"{path} needs a docstring that defines the module"
 
 
 # The tests
@@ -281,7 +265,7 @@ def test_no_test_module_is_imported_by_another_or_by_a_benchmark():
     wrong = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for found in imports_in(path.read_text(encoding="utf-8"), module, package=path.stem == "__init__"):
+        for found in imports_in(source_of(path), module):
             package, *names = found.target.split(".")
             if package == "tests" and any(name.startswith("test_") for name in names):
                 wrong.append(f"{module} imports {found.target} (line {found.line}): put shared code into tests/helpers")
@@ -292,7 +276,7 @@ def test_no_test_module_is_imported_by_another_or_by_a_benchmark():
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_IN_SPITE_OF_IT
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_WITH_UNDERSCORE
 
 
 def is_own(value: ast.expr) -> bool:
@@ -303,7 +287,7 @@ def is_own(value: ast.expr) -> bool:
     return isinstance(value, ast.Name) and value.id in ("self", "cls")
 
 
-def foreign_private_names(source: str) -> list[tuple[int, str]]:
+def foreign_private_names(source: str, module: str) -> list[tuple[int, str]]:
     """Return line and text of every private name that a source takes from another object, by a dot or by its name."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -318,17 +302,17 @@ def foreign_private_names(source: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def private_imports(source: str, module: str, *, package: bool = False) -> list[tuple[int, str]]:
+def private_imports(source: str, module: str) -> list[tuple[int, str]]:
     """Return line and name of every private name that a source imports from a module of ours."""
     found = []
-    for one in imports_in(source, module, package=package):
+    for one in imports_in(source, module):
         name = one.target.split(".")[-1]
         if is_private(name) and module_of(one.target) not in (None, "_trl"):
             found.append((one.line, one.target))
     return found
 
 
-def untyped_trainers(source: str) -> list[tuple[int, str]]:
+def untyped_trainers(source: str, module: str) -> list[tuple[int, str]]:
     """Return line and name of every function with a parameter named `trainer` that has no annotation."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -340,86 +324,51 @@ def untyped_trainers(source: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def listed(found: list[tuple[Path, int, str]]) -> str:
-    return "\n".join(f"{path.relative_to(PACKAGE)}:{line}: {text}" for path, line, text in found)
-
-
 @pytest.mark.parametrize(
-    ("source", "expected"),
+    ("reader", "source", "expected"),
     [
-        ("x = trainer._step", [(1, "trainer._step")]),
-        ("x = self.trainer._step", [(1, "self.trainer._step")]),
-        ("trainer._step()\nother._y = 1", [(1, "trainer._step"), (2, "other._y")]),
-        ("x = module._function", [(1, "module._function")]),
-        ("x = f()._y", [(1, "f()._y")]),
-        ("x = type(other)._y", [(1, "type(other)._y")]),
-        ("x = self._a._b", [(1, "self._a._b")]),
-        ("x = getattr(trainer, '_step', None)", [(1, "getattr(trainer, '_step', None)")]),
-        ("setattr(trainer, '_step', 1)", [(1, "setattr(trainer, '_step', 1)")]),
-        ("x = self._step + cls._step + super()._step + type(self)._step", []),
-        ("x = getattr(self, '_step')", []),
-        ("x = getattr(trainer, name)", []),
-        ("x = trainer.step", []),
-        ("x = trainer.__class__", []),
-        ("x = record._replace(a=1)", []),
+        (foreign_private_names, "x = trainer._step", [(1, "trainer._step")]),
+        (foreign_private_names, "x = self.trainer._step", [(1, "self.trainer._step")]),
+        (foreign_private_names, "trainer._step()\nother._y = 1", [(1, "trainer._step"), (2, "other._y")]),
+        (foreign_private_names, "x = module._function", [(1, "module._function")]),
+        (foreign_private_names, "x = f()._y", [(1, "f()._y")]),
+        (foreign_private_names, "x = type(other)._y", [(1, "type(other)._y")]),
+        (foreign_private_names, "x = self._a._b", [(1, "self._a._b")]),
+        (foreign_private_names, "x = getattr(one, '_step', None)", [(1, "getattr(one, '_step', None)")]),
+        (foreign_private_names, "setattr(trainer, '_step', 1)", [(1, "setattr(trainer, '_step', 1)")]),
+        (foreign_private_names, "x = self._step + cls._step + super()._step + type(self)._step", []),
+        (foreign_private_names, "x = getattr(self, '_step')", []),
+        (foreign_private_names, "x = getattr(trainer, name)", []),
+        (foreign_private_names, "x = trainer.step", []),
+        (foreign_private_names, "x = trainer.__class__", []),
+        (foreign_private_names, "x = record._replace(a=1)", []),
+        (private_imports, "from .metrics import _sum", [(1, "trl_opd.training.metrics._sum")]),
+        (private_imports, "from ..loss.fused import a, _b as b", [(1, "trl_opd.loss.fused._b")]),
+        (private_imports, "def f():\n    from .metrics import _sum", [(2, "trl_opd.training.metrics._sum")]),
+        (private_imports, "from trl_opd import _HOME", [(1, "trl_opd._HOME")]),
+        (private_imports, "from .. import _trl", []),
+        (private_imports, "from .._trl import RepeatSampler", []),
+        (private_imports, "from .. import __version__", []),
+        (private_imports, "from torch._dynamo import _x", []),
+        (untyped_trainers, "def f(trainer): pass", [(1, "f")]),
+        (untyped_trainers, "class A:\n    async def f(self, *, trainer=None): pass", [(2, "f")]),
+        (untyped_trainers, "def f(trainer, /): pass", [(1, "f")]),
+        (untyped_trainers, "def f(trainer: OPDTrainer): pass", []),
+        (untyped_trainers, "def f(model): trainer = model", []),
     ],
 )
-def test_reader_finds_private_names_of_other_objects(source, expected):
-    assert foreign_private_names(source) == expected
+def test_readers_find_what_is_forbidden_and_nothing_else(reader, source, expected):
+    assert reader(source, "trl_opd.training.finite") == expected
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("from .metrics import _sum", [(1, "trl_opd.training.metrics._sum")]),
-        ("from ..loss.fused import a, _b as b", [(1, "trl_opd.loss.fused._b")]),
-        ("def f():\n    from .metrics import _sum", [(2, "trl_opd.training.metrics._sum")]),
-        ("from trl_opd import _HOME", [(1, "trl_opd._HOME")]),
-        ("from .. import _trl", []),
-        ("from .._trl import RepeatSampler", []),
-        ("from .. import __version__", []),
-        ("from torch._dynamo import _x", []),
-    ],
-)
-def test_reader_finds_imported_private_names(source, expected):
-    assert private_imports(source, "trl_opd.training.finite") == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("def f(trainer): pass", [(1, "f")]),
-        ("class A:\n    async def f(self, *, trainer=None): pass", [(2, "f")]),
-        ("def f(trainer, /): pass", [(1, "f")]),
-        ("def f(trainer: OPDTrainer): pass", []),
-        ("def f(model): trainer = model", []),
-    ],
-)
-def test_reader_finds_untyped_trainer_parameters(source, expected):
-    assert untyped_trainers(source) == expected
-
-
-def test_no_private_name_is_read_from_another_object():
+@pytest.mark.parametrize("reader", [foreign_private_names, private_imports, untyped_trainers])
+def test_no_module_has_what_a_reader_finds(reader):
     wrong = []
     for path in FILES:
-        if module_of(name_of(path)) not in SEAMS:
-            wrong += [(path, *found) for found in foreign_private_names(path.read_text(encoding="utf-8"))]
-    assert not wrong, listed(wrong)
-
-
-def test_no_private_name_is_imported_from_another_module():
-    wrong = []
-    for path in FILES:
-        source, package = path.read_text(encoding="utf-8"), path.stem == "__init__"
-        wrong += [(path, *found) for found in private_imports(source, name_of(path), package=package)]
-    assert not wrong, listed(wrong)
-
-
-def test_every_trainer_parameter_has_a_type():
-    wrong = []
-    for path in FILES:
-        wrong += [(path, *found) for found in untyped_trainers(path.read_text(encoding="utf-8"))]
-    assert not wrong, listed(wrong)
+        module = name_of(path)
+        if reader is not foreign_private_names or module_of(module) not in SEAMS:
+            wrong += [f"{module}:{line}: {text}" for line, text in reader(source_of(path), module)]
+    assert not wrong, "\n".join(wrong)
 
 
 # The public names
@@ -429,11 +378,9 @@ def test_public_names_are_listed_once_for_every_reader():
     assert set(trl_opd.__all__) == set(trl_opd._HOME)
     assert len(trl_opd.__all__) == len(set(trl_opd.__all__))
     # The block for type checkers repeats the names.
-    typed = {}
-    for found in imports_in(Path(trl_opd.__file__).read_text(encoding="utf-8"), "trl_opd", package=True):
-        if found.moment == "typing":
-            typed[found.target.split(".")[-1]] = module_of(found.target)
-    assert typed == trl_opd._HOME
+    found = imports_in(source_of(PACKAGE / "__init__.py"), "trl_opd.__init__")
+    typed = [one.target for one in found if one.moment == "typing"]
+    assert {target.split(".")[-1]: module_of(target) for target in typed} == trl_opd._HOME
 
 
 def test_every_public_name_loads_from_its_home():

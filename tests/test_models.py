@@ -183,7 +183,7 @@ def test_prompt_that_the_teacher_cannot_embed_raises(tmp_path):
     student = make_model(seed=0, rows=len(tokenizer))
     dataset = make_dataset(chat=False).map(lambda row: {"prompt": row["prompt"] + "<|new|>"})
     own = {"teacher_tokenizer_name_or_path": save(tmp_path / "teacher", seed=1)}
-    trainer = build(tmp_path, student, tokenizer=tokenizer, dataset=dataset, **own)
+    trainer = build(tmp_path, student, tokenizer=tokenizer, train_dataset=dataset, **own)
     with pytest.raises(ValueError, match=r"token id 300 \('<\|new\|>'\)"):
         trainer.train()
 

@@ -1,4 +1,4 @@
-"""Intervals, tests and corrections: exact where they say so, calibrated under no effect, and powerful as claimed."""
+"""Intervals, tests and corrections: exact where they claim it, calibrated without an effect, of the stated power."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def solved(right: int, problems: int) -> list[bool]:
 
 @settings(max_examples=50)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
-def test_the_interval_of_an_accuracy_is_wilsons(counts, confidence):
+def test_accuracy_interval_is_wilsons(counts, confidence):
     (right, n), z = counts, NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -50,28 +50,25 @@ def test_the_interval_of_an_accuracy_is_wilsons(counts, confidence):
     assert -1e-12 <= low <= share <= high <= 1 + 1e-12
 
 
-def test_three_of_four_are_known_to_lie_between_30_and_95_percent():
-    # Worked by hand at z = 1.96: centre (0.75 + 0.48) / 1.96 = 0.6275, half-width 0.3268.
+def test_accuracy_interval_of_three_of_four_problems():
+    # By hand at z = 1.96: centre (0.75 + 0.48) / 1.96 = 0.6275, half-width 0.3268.
     assert accuracy_interval([True, False, True, True]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    with pytest.raises(ValueError, match="accuracy on 0 problems is undefined"):
+        accuracy_interval([])
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
-def test_an_accuracy_is_taken_from_any_sequence(kind):
+def test_accuracy_interval_takes_any_sequence(kind):
     low, high = accuracy_interval(kind([True, True, False]))
     assert (low, high) == accuracy_interval([1, 1, 0])
     assert type(low) is type(high) is float
-
-
-def test_no_problems_have_no_accuracy():
-    with pytest.raises(ValueError, match=r"\w"):
-        accuracy_interval([])
 
 
 # Differences
 
 
 def exact_quantiles(difference: list[int], *shares: float) -> list[float]:
-    """Return quantiles of the mean of n draws with replacement: the bootstrap distribution itself, by convolution."""
+    """Return quantiles of the exact bootstrap distribution: the mean of n draws with replacement, by convolution."""
     n = len(difference)
     one = np.array([difference.count(value) / n for value in (-1, 0, 1)])
     probabilities = np.array([1.0])
@@ -83,26 +80,23 @@ def exact_quantiles(difference: list[int], *shares: float) -> list[float]:
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("counts", [(3, 20, 7), (0, 30, 10), (10, 5, 10), (1, 58, 1), (12, 0, 3)])
-def test_the_interval_of_a_difference_is_the_quantiles_of_the_exact_bootstrap(counts, confidence):
+def test_interval_of_a_difference_has_the_quantiles_of_the_exact_bootstrap(counts, confidence):
     worse, same, better = counts
-    correct = worse * [False] + same * [True] + better * [True]
-    baseline = worse * [True] + same * [True] + better * [False]
-    estimate, (low, high) = paired_difference(correct, baseline, seed=0, confidence=confidence)
     difference = worse * [-1] + same * [0] + better * [1]
     n = len(difference)
+    correct = [value >= 0 for value in difference]
+    baseline = worse * [True] + same * [True] + better * [False]
+    estimate, (low, high) = paired_difference(correct, baseline, seed=0, confidence=confidence)
     assert estimate == pytest.approx((better - worse) / n)
     expected = exact_quantiles(difference, (1 - confidence) / 2, (1 + confidence) / 2)
-    # A mean is a multiple of 1/n: 10 000 draws find each quantile, or its neighbour.
+    # A mean is a multiple of 1/n: 10 000 draws find each quantile or the multiple next to it.
     assert (low, high) == pytest.approx(expected, abs=1.001 / n)
     assert low <= estimate <= high
 
 
-answers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12)
-
-
 @settings(max_examples=25, deadline=None)
-@given(answers, st.integers(0, 2**32))
-def test_the_interval_contains_the_difference_of_the_accuracies(pairs, seed):
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12), st.integers(0, 2**32))
+def test_interval_contains_the_difference_of_the_accuracies(pairs, seed):
     correct, baseline = zip(*pairs, strict=True)
     estimate, interval = paired_difference(correct, baseline, seed=seed)
     assert estimate == pytest.approx((sum(correct) - sum(baseline)) / len(pairs), abs=1e-12)
@@ -111,40 +105,18 @@ def test_the_interval_contains_the_difference_of_the_accuracies(pairs, seed):
     assert paired_difference(list(correct), np.array(baseline), seed=seed) == (estimate, interval)
 
 
-def test_a_seed_repeats_its_resamples_and_another_draws_others():
-    # So far in the tails an end is one of few resamples, and two draws of 10 000 hardly agree in both.
+def test_seed_alone_decides_the_resamples():
+    # So far in the tails an end is one of few resamples, so two draws of 10 000 hardly ever agree in both ends.
     correct, baseline = np.random.default_rng(0).random((2, 200)) < 0.5
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
     first, again = ([paired_difference(correct, baseline, seed=s, confidence=0.9999) for s in range(6)] for _ in "12")
     assert first == again
     assert len(set(first)) > 3
-
-
-def test_numpys_global_generator_is_left_alone():
-    np.random.seed(0)
-    before = np.random.get_state()[1].tolist()
-    paired_difference([True, False, True], [False, False, True], seed=1)
     assert np.random.get_state()[1].tolist() == before
 
 
-@pytest.mark.parametrize(
-    ("correct", "baseline", "expected"),
-    [([1, 0, 1], [1, 0, 1], 0.0), ([1, 1], [0, 0], 1.0), ([0, 0, 0], [1, 1, 1], -1.0), ([1], [0], 1.0)],
-)
-def test_a_constant_difference_has_no_interval(correct, baseline, expected):
-    assert paired_difference(correct, baseline, seed=0) == (expected, None)
-
-
-def test_problems_are_paired():
-    # Two arms of accuracy 1/2: on the same problems they agree everywhere, on opposite ones nowhere.
-    half, other = 20 * [True] + 20 * [False], 20 * [False] + 20 * [True]
-    assert paired_difference(half, half, seed=0) == (0.0, None)
-    estimate, (low, high) = paired_difference(half, other, seed=0)
-    assert estimate == 0.0
-    # 1.96 standard errors of 40 differences of ±1 are 0.31.
-    assert (low, high) == pytest.approx((-0.31, 0.31), abs=0.05)
-
-
-def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
+def test_interval_covers_the_true_difference_as_often_as_its_level_says():
     rng, covered, runs, true = np.random.default_rng(0), 0, 200, 0.1
     for seed in range(runs):
         # Correlated arms: better where the baseline fails in 1 of 5 problems, worse in 1 of 10.
@@ -155,15 +127,14 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
 
 
 @pytest.mark.parametrize(("one", "two"), [(2, 3), (3, 2), (0, 1), (1, 0)])
-def test_unequal_numbers_of_problems_are_refused(one, two):
+def test_unequal_numbers_of_problems_are_an_error(one, two):
     with pytest.raises(ValueError, match=f"got {one} and {two}"):
         paired_difference([True] * one, [False] * two, seed=0)
+    with pytest.raises(ValueError, match="needs two results for each of the same problems"):
+        effect_of([1.0] * one, [0.0] * two, seed=0)
 
 
-# The tests and corrections of the probe
-
-
-CANDIDATES, RUNS = 200, 400
+# Tests and corrections
 
 
 @given(better=st.integers(0, 60), worse=st.integers(0, 60))
@@ -174,11 +145,8 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_discordant_pairs(better, wors
 
 @given(values=st.lists(st.sampled_from([-1.5, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=9))
 def test_few_sign_flips_are_enumerated_completely(values):
-    flips = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(values))
-    ]
-    expected = np.mean([flip >= abs(sum(values)) - 1e-9 for flip in flips])
+    flips = np.array(list(itertools.product((1, -1), repeat=len(values)))) * values
+    expected = np.mean(abs(flips.sum(1)) >= abs(sum(values)) - 1e-9)
     assert sign_flips(np.array(values), seed=0) == pytest.approx(expected)
 
 
@@ -213,11 +181,9 @@ def test_effect_reports_estimate_counts_interval_and_p(binary):
     assert found.p_bootstrap >= 2e-4
 
 
-def test_an_arm_that_changes_nothing_has_no_interval():
+def test_arm_that_changes_nothing_has_no_interval():
     found = effect_of([1.0, 0.0], [1.0, 0.0], seed=0)
     assert (found.estimate, found.ci95, found.p, found.p_bootstrap) == (0.0, None, 1.0, 1.0)
-    with pytest.raises(ValueError, match="needs the same problems"):
-        effect_of([1.0], [1.0, 0.0], seed=0)
 
 
 def test_corrections_are_those_of_their_authors():
@@ -230,25 +196,18 @@ def test_corrections_are_those_of_their_authors():
     assert (benjamini_hochberg(many) >= many).all()
 
 
-@pytest.mark.parametrize(
-    ("estimate", "p", "expected"),
-    [
-        (-0.01, 0.05, "pillar"),
-        (0.01, 0.05, "stumbling"),
-        (-0.009, 0.001, "neutral"),
-        (-0.2, 0.051, "neutral"),
-        (0.0, 1.0, "neutral"),
-    ],
-)
-def test_a_label_needs_size_and_significance(estimate, p, expected):
-    assert label(estimate, p) == expected
+def test_label_needs_size_and_significance():
+    assert label(-0.01, 0.05) == "pillar"
+    assert label(0.01, 0.05) == "stumbling"
+    assert label(-0.009, 0.001) == label(-0.2, 0.051) == label(0.0, 1.0) == "neutral"
 
 
 def simulate(problems: int, discordance: float, effects: np.ndarray, seed: int) -> np.ndarray:
-    """Return which candidates get a label after correction, `(runs, candidates)`."""
+    """Return which of 200 candidates get a label after correction in each of 400 runs, `(400, 200)`."""
     rng = np.random.default_rng(seed)
-    discordant = rng.binomial(problems, np.maximum(discordance, np.abs(effects)), size=(RUNS, len(effects)))
-    better = rng.binomial(discordant, 0.5 * (1 + effects / np.maximum(discordance, np.abs(effects))))
+    share = np.maximum(discordance, np.abs(effects))
+    discordant = rng.binomial(problems, share, size=(400, len(effects)))
+    better = rng.binomial(discordant, 0.5 * (1 + effects / share))
     p = stats.false_discovery_control(mcnemar(better, discordant - better), axis=1)
     estimate = (2 * better - discordant) / problems
     return (p <= ALPHA) & (np.abs(estimate) >= LEAST_EFFECT)
@@ -256,13 +215,13 @@ def simulate(problems: int, discordance: float, effects: np.ndarray, seed: int) 
 
 @pytest.mark.parametrize("discordance", [0.01, 0.02, 0.04, 0.10])
 def test_without_an_effect_a_corrected_hit_is_rare(discordance):
-    hits = simulate(500, discordance, np.zeros(CANDIDATES), seed=7).any(axis=1)
+    hits = simulate(500, discordance, np.zeros(200), seed=7).any(axis=1)
     assert hits.mean() <= 0.05
 
 
 @pytest.mark.parametrize("discordance", [0.04, 0.07, 0.10])
-def test_effects_of_three_hundredths_are_found_with_two_thousand_problems(discordance):
-    effects = np.zeros(CANDIDATES)
+def test_effects_of_0_03_are_found_with_2000_problems(discordance):
+    effects = np.zeros(200)
     effects[:10] = -0.03
     found = simulate(2000, discordance, effects, seed=3)
     assert found[:, :10].mean() >= 0.8
@@ -281,33 +240,27 @@ def test_rocks_and_controls_are_compared_by_their_effects():
     assert rocks_against_controls([], [0.1]) is None
 
 
-def test_a_correlation_leaves_out_what_is_not_known():
+def test_correlation_leaves_out_unknown_values():
     found = correlation([0.1, 0.2, 0.3, 0.9], [1.0, 2.0, 3.0, None])
     assert (found["rho"], found["n"]) == (1.0, 3)
     assert correlation([0.1, 0.2, 0.3], [1.0, None, None]) is None
     assert correlation([0.1, 0.2, 0.3], [1.0, 1.0, 1.0]) is None
 
 
-# Ratios
-
-
-def test_a_ratio_of_one_unit_or_of_equal_units_has_no_interval():
+def test_ratio_of_one_unit_or_of_equal_units_has_no_interval():
     assert ratio_interval(np.array([1.0]), np.array([2.0]), seed=0) is None
     assert ratio_interval(np.array([1.0, 2.0]), np.array([2.0, 4.0]), seed=0) is None
     assert ratio_interval(np.array([0.0, 0.0]), np.array([0.0, 0.0]), seed=0) is None
 
 
-def test_a_ratio_is_resampled_by_units_that_keep_part_and_whole_together():
+def test_ratio_is_resampled_by_units_that_keep_part_and_whole_together():
     wholes = np.geomspace(1, 1000, 200)
-    parts = wholes * np.where(np.arange(200) % 2, 0.45, 0.55)  # of very unlike sizes, and all near one half
+    parts = wholes * np.where(np.arange(200) % 2, 0.45, 0.55)  # the sizes differ widely, and the ratios are near 1/2
     low, high = ratio_interval(parts, wholes, seed=0)
     assert 0.48 < low < high < 0.52
 
 
-# Text
-
-
-def test_an_interval_is_shown_in_the_form_of_its_numbers_or_said_to_be_missing():
+def test_interval_is_shown_in_the_format_of_its_numbers_or_as_missing():
     assert interval_text((0.3006, 0.9544), ".3f") == "[0.301, 0.954]"
     assert interval_text([-0.01, 0.2], "+.3f") == "[-0.010, +0.200]"
     assert interval_text(None, ".1%") == "(no interval)"

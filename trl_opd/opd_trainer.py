@@ -406,7 +406,8 @@ class OPDTrainer(DistillationTrainer):
             self._limit_completions(self.context_length - max(map(len, prompt_ids)))
 
         name_student = name_student_in_sampling_error(self.state.global_step + 1)
-        # An adapter in float32 on a base in bfloat16 is sampled as it is scored. Other students are sampled as in TRL.
+        # Accelerate runs the forward of the model that it has prepared under autocast, but PEFT's `generate` calls the
+        # forward of the base model.
         autocast = self.accelerator.autocast() if is_peft_model(self.model) else nullcontext()
         with name_student, sampling_mode(self.model), autocast:
             if not self.args.use_transformers_continuous_batching:

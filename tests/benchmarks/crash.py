@@ -1,11 +1,11 @@
-"""Runs killed with SIGKILL at random moments, started again, and compared with one that was never killed.
+"""Kills runs with SIGKILL at random moments, starts them again, and compares them with a run that was never killed.
 
     python -m tests.benchmarks.crash 50
     python -m tests.benchmarks.crash 10 --what collect
 
-A training is killed in turn while it generates, while the teacher scores, in the student's backward and while it saves;
-a third of the resumed runs is killed once more. What must be equal to the bit on a CPU: parameters, optimizer, random
-states, token statistics, rollouts and log lines (docs/reliability.md). Exits with 1 where anything differs.
+Trainings are killed in turn while they save, generate, compute the student's backward, and while the teacher scores. A
+third of the resumed runs is killed once more. On a CPU, parameters, optimizer, RNG states, token statistics, rollouts
+and log lines must be bit-identical (docs/reliability.md). Exits with 1 if anything differs.
 """
 
 import argparse
@@ -25,12 +25,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_
 from tests.benchmarks.crash_runs import Job, Phases, jobs
 
 TARGETS = ("saving", "generation", "backward", "teacher")
-LIMIT = 300  # seconds of a run
+LIMIT = 300  # seconds after which a run that hangs is killed
 
 
 @dataclass
 class Trial:
-    """One run that was killed: where, how often, from which steps it went on, and what came out differently."""
+    """A run that was killed: in which phases, from which steps it resumed, and which of its results differ."""
 
     job: str
     phases: list[str]
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: `after` seconds beyond the `entry`-th entry into a phase; without a phase beyond the start."""
+    """When to kill a run: `after` seconds after it enters a phase for the `entry`-th time, or after its start."""
 
     phase: str | None
     entry: int
@@ -49,7 +49,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Whole:
-    """A run that was never killed."""
+    """A run that was never killed: its seconds, the mean seconds of each phase, and how often it entered each."""
 
     folder: Path
     seconds: float
@@ -58,13 +58,14 @@ class Whole:
 
 
 def start(job: Job, folder: Path, phases: Phases) -> int:
-    """Start a job in a process of its own and return its id."""
+    """Start a job in a forked process, and return its process id."""
     phases.clear()
-    if pid := os.fork():
+    pid = os.fork()
+    if pid != 0:
         return pid
     code = 1
     try:
-        with open(folder.parent / f"{folder.name}.log", "a") as log:
+        with log_of(folder).open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             job.run(folder, phases)
@@ -77,76 +78,93 @@ def start(job: Job, folder: Path, phases: Phases) -> int:
         os._exit(code)
 
 
-def finish(job: Job, folder: Path, phases: Phases) -> tuple[float, dict[str, float]]:
-    """Run a job to its end; return its seconds, and those that an entry into each phase takes in the mean."""
-    pid, began, spent = start(job, folder, phases), time.monotonic(), Counter()
-    last = began
-    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() - began > LIMIT:
-            os.kill(pid, signal.SIGKILL)
-        now = time.monotonic()
-        spent[phases.now()] += now - last
-        last = now
+def log_of(folder: Path) -> Path:
+    """Return the file with what the runs in a folder print."""
+    return folder.parent / f"{folder.name}.log"
+
+
+def finish(job: Job, folder: Path, phases: Phases) -> Whole:
+    """Run a job to its end, and return how long it took.
+
+    Raises:
+        `RuntimeError`: if it fails, or takes too long.
+    """
+    pid = start(job, folder, phases)
+    began = time.monotonic()
+    now = began
+    spent = Counter()
+    ended = 0
+    while ended == 0:
         time.sleep(0.0005)
-    if os.waitstatus_to_exitcode(ended[1]) != 0:
-        log = (folder.parent / f"{folder.name}.log").read_text()
+        before = now
+        now = time.monotonic()
+        spent[phases.now()] += now - before
+        if now - began > LIMIT:
+            os.kill(pid, signal.SIGKILL)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if os.waitstatus_to_exitcode(status) != 0:
+        log = log_of(folder).read_text()
         raise RuntimeError(f"{job.name} in {folder} did not end by itself:\n{log[-3000:]}")
-    means = {phase: spent[phase] / max(phases.entered(phase), 1) for phase in TARGETS}
-    return time.monotonic() - began, means
+    entries = {phase: phases.entered(phase) for phase in TARGETS}
+    means = {phase: spent[phase] / max(count, 1) for phase, count in entries.items()}
+    return Whole(folder, now - began, means, entries)
 
 
 def kill(job: Job, folder: Path, phases: Phases, moment: Moment) -> str | None:
-    """Start a job and kill it at a moment; return the phase that it was in, or `None` if it had ended before."""
+    """Start a job and kill it at a moment; return the phase that it was in, or `None` if it ended before."""
     pid = start(job, folder, phases)
-    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+    while True:
+        ended, _ = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return None
         if moment.phase is None or phases.entered(moment.phase) >= moment.entry:
             time.sleep(moment.after)
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             return phases.now() if os.WIFSIGNALED(status) else None
         time.sleep(0.0002)
-    return None
 
 
 def try_once(job: Job, folder: Path, whole: Whole, draw: random.Random, target: str | None) -> Trial:
-    """Kill a job once, in a third of the trials twice, let it end, and compare."""
-    phases, hit, again = Phases(), [], 1 + (draw.random() < 1 / 3)
-    while len(hit) < again:
+    """Kill a job once, or twice in a third of the trials, then let it end and compare it."""
+    phases = Phases()
+    kills = 2 if draw.random() < 1 / 3 else 1
+    killed_in = []
+    for number in range(1, kills + 1):
         if target is None:
             moment = Moment(None, 0, draw.uniform(0, 0.9 * whole.seconds))
         else:
-            entry = draw.randint(1, max(1, whole.entries[target] // (1 + len(hit))))
+            # The second time fewer entries are left.
+            entry = draw.randint(1, max(1, whole.entries[target] // number))
             moment = Moment(target, entry, draw.uniform(0, whole.means[target]))
-        found = kill(job, folder, phases, moment)
-        if found is None:
+        phase = kill(job, folder, phases, moment)
+        if phase is None:
             break
-        hit.append(found)
+        killed_in.append(phase)
     finish(job, folder, phases)
     resumed = job.resumed_from(folder)
-    return Trial(job.name, hit, resumed, job.differences(whole.folder, folder, resumed))
+    differences = job.differences(whole.folder, folder, resumed)
+    return Trial(job.name, killed_in, resumed, differences)
 
 
 def run(count: int, what: str, seed: int, work: Path) -> list[Trial]:
-    """Kill `count` runs and return what came of each."""
-    draw, trials = random.Random(seed), []
+    """Kill `count` runs, print a line for each, and return the trials."""
+    draw = random.Random(seed)
     kinds = jobs(what, work)
     wholes: dict[str, Whole] = {}
+    trials = []
     for number in range(count):
         job = kinds[number % len(kinds)]
         if job.name not in wholes:
-            phases, folder = Phases(), work / f"{job.name}-whole"
-            seconds, means = finish(job, folder, phases)
-            entries = {phase: phases.entered(phase) for phase in TARGETS}
-            wholes[job.name] = Whole(folder, seconds, means, entries)
+            wholes[job.name] = finish(job, work / f"{job.name}-whole", Phases())
         target = TARGETS[number % len(TARGETS)] if what == "train" else None
         trial = try_once(job, work / f"{job.name}-{number}", wholes[job.name], draw, target)
         trials.append(trial)
-        came = "equal" if not trial.differences else "DIFFERENT: " + ", ".join(trial.differences)
-        where = ", ".join(trial.phases) or "not at all (it had ended)"
-        print(
-            f"{number + 1:>4}  {trial.job:<8} killed in {where:<26} went on from {trial.resumed or 0}: {came}",
-            flush=True,
-        )
+
+        phases = ", ".join(trial.phases) or "not at all (it had ended)"
+        result = "DIFFERENT: " + ", ".join(trial.differences) if trial.differences else "equal"
+        steps = trial.resumed or 0
+        print(f"{number + 1:>4}  {trial.job:<8} killed in {phases:<26} resumed from {steps}: {result}", flush=True)
     return trials
 
 
@@ -155,7 +173,7 @@ def main() -> int:
     parser.add_argument("count", type=int, help="runs to kill")
     parser.add_argument("--what", choices=("train", "collect", "probe", "demo"), default="train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", help="kept; a temporary folder without it")
+    parser.add_argument("--work_dir", help="folder to keep; a temporary one by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(args.work_dir or temporary)
@@ -163,9 +181,8 @@ def main() -> int:
         trials = run(args.count, args.what, args.seed, work)
     kills = Counter(phase for trial in trials for phase in trial.phases)
     wrong = [trial for trial in trials if trial.differences]
-    print(
-        f"{len(trials)} runs, {sum(kills.values())} kills ({', '.join(f'{n} in {p}' for p, n in kills.most_common())})"
-    )
+    by_phase = ", ".join(f"{count} in {phase}" for phase, count in kills.most_common())
+    print(f"{len(trials)} runs, {kills.total()} kills ({by_phase})")
     print(f"{len(trials) - len(wrong)} equal, {len(wrong)} different.")
     return bool(wrong)
 

@@ -1,4 +1,4 @@
-"""What `crash.py` kills: small real runs, the phase that they are in, and how the results of two are compared."""
+"""The runs that `crash.py` kills, the phase that a run is in, and the comparison of two runs."""
 
 import json
 import math
@@ -16,23 +16,23 @@ from transformers.trainer import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_opd import AccuracyCallback, Controls, OPDTrainer, RockSet, RolloutSamples, TokenStats
-from trl_opd.artefacts.run_files import MANIFEST_FILE as FILE_NAME
-from trl_opd.artefacts.run_files import TOKEN_STATS_FILE
+from trl_opd.artefacts.run_files import MANIFEST_FILE, TOKEN_STATS_FILE, checkpoint_step
 from trl_opd.artefacts.token_stats import COUNTS, SUMS
 from trl_opd.cli import main
 from trl_opd.rocks.rock_set import Rock
-from trl_opd.saving.checkpoints import find_fault
+from trl_opd.saving.checkpoints import find_fault, newest_complete
 
 from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model, make_tokenizer
 
 PHASES = ("other", "generation", "teacher", "backward", "saving")
-STEPS, SAVE_STEPS = 8, 2
-# Not a function of what was trained: times, throughput, and means over the steps of one process.
+STEPS = 6
+SAVE_STEPS = 2
+# Endings of metrics that are not compared: times, throughput, and means over the steps of one process.
 UNEQUAL = ("_s", "_runtime", "_per_second", "step_time", "train_loss")
 
 
 class Phases:
-    """The phase that a process is in and how often it has entered each, in memory that its parent sees."""
+    """The phase that a process is in and how often it entered each phase, in memory shared with its parent."""
 
     def __init__(self):
         self._shared = mmap.mmap(-1, 4 * (len(PHASES) + 1))
@@ -41,7 +41,7 @@ class Phases:
         return PHASES[self._get(0)]
 
     def entered(self, phase: str) -> int:
-        """Return how often a phase was entered."""
+        """Return how often the process entered a phase."""
         return self._get(1 + PHASES.index(phase))
 
     def clear(self) -> None:
@@ -49,8 +49,9 @@ class Phases:
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        before, place = self._get(0), PHASES.index(phase)
-        self._put(1 + place, self._get(1 + place) + 1)
+        before = self._get(0)
+        place = PHASES.index(phase)
+        self._put(1 + place, self.entered(phase) + 1)
         self._put(0, place)
         try:
             yield
@@ -66,7 +67,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to kill: `run` starts it or goes on, `differences` tells what two folders do not have in common."""
+    """A run to kill: `run` starts or resumes it, `differences` compares its folder with that of a run never killed."""
 
     name: str
     run: Callable[[Path, Phases], None]
@@ -75,7 +76,7 @@ class Job:
 
 
 class Watched(OPDTrainer):
-    """Tells in which phase it is."""
+    """A trainer that records the phase that it is in."""
 
     phases: Phases
 
@@ -101,118 +102,155 @@ def even(completions, **_) -> list[float]:
 def rock_file(path: Path) -> str:
     """Write a rock set of some byte tokens, with controls, and return its path."""
     rocks = [Rock(id, None, 1, 1.0, 1.0) for id in range(60, 180)]
-    unnamed = {"name": None, "vocab_size": 300, "fingerprint": None}
-    measure, method = {"divergence": "reverse_kl", "temperature": 1.0}, {"score": "aggregate", "top_k": len(rocks)}
-    corpus = {"tokens": 1000, "kl_sum": 500.0}
-    RockSet(rocks, unnamed, measure, method, corpus, Controls(list(range(200, 240)), 1.0, True)).save(path)
+    RockSet(
+        rocks=rocks,
+        tokenizer={"name": None, "vocab_size": 300, "fingerprint": None},
+        measure={"divergence": "reverse_kl", "temperature": 1.0},
+        method={"score": "aggregate", "top_k": len(rocks)},
+        corpus={"tokens": 1000, "kl_sum": 500.0},
+        controls=Controls(list(range(200, 240)), 1.0, True),
+    ).save(path)
     return str(path)
 
 
+def make_trainer(kind: str, folder: Path, phases: Phases) -> Watched:
+    """Return the trainer of a run: of a LoRA student, of a whole student, or on a streaming dataset."""
+    torch.manual_seed(11)
+    model = make_model(seed=0, attention_dropout=0.1)
+    with torch.no_grad():  # so that some rollouts end, and some are cut
+        model.lm_head.weight[2] *= 4
+    settings = {"max_steps": STEPS, "save_steps": SAVE_STEPS, "save_strategy": "steps", "save_occurrences": 1}
+    data = make_dataset(6)
+    callbacks = [RolloutSamples(2)]
+    others = {}
+    if kind == "lora":
+        settings |= {"token_weighting": "rock", "rock_set": rock_file(folder.parent / "rocks.json"), "rock_window": 1}
+        settings |= {"num_generations": 2, "save_total_limit": 1}
+        callbacks.append(AccuracyCallback(make_dataset(5), even, eval_steps=3, greedy=False))
+        others["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    elif kind == "full":
+        settings |= {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3, "mask_truncated_completions": True}
+        settings |= {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 0.5}
+        others["eval_dataset"] = make_dataset(3)
+    elif kind == "stream":
+        rows = list(make_dataset(6, chat=False))
+        data = IterableDataset.from_generator(lambda: iter(rows))
+        settings |= {"token_weighting": "random", "rock_set": rock_file(folder.parent / "rocks.json")}
+        settings |= {"num_generations": 2, "rock_weight": 0.5, "teacher_placement": "parked"}
+    trainer = Watched(
+        model=model,
+        teacher_model=make_model(seed=1, width=64),
+        args=make_config(folder, **settings),
+        train_dataset=data,
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+        **others,
+    )
+    trainer.phases = phases
+    teacher_states = trainer.model_pair.teacher_states
+    score = teacher_states.compute_states
+
+    def score_watched(batch):
+        with phases.within("teacher"):
+            return score(batch)
+
+    teacher_states.compute_states = score_watched
+    return trainer
+
+
 def train(kind: str) -> Callable[[Path, Phases], None]:
-    """Return a training over several epochs that goes on as a script lets it: from the newest checkpoint, if any."""
+    """Return a function that runs a training over several epochs, and resumes if there is a complete checkpoint."""
 
     def run(folder: Path, phases: Phases) -> None:
-        torch.manual_seed(11)
-        model, changes, data = make_model(seed=0, attention_dropout=0.1), {}, make_dataset(6)
-        with torch.no_grad():  # some rollouts end, and some are cut
-            model.lm_head.weight[2] *= 4
-        callbacks = [RolloutSamples(2)]
-        if kind == "lora":
-            changes = {"token_weighting": "rock", "rock_set": rock_file(folder.parent / "rocks.json")}
-            changes |= {"num_generations": 2, "rock_window": 1, "save_total_limit": 1}
-            callbacks.append(AccuracyCallback(make_dataset(5), even, eval_steps=3, greedy=False))
-        elif kind == "full":
-            changes = {
-                "eval_strategy": "steps",
-                "eval_steps": 3,
-                "logging_steps": 3,
-                "mask_truncated_completions": True,
-            }
-            changes |= {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 0.5}
-        elif kind == "stream":
-            rows = list(make_dataset(6, chat=False))
-            data, changes = IterableDataset.from_generator(lambda: iter(rows)), {"num_generations": 2}
-            changes |= {"token_weighting": "random", "rock_weight": 0.5, "teacher_placement": "parked"}
-            changes["rock_set"] = rock_file(folder.parent / "rocks.json")
-        config = make_config(
-            folder,
-            **{"max_steps": STEPS, "save_steps": SAVE_STEPS, "save_strategy": "steps", "save_occurrences": 1} | changes,
-        )
-        trainer = Watched(
-            model=model,
-            teacher_model=make_model(seed=1, width=64),
-            args=config,
-            train_dataset=data,
-            eval_dataset=make_dataset(3) if kind == "full" else None,
-            processing_class=make_tokenizer(),
-            callbacks=callbacks,
-            peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None,
-        )
-        trainer.phases = phases
-        teacher_states = trainer.model_pair.teacher_states
-        score = teacher_states.compute_states
-
-        def score_watched(batch):
-            with phases.within("teacher"):
-                return score(batch)
-
-        teacher_states.compute_states = score_watched
-        found = get_last_checkpoint(folder) if folder.is_dir() else None
-        whole = found and any(find_fault(path) is None for path in folder.glob("checkpoint-*"))
-        if whole:
-            steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if find_fault(path) is None]
-            with (folder.parent / f"{folder.name}.resumed").open("a") as file:
-                file.write(f"{max(steps)}\n")
-        trainer.train(resume_from_checkpoint=found if whole else None)
+        trainer = make_trainer(kind, folder, phases)
+        complete = newest_complete(folder)
+        if complete is None:
+            trainer.train()
+        else:
+            with resumed_file(folder).open("a") as file:
+                file.write(f"{checkpoint_step(complete)}\n")
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))  # as TRL's scripts do
         trainer.save_model()
 
     return run
 
 
+def resumed_file(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.resumed"
+
+
 def resumed_from(folder: Path) -> list[int]:
-    """Return the steps from which a training went on."""
-    path = folder.parent / f"{folder.name}.resumed"
-    return [int(line) for line in path.read_text().split()] if path.is_file() else []
+    """Return the steps from which a training was resumed."""
+    path = resumed_file(folder)
+    return list(map(int, path.read_text().split())) if path.is_file() else []
 
 
 def compare_trainings(whole: Path, killed: Path, resumed: list[int]) -> list[str]:
-    """Return what the folders of two trainings do not have in common; equal to the bit is what they have to be."""
+    """Return what differs between the folders of two trainings, which must be bit-identical."""
+    return (
+        _compare_checkpoints(whole, killed, resumed)
+        + _compare_results(whole, killed)
+        + _compare_logs(whole, killed, resumed)
+        + left_behind(killed)
+    )
+
+
+def _compare_checkpoints(whole: Path, killed: Path, resumed: list[int]) -> list[str]:
+    names = sorted(path.name for path in whole.glob("checkpoint-*"))
+    names_of_killed = sorted(path.name for path in killed.glob("checkpoint-*"))
+    if names != names_of_killed:
+        return [f"checkpoints {names} and {names_of_killed}"]
     found = []
-    names = [sorted(path.name for path in folder.glob("checkpoint-*")) for folder in (whole, killed)]
-    if names[0] != names[1]:
-        found.append(f"checkpoints {names[0]} and {names[1]}")
-    for name in set(names[0]) & set(names[1]):
-        found += [f"{name} {reason}" for reason in (find_fault(killed / name),) if reason]
+    for name in names:
+        fault = find_fault(killed / name)
+        if fault is not None:
+            found.append(f"{name} {fault}")
         for path in sorted((whole / name).iterdir()):
-            if path.name not in (FILE_NAME, "README.md", "training_args.bin"):
-                same = _contents(path, resumed) == _contents(killed / name / path.name, resumed)
-                found += [] if same else [f"{name}/{path.name}"]
+            if path.name in (MANIFEST_FILE, "README.md", "training_args.bin"):
+                continue
+            if _contents(path, resumed) != _contents(killed / name / path.name, resumed):
+                found.append(f"{name}/{path.name}")
+    return found
+
+
+def _compare_results(whole: Path, killed: Path) -> list[str]:
+    found = []
     for pattern in ("*model.safetensors", "occurrences/*.parquet", "rollout_samples.parquet"):
-        paths = [sorted(path.relative_to(folder) for path in folder.glob(pattern)) for folder in (whole, killed)]
-        if not paths[0] or paths[0] != paths[1]:
-            found.append(f"{pattern}: {paths[0]} and {paths[1]}")
-            continue
-        for path in paths[0]:
-            same = (
-                pq.read_table(whole / path).equals(pq.read_table(killed / path))
-                if path.suffix == ".parquet"
-                else (whole / path).read_bytes() == (killed / path).read_bytes()
-            )
-            found += [] if same else [str(path)]
-    lines = [_log(json.loads((folder / "opd_run.json").read_text())["log"], resumed) for folder in (whole, killed)]
-    found += [] if lines[0] == lines[1] and lines[0] else ["opd_run.json: log"]
-    return found + left_behind(killed)
+        paths = sorted(path.relative_to(whole) for path in whole.glob(pattern))
+        paths_of_killed = sorted(path.relative_to(killed) for path in killed.glob(pattern))
+        if not paths or paths != paths_of_killed:
+            found.append(f"{pattern}: {paths} and {paths_of_killed}")
+        else:
+            found += [str(path) for path in paths if not _is_same_file(whole / path, killed / path)]
+    return found
+
+
+def _compare_logs(whole: Path, killed: Path, resumed: list[int]) -> list[str]:
+    logs = []
+    for folder in (whole, killed):
+        record = json.loads((folder / "opd_run.json").read_text())
+        logs.append(_log(record["log"], resumed))
+    return [] if logs[0] and logs[0] == logs[1] else ["opd_run.json: log"]
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    """Return whether two files have the same content: Parquet row by row, JSON without times, others byte by byte."""
+    if one.suffix == ".parquet":
+        return pq.read_table(one).equals(pq.read_table(other))
+    if one.suffix == ".json":
+        return _without_times(json.loads(one.read_text())) == _without_times(json.loads(other.read_text()))
+    return one.read_bytes() == other.read_bytes()
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Return the temporary files of a killed process that are still there."""
+    """Return the temporary files that a killed process left and nothing removed."""
     names = [path.name for path in folder.rglob("*")]
     return [f"left behind: {name}" for name in names if name.endswith(".part") or name.startswith(("_", ".k.json"))]
 
 
 def _contents(path: Path, resumed: list[int]):
-    """Return what a file of a checkpoint holds in a form that compares by value, or its bytes."""
-    if path.name == TOKEN_STATS_FILE:  # the order of its header is drawn anew each time
+    """Return the content of a checkpoint's file as values that can be compared, or its bytes."""
+    if path.name == TOKEN_STATS_FILE:  # its header has a different order each time
         stats = TokenStats.load(path)
         return stats.measure, [_plain(getattr(stats, name)) for name in (*COUNTS, *SUMS)]
     if path.name == "trainer_state.json":
@@ -220,7 +258,7 @@ def _contents(path: Path, resumed: list[int]):
         state["log_history"] = _log(state["log_history"], resumed)
         return state
     if path.suffix in (".pt", ".pth"):
-        with safe_globals():  # of NumPy's random state
+        with safe_globals():  # allows NumPy's RNG state
             return _plain(torch.load(path, weights_only=True))
     return path.read_bytes()
 
@@ -236,13 +274,19 @@ def _plain(value):
 
 
 def _log(lines: list[dict], resumed: list[int]) -> list[dict]:
-    """Return the lines of a log without times; of those whose window a resumed run began within, the step only."""
-    found, window = [], 0
+    """Return the lines of a log without times, and only the step of a line if a run resumed within its window."""
+    found = []
+    start = 0  # of the window over which a line of the training is a mean
     for line in lines:
-        crossed = "loss" in line and any(window < step < line["step"] for step in resumed)
-        window = line["step"] if "loss" in line else window
-        kept = {key: value for key, value in line.items() if not key.endswith(UNEQUAL)}
-        found.append({"step": line["step"]} if crossed else kept)
+        step = line["step"]
+        was_split = False
+        if "loss" in line:
+            was_split = any(start < one < step for one in resumed)
+            start = step
+        if was_split:
+            found.append({"step": step})
+        else:
+            found.append({key: value for key, value in line.items() if not key.endswith(UNEQUAL)})
     return found
 
 
@@ -259,7 +303,7 @@ def write_world(folder: Path) -> Path:
 
 
 def command(name: str, world: Path) -> Callable[[Path, Phases], None]:
-    """Return a command that writes its result to a folder, and goes on there when it is started again."""
+    """Return a function that runs a command, which resumes when it is started again with the same folder."""
     student = f"--model_name_or_path {world}/student --dataset_name {world}/problems.jsonl --max_completion_length 24"
     argv = {
         "collect": f"{student} --teacher_model_name_or_path {world}/teacher --per_device_eval_batch_size 2 "
@@ -278,7 +322,7 @@ def command(name: str, world: Path) -> Callable[[Path, Phases], None]:
 
 
 def compare_files(*patterns: str) -> Callable[[Path, Path, list[int]], list[str]]:
-    """Return a comparison of files: Parquet row by row, JSON without times, others byte by byte."""
+    """Return a function that compares the files of these patterns in two folders."""
 
     def differences(whole: Path, killed: Path, _resumed: list[int]) -> list[str]:
         paths = sorted(path.relative_to(whole) for pattern in patterns for path in whole.glob(pattern))
@@ -286,13 +330,7 @@ def compare_files(*patterns: str) -> Callable[[Path, Path, list[int]], list[str]
         for path in paths:
             if not (killed / path).is_file():
                 found.append(f"{path} is missing")
-            elif path.suffix == ".parquet":
-                same = pq.read_table(whole / path).equals(pq.read_table(killed / path))
-                found += [] if same else [str(path)]
-            elif path.suffix == ".json":
-                ours, theirs = (_without_times(json.loads((folder / path).read_text())) for folder in (whole, killed))
-                found += [] if ours == theirs else [str(path)]
-            elif (whole / path).read_bytes() != (killed / path).read_bytes():
+            elif not _is_same_file(whole / path, killed / path):
                 found.append(str(path))
         return found + left_behind(killed)
 
@@ -308,7 +346,7 @@ def _without_times(value):
 
 
 def jobs(what: str, work: Path) -> list[Job]:
-    """Return the jobs of a name: `train` (three kinds), `collect`, `probe` or `demo`."""
+    """Return the jobs of a name: `train` (three different ones), `collect`, `probe` or `demo`."""
     if what == "train":
         return [Job(kind, train(kind), compare_trainings, resumed_from) for kind in ("lora", "full", "stream")]
     files = {

@@ -1,11 +1,11 @@
-"""How the context filter depends on its parameters: share of planted rocks among the highest scores, as a plot.
+"""Plots how the context filter depends on its parameters: the share of planted rocks among the highest scores.
 
     python -m tests.benchmarks.detection_sensitivity [OCCURRENCES.parquet] [--output PLOT.png]
     python -m tests.benchmarks.detection_sensitivity --features
 
-The second line compares what a surrounding is taken as: its tokens at their offsets (ours), or its tokens in any order.
-In the first each parameter is varied alone, the others at their defaults, on ten planted worlds
-(tests/helpers/planted.py) and, where occurrences of the demo's models are given (docs/detection.md), on those.
+The first command varies one parameter at a time, with the others at their defaults, on ten planted worlds
+(tests/helpers/planted.py) and on occurrences of the demo's models, if they are given (docs/detection.md). The second
+compares two definitions of a surrounding: its tokens at their offsets (ours), or its tokens in any order.
 """
 
 import argparse
@@ -47,82 +47,113 @@ LINES = {"planted": ("#0072B2", "o", "planted worlds, least of ten"), "demo": ("
 
 
 def share(path: str, planted: set[int], count: int, settings: ContextSettings) -> float:
-    """Return the share of the planted rocks among as many types of the highest score."""
+    """Return the share of planted rocks among the `count` types of the highest scores."""
     try:
         found = detect_from_occurrences(path, top_k=count, settings=settings).rock_set.rocks
-    except ValueError:  # nothing is left
+    except ValueError:  # no type is left
         return 0.0
-    return len({rock.id for rock in found} & planted) / count
+    return sum(rock.id in planted for rock in found) / count
 
 
 def sweep(files: list[tuple[str, set[int], int]]) -> dict[str, list[float]]:
-    """Return, for each parameter, the least share over files at each of its values."""
+    """Return, for each parameter, the smallest share over the files at each of its values.
+
+    A file is its path, the ids of its planted rocks, and how many there are.
+    """
     found = {}
     for name, values in tqdm(VALUES.items(), leave=False):
-        settings = [replace(ContextSettings(), **{name: value}) for value in values]
-        found[name] = [min(share(*file, one) for file in files) for one in settings]
+        found[name] = []
+        for value in values:
+            settings = replace(ContextSettings(), **{name: value})
+            shares = [share(path, planted, count, settings) for path, planted, count in files]
+            found[name].append(min(shares))
     return found
 
 
 def shares_by_features(world: World, settings: ContextSettings, gammas: tuple[float, ...]) -> dict[str, list[float]]:
-    """Return the share of planted rocks found at each gamma with tokens at their offsets, and with tokens alone."""
+    """Return the share of planted rocks found at each gamma, with tokens at their offsets and with tokens alone."""
     count, length = world.tokens.shape
-    rows = (np.repeat(np.arange(count), length), np.tile(np.arange(length), count), world.tokens.ravel())
-    corpus = Corpus(*rows, world.kl.ravel(), world.kl_pre.ravel())
-    high = (corpus.kl >= threshold(settings.tau_post, corpus.kl)) & (
-        corpus.kl_pre >= threshold(settings.tau_pre, corpus.kl_pre)
-    )
-    vocab, weights = world.tokens.max() + 1, np.array([1 / abs(offset) for offset in window_offsets(settings.window)])
+    rollout, position = np.divmod(np.arange(count * length), length)
+    corpus = Corpus(rollout, position, world.tokens.ravel(), world.kl.ravel(), world.kl_pre.ravel())
+    high = corpus.kl >= threshold(settings.tau_post, corpus.kl)
+    high &= corpus.kl_pre >= threshold(settings.tau_pre, corpus.kl_pre)
+    vocab = world.tokens.max() + 1
     total = np.bincount(corpus.token_id, corpus.kl, vocab)
+    counts = np.bincount(corpus.token_id, minlength=vocab)
+    offsets = np.array(window_offsets(settings.window))
+    first_columns = vocab * np.arange(len(offsets))  # with offsets, every offset has its own columns
+
     scores = {kind: np.zeros((len(gammas), vocab)) for kind in ("offsets", "tokens")}
     for id in np.unique(corpus.token_id[high]):
         places = np.flatnonzero(high & (corpus.token_id == id))
         if len(places) < 2:
             continue
         windows = corpus.windows(places, settings.window)
-        inside = windows >= 0
-        for kind, columns in (("offsets", windows + vocab * np.arange(len(weights))), ("tokens", windows)):
-            entries = (np.broadcast_to(weights, windows.shape)[inside], (np.nonzero(inside)[0], columns[inside]))
-            vectors = sparse.csr_matrix(entries, shape=(len(places), vocab * len(weights)))
-            lengths = np.sqrt(np.asarray(vectors.multiply(vectors).sum(1)).ravel())
-            products = (vectors @ vectors.T).toarray() / np.maximum(np.outer(lengths, lengths), 1e-12)
-            np.fill_diagonal(products, -1.0)
+        for kind, columns in (("offsets", windows + first_columns), ("tokens", windows)):
+            products = similarities(columns, windows >= 0, 1 / np.abs(offsets), vocab * len(offsets))
             for place, gamma in enumerate(gammas):
                 rho = (products >= gamma - 1e-6).sum(1) / (len(places) - 1)
-                kept = (rho >= settings.eta).sum() / (corpus.token_id == id).sum()
+                kept = (rho >= settings.eta).sum() / counts[id]
                 scores[kind][place, id] = total[id] * kept
-    rocks = world.ids["rock"]
-    return {
-        kind: [float(np.isin(rank_ids(row)[:EACH], rocks).sum() / EACH) for row in found]
-        for kind, found in scores.items()
-    }
+
+    shares = {}
+    for kind, found in scores.items():
+        highest = [rank_ids(row)[:EACH] for row in found]
+        shares[kind] = np.isin(highest, world.ids["rock"]).mean(1).tolist()
+    return shares
+
+
+def similarities(columns: np.ndarray, inside: np.ndarray, weights: np.ndarray, width: int) -> np.ndarray:
+    """Return the cosine similarities between the surroundings of a type, `(n, n)`, with -1 on the diagonal.
+
+    Args:
+        columns (`np.ndarray`): Entry of the feature vector for each token of a surrounding, `(n, tokens)`.
+        inside (`np.ndarray`): Whether that token is inside its rollout, bool, `(n, tokens)`.
+        weights (`np.ndarray`): Weight of each token, `(tokens,)`.
+        width (`int`): Length of the feature vectors.
+    """
+    rows, _ = np.nonzero(inside)
+    values = np.broadcast_to(weights, columns.shape)[inside]
+    vectors = sparse.csr_matrix((values, (rows, columns[inside])), shape=(len(columns), width))
+    lengths = np.sqrt(np.asarray(vectors.multiply(vectors).sum(1)).ravel())
+    products = (vectors @ vectors.T).toarray() / np.maximum(np.outer(lengths, lengths), 1e-12)
+    np.fill_diagonal(products, -1.0)
+    return products
 
 
 def compare_features(worlds: int) -> None:
-    """Print the mean share of planted rocks for both kinds of surroundings, on four kinds of world."""
+    """Print the mean share of planted rocks for both definitions of a surrounding, on four types of worlds."""
     gammas = (0.4, 0.5, 0.6, 0.7, 0.8)
-    kinds = {"plain": {}, "ten surroundings": {"surroundings": 10}, "small vocabulary": {"vocab": 150}}
-    kinds["shuffled surroundings"] = {"shuffled": True}
-    print(f"{'world':<24}{'surrounding':<12}" + "".join(f"{f'gamma {gamma}':>11}" for gamma in gammas))
-    for name, changes in kinds.items():
-        made = [make_world(seed, **changes) for seed in range(worlds)]
-        found = [shares_by_features(world, ContextSettings(), gammas) for world in made]
+    changes_of = {
+        "plain": {},
+        "ten surroundings": {"surroundings": 10},
+        "small vocabulary": {"vocab": 150},
+        "shuffled surroundings": {"shuffled": True},
+    }
+    titles = "".join(f"{f'gamma {gamma}':>11}" for gamma in gammas)
+    print(f"{'world':<24}{'surrounding':<12}{titles}")
+    for name, changes in changes_of.items():
+        found = []
+        for seed in range(worlds):
+            world = make_world(seed, **changes)
+            found.append(shares_by_features(world, ContextSettings(), gammas))
         for kind in ("offsets", "tokens"):
             means = np.mean([one[kind] for one in found], axis=0)
-            print(f"{name:<24}{kind:<12}" + "".join(f"{mean:>11.2f}" for mean in means))
+            cells = "".join(f"{mean:>11.2f}" for mean in means)
+            print(f"{name:<24}{kind:<12}{cells}")
 
 
 def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw a panel for each parameter, its default dashed."""
+    """Draw a panel for each parameter, with a dashed line at its default."""
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     panels = figure.subplots(1, len(VALUES), sharey=True)
     for axes, (name, values) in zip(panels, VALUES.items(), strict=True):
-        places = [float(str(value).removeprefix("q")) for value in values]
+        places = list(map(number_of, values))
         for kind, found in lines.items():
             colour, marker, label = LINES[kind]
             axes.plot(places, found[name], color=colour, marker=marker, markersize=4, label=label)
-        default = float(str(getattr(ContextSettings(), name)).removeprefix("q"))
-        axes.axvline(default, color="grey", linestyle="--", linewidth=0.8)
+        default = getattr(ContextSettings(), name)
+        axes.axvline(number_of(default), color="grey", linestyle="--", linewidth=0.8)
         axes.set_xlabel(TITLES[name], fontsize="small")
         axes.set_ylim(0, 1.03)
         axes.spines[["top", "right"]].set_visible(False)
@@ -135,21 +166,29 @@ def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def number_of(value: str | float) -> float:
+    """Return the value of a parameter as a number; quantiles begin with a q."""
+    return float(str(value).removeprefix("q"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", nargs="?", help="occurrences of the demo's models")
     parser.add_argument("--output", type=Path, default=Path("docs/images/detection_sensitivity.png"))
     parser.add_argument("--worlds", type=int, default=10)
-    parser.add_argument("--features", action="store_true", help="compare the two kinds of surroundings")
+    parser.add_argument("--features", action="store_true", help="compare the two definitions of a surrounding")
     options = parser.parse_args()
     if options.features:
         compare_features(options.worlds)
         return
+
     lines = {}
     with tempfile.TemporaryDirectory() as folder:
-        worlds = [make_world(seed) for seed in range(options.worlds)]
-        paths = [save_world(world, Path(folder) / f"{place}.parquet") for place, world in enumerate(worlds)]
-        files = [(path, set(world.ids["rock"].tolist()), EACH) for path, world in zip(paths, worlds, strict=True)]
+        files = []
+        for seed in range(options.worlds):
+            world = make_world(seed)
+            path = save_world(world, Path(folder) / f"{seed}.parquet")
+            files.append((path, set(world.ids["rock"].tolist()), EACH))
         lines["planted"] = sweep(files)
     if options.demo:
         _, tokenizer = load("teacher")
@@ -157,10 +196,8 @@ def main() -> None:
         lines["demo"] = sweep([(options.demo, planted, len(planted))])
     for name, values in VALUES.items():
         for kind, found in lines.items():
-            print(
-                f"{name:<9}{kind:<8}"
-                + "".join(f"{value!s:>7}={one:.2f}" for value, one in zip(values, found[name], strict=True))
-            )
+            cells = [f"{value!s:>7}={one:.2f}" for value, one in zip(values, found[name], strict=True)]
+            print(f"{name:<9}{kind:<8}" + "".join(cells))
     draw(lines, options.output)
     print(f"The plot is in {options.output}")
 

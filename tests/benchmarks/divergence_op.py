@@ -1,10 +1,10 @@
-"""Time and peak memory of the divergence, forward and backward: ours, TRL's, and Liger's where it is installed.
+"""Time and peak memory of the divergence, forward and backward: ours, TRL's, and Liger's if it is installed.
 
     python -m tests.benchmarks.divergence_op [--vocab 32768 151936] [--rows 160 640] [--rounds 5]
 
-The ops take turns in this process; a ratio is the median over the rounds. Memory is what an op takes above its inputs,
-in a process of its own on a CPU. On a GPU the inputs are bfloat16 and the bare products of rows and heads, forward and
-backward, stand beside.
+The ops take turns in this process, and a ratio is the median over the rounds. Memory is what an op uses beyond its
+inputs, measured in a separate process. On a GPU the inputs are bfloat16, and the table also has the bare products of
+rows and heads, forward and backward.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from trl_opd import LMHead, weighted_divergence
 from trl_opd.loss.divergence import divergence_by_trl, divergence_fused
 
-from tests.benchmarks.workload import in_a_process, machine, peak_bytes
+from tests.benchmarks.measuring import in_a_process, machine, peak_bytes
 
 WIDTHS = (256, 384)
 CHUNK_BYTES = 512 * 2**20
@@ -28,14 +28,16 @@ GPU = torch.cuda.is_available()
 def make_inputs(vocab: int, rows: int, widths=WIDTHS):
     """Return hidden states and heads of both models, and weights."""
     torch.manual_seed(0)
-    device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+    device = "cuda" if GPU else "cpu"
+    dtype = torch.bfloat16 if GPU else torch.float32
     hidden = [torch.randn(rows, width, device=device).to(dtype) for width in widths]
     heads = [(torch.randn(vocab, width, device=device) / width**0.5).to(dtype) for width in widths]
-    return hidden, heads, torch.ones(rows, device=device) / rows
+    weights = torch.ones(rows, device=device) / rows
+    return hidden, heads, weights
 
 
 def leaves(hidden, heads, trainable: bool):
-    """Return what the student's gradients are taken of."""
+    """Return the student's hidden states and head as leaves that get gradients, the head only if it is trainable."""
     return hidden[0].detach().requires_grad_(), heads[0].detach().requires_grad_(trainable)
 
 
@@ -59,9 +61,11 @@ def bare_products(hidden, heads, weights, beta, trainable):
 
 
 def measured(hidden, heads, weights, beta, trainable):
-    """What a step that logs adds for rows that are frozen."""
+    """Measure without gradients, as a step that logs does for frozen rows."""
     with torch.no_grad():
-        weighted_divergence(*hidden, *map(LMHead, heads), weights, 1.0, beta=beta, temperature=1.0)
+        student, teacher = hidden
+        student_head, teacher_head = map(LMHead, heads)
+        weighted_divergence(student, teacher, student_head, teacher_head, weights, 1.0, beta=beta, temperature=1.0)
 
 
 def by_liger(hidden, heads, weights, beta, trainable):
@@ -92,8 +96,8 @@ def seconds(op: Callable, *inputs) -> float:
 
 
 def peak_of(name: str, vocab: int, rows: int, beta: float, trainable: bool) -> int:
-    """Return the most memory that an op held above its inputs."""
-    OPS[name](*make_inputs(64, 2), beta, trainable)  # what a first call loads
+    """Return the most memory that an op used beyond its inputs."""
+    OPS[name](*make_inputs(64, 2), beta, trainable)  # so that what a first call loads is not measured
     return peak_bytes(OPS[name], *make_inputs(vocab, rows), beta, trainable)
 
 
@@ -101,14 +105,16 @@ def rows_of_table(vocab: int, rows: int, rounds: int) -> None:
     for beta in (1.0, 0.0, 0.5):
         for trainable in (False, True):
             inputs = (*make_inputs(vocab, rows), beta, trainable)
-            times = [{name: seconds(op, *inputs) for name, op in OPS.items()} for _ in range(rounds + 1)][1:]
+            times = []
+            for _ in range(rounds + 1):
+                times.append({name: seconds(op, *inputs) for name, op in OPS.items()})
+            del times[0]  # the first round warms up
+            head = "trainable" if trainable else "frozen"
             for name in OPS:
+                median = statistics.median(turn[name] for turn in times)
                 ratio = statistics.median(turn[name] / turn["TRL"] for turn in times)
                 memory = in_a_process(peak_of, name, vocab, rows, beta, trainable) / 2**20
-                head = "trainable" if trainable else "frozen"
-                median = statistics.median(turn[name] for turn in times)
-                cells = (vocab, rows, beta, head, name, f"{median:.3f}", f"{ratio:.2f}", f"{memory:.0f}")
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                print(f"| {vocab} | {rows} | {beta} | {head} | {name} | {median:.3f} | {ratio:.2f} | {memory:.0f} |")
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""Checks that a change of the code changes no result: the same commands before and after, compared to the bit.
+"""Checks that a change of the code changes no result: runs the same commands before and after, and compares the bits.
 
     python -m tests.benchmarks.equality run before --checkout ../old
     python -m tests.benchmarks.equality run after
     python -m tests.benchmarks.equality compare before after
 
-`run` starts every command in a process of its own, with the package of the checkout that is named: a LoRA training with
-the recipe of two minutes, one that freezes rocks, a collection, two detections, gradients, a probe, the demo with three
-arms, and their reports. `compare` reads parameters, optimizer states, statistics, rock sets, occurrences, logs, tables
-and reports. Times and throughput are left out, and so are words: of a page and of what was printed only numbers count.
-Exits with 1 where anything differs. Both folders have to come from one machine and one environment.
+`run` starts each command in a separate process, with the package of the given checkout: a LoRA training with the recipe
+of two minutes, one that freezes rocks, a collection, two detections, gradients, a probe, the demo with three arms, and
+their reports. `compare` reads parameters, optimizer states, statistics, rock sets, occurrences, logs, tables and
+reports. It ignores times and throughput, and also words: of pages and of printed text it compares the numbers only. It
+exits with 1 if anything differs. Both folders must come from the same machine and environment.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STUDENT = "--model_name_or_path runs/two_minutes"
 TEACHER = "--teacher_model_name_or_path tiny/teacher"
 PROMPTS = "--dataset_name tiny/prompts.jsonl"
 
-# Name -> what is run, in this order; `trl-opd` is replaced by the module of the checkout.
+# Name and command, in the order in which they run; `trl-opd` is replaced by the module of the checkout.
 COMMANDS = {
     "models": "python {root}/examples/tiny_models.py --output_dir tiny --teacher_steps 60 --student_steps 40",
     "train": "trl-opd train --config {root}/examples/recipes/two_minutes.yaml --save_occurrences 5",
@@ -55,27 +55,27 @@ COMMANDS = {
     "--max_completion_length 56 --temperature 0.9 --use_cpu --output demo/knockout.json",
     "report_demo": "trl-opd report demo",
 }
-CHECKOUT = "checkout.txt"  # path of the checkout that ran, which some files hold
-# Keys that are not a function of the code: times and throughput, and the command with its paths.
+CHECKOUT = "checkout.txt"  # holds the path of the checkout that ran, because some results contain it
+# Keys whose values differ from run to run: times and throughput, and the command with its paths.
 TIMES = re.compile(r"(_s|seconds|runtime|per_second|step_time|started|written|command)$")
 TIMES_OF_A_LOG = re.compile(r"'[^']*(_s|runtime|per_second|step_time)': [^,}]*")
-# A line of a page or table that tells a time, and the plot of the seconds of a step.
+# A line of a page or table that contains a time, and the plot of the seconds of a step.
 TIME_IN_TEXT = re.compile(r"\d *(s|seconds|min|minutes)\b|seconds|20\d\d-\d\d-\d\d")
 PLOT_OF_TIMES = re.compile(r'<div class="plot" role="img" aria-label="Mean seconds.*?</div>', re.DOTALL)
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 PATTERNS = ("*.safetensors", "*.pt", "*.pth", "*.parquet", "*.json", "*.html", "*.png", "*.out")
-# Cards and pickled arguments hold the paths of the output; a manifest the sizes of files that hold paths.
+# Cards and pickled arguments contain paths of the output, and a manifest has the sizes of files that contain paths.
 IGNORED = {"README.md", "training_args.bin", "opd_complete.json"}
 
 
 def run(folder: Path, checkout: Path) -> None:
-    """Run every command in a new folder with the package of a checkout, and keep what each of them prints."""
+    """Run every command in a new folder with the package of a checkout, and save what each of them prints."""
     folder.mkdir(parents=True)
     (folder / CHECKOUT).write_text(str(checkout))
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout),
-        "PYTHONHASHSEED": "0",  # else PEFT writes the names of its modules in another order each time
+        "PYTHONHASHSEED": "0",  # otherwise PEFT writes the names of its modules in a different order each time
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_CACHE": str(folder.resolve() / "cache"),
@@ -93,25 +93,26 @@ def run(folder: Path, checkout: Path) -> None:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Return how the files of two folders differ, in words; empty where they hold the same."""
+    """Return how the files of two folders differ, in words; empty if they are the same."""
     names_before = result_files(before)
     names_after = result_files(after)
     found = [f"{name} is in one folder only" for name in sorted(names_before ^ names_after)]
     for name in sorted(names_before & names_after):
-        contents = [read_content(folder / name, folder) for folder in (before, after)]
-        found += [f"{name}: {reason}" for reason in differences(*contents)]
+        content_before = read_content(before / name, before)
+        content_after = read_content(after / name, after)
+        found += [f"{name}: {reason}" for reason in differences(content_before, content_after)]
     print(f"{len(names_before & names_after)} files compared.")
     return found
 
 
 def result_files(folder: Path) -> set[str]:
-    """Return the names of the files below a folder that are compared."""
+    """Return the names of the files in a folder and below that are compared."""
     paths = [path.relative_to(folder) for pattern in PATTERNS for path in folder.rglob(pattern)]
     return {str(path) for path in paths if path.name not in IGNORED and path.parts[0] != "cache"}
 
 
 def read_content(path: Path, folder: Path) -> Any:
-    """Return what a file holds as plain values that compare by value, NaN included; bits where it holds floats."""
+    """Return the content of a file as plain values in which NaN equals NaN; tensors are given by their bytes."""
     if path.suffix == ".safetensors":
         return {name: _plain(tensor) for name, tensor in load_file(path).items()}
     if path.suffix in (".pt", ".pth"):
@@ -132,7 +133,7 @@ def read_content(path: Path, folder: Path) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        # By its bytes: NaN is unequal to itself, and 0.0 equals -0.0.
+        # We compare the bytes, because NaN is unequal to itself, and 0.0 equals -0.0.
         return [str(value.dtype), list(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()]
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
@@ -160,7 +161,7 @@ def differences(before: Any, after: Any, place: str = "") -> list[str]:
 
 
 class _Words(HTMLParser):
-    """Collects the text of a page and of its plots, and what its script reads."""
+    """Collects the text of a page, of its plots, and of the data for its script."""
 
     def __init__(self):
         super().__init__()
@@ -171,14 +172,14 @@ class _Words(HTMLParser):
 
 
 def numbers_of_page(text: str) -> list[str]:
-    """Return the numbers of a page, a line each, without times."""
+    """Return the lines of numbers of a page, without times."""
     reader = _Words()
     reader.feed(PLOT_OF_TIMES.sub("", text))
     return numbers_of_text("\n".join(reader.texts))
 
 
 def numbers_of_text(text: str) -> list[str]:
-    """Return the numbers of every line, joined by blanks, without times; a table's last column may hold seconds."""
+    """Return the numbers of each line, joined by spaces, without times and without a last column of seconds."""
     found = []
     ends_in_seconds = False
     for line in text.splitlines():
@@ -198,7 +199,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run the commands in a new folder")
     running.add_argument("folder", type=Path)
-    running.add_argument("--checkout", type=Path, default=ROOT, help="whose package runs (default: this one)")
+    running.add_argument("--checkout", type=Path, default=ROOT, help="checkout whose package runs (default: this one)")
     comparing = commands.add_parser("compare", help="compare two folders")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)

@@ -1,8 +1,8 @@
-"""Memory and time of the gradient sums at the size of a real vocabulary, on random logits.
+"""Memory and time of the gradient study with a vocabulary of real size, on random logits.
 
     python -m tests.benchmarks.gradients_memory [--vocab 151936] [--types 400] [--rows 256]
 
-The public scripts of the paper keep a dense matrix of types and vocabulary in float64 and more: 3.6 GB.
+The paper's public scripts keep a dense float64 matrix of types by vocabulary, and more: 3.6 GB.
 """
 
 import argparse
@@ -13,22 +13,27 @@ import torch
 from trl_opd.loss.logits import CHUNK_ROWS, reverse_kl_gradient
 from trl_opd.studies.gradients import GradientSums
 
-from tests.benchmarks.workload import host_peak_bytes, machine
+from tests.benchmarks.measuring import host_peak_bytes, machine
 
 
 def study(vocab: int, types: int, rows: int) -> None:
-    """Add the gradients of random rows in chunks, and compute the measures."""
+    """Add up the gradients of random rows in chunks, and compute the measures."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2 * types, (rows,), generator=generator)
     counts = torch.bincount(ids, minlength=vocab)
     sums = GradientSums(counts, torch.arange(types))
-    for start in range(0, rows, CHUNK_ROWS):
-        chunk = ids[start : start + CHUNK_ROWS]
-        student, teacher = (torch.randn(len(chunk), vocab, generator=generator) for _ in range(2))
+    for chunk in ids.split(CHUNK_ROWS):
+        student = torch.randn(len(chunk), vocab, generator=generator)
+        teacher = torch.randn(len(chunk), vocab, generator=generator)
         gradients = reverse_kl_gradient(student, teacher)
         del student, teacher
         sums.add(chunk, gradients, chunk % 2 == 0)
     sums.measures()
+
+
+def peaks(vocab: int, types: list[int], rows: int) -> list[int]:
+    """Return the peak memory of studies of increasing size, in bytes; to be called in a new process."""
+    return [host_peak_bytes(study, vocab, one, rows) for one in types]
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
-"""Peak memory on one card, by phase: ours with a parked 4-bit teacher, and TRL's trainer with the same teacher or bf16.
+"""Peak memory of each phase on one GPU: our trainer with a parked 4-bit teacher, and TRL's with a resident one.
 
     python -m tests.benchmarks.memory_gpu [--student 4B] [--teacher 14B] [--gigabytes 24]
 
-Models of Qwen3's shapes with random weights, made from their configurations: nothing is downloaded. The process may use
-`gigabytes` of the card. One optimizer step of each trainer on the same rollouts, the peak of each phase beside what
-`trl-opd fit` predicts. Without a CUDA device it runs tiny shapes on the CPU, where nothing is measured: that shows that
-the script runs, no more.
+The models have Qwen3's shapes and random weights, so nothing is downloaded. The process may use `gigabytes` of the
+GPU's memory. Each trainer takes one optimizer step on the same rollouts; the table compares the peak of each phase with
+what `trl-opd fit` predicts. Without a CUDA device the script runs tiny shapes on the CPU and measures nothing, which
+only shows that it works.
 """
 
 import argparse
 import gc
 import logging
+import math
 import warnings
 from contextlib import contextmanager
 
@@ -23,7 +24,8 @@ from trl_opd.models.memory_plan import Setup, phases
 from trl_opd.models.quantised import keep_4bit_layout
 from trl_opd.models.shape import shape_of
 
-from tests.benchmarks.workload import PROMPTS, machine, make_rollouts, make_trainer, replay, step
+from tests.benchmarks.measuring import machine
+from tests.benchmarks.workload import PROMPTS, make_rollouts, make_trainer, replay, step
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -59,7 +61,7 @@ def config_of(name: str) -> Qwen3Config:
 
 
 def random_model(name: str, *, four_bit: bool) -> Qwen3ForCausalLM:
-    """Return a model of a shape on the device, in bfloat16 or in 4 bits, without holding it all in bfloat16 before."""
+    """Return a model of a shape on the device, in bfloat16 or in 4 bits, without ever holding all of it in bfloat16."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config_of(name)).to(torch.bfloat16)
     if four_bit:
@@ -78,22 +80,24 @@ def random_model(name: str, *, four_bit: bool) -> Qwen3ForCausalLM:
 
 
 def _quantised(linear: torch.nn.Linear) -> bitsandbytes.nn.Linear4bit:
-    kind = {"quant_type": "nf4", "compress_statistics": True}
+    settings = {"quant_type": "nf4", "compress_statistics": True}
     layer = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta", **settings
     )
-    weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16, device="cpu").normal_(std=0.02)
-    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **kind).to(DEVICE)
+    values = torch.empty(linear.weight.shape, dtype=torch.bfloat16, device="cpu").normal_(std=0.02)
+    weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, module=layer, **settings)
+    layer.weight = weight.to(DEVICE)
     return layer
 
 
 def predicted(options: argparse.Namespace, placement: str) -> dict[str, float]:
-    """Return what `trl-opd fit` says of a run with a 4-bit teacher, by phase, in GiB."""
+    """Return the memory that `trl-opd fit` predicts for a run with a 4-bit teacher, by phase, in GiB."""
     with torch.device("meta"):
-        student, teacher = (shape_of(Qwen3ForCausalLM(config_of(name))) for name in (options.student, options.teacher))
+        student = Qwen3ForCausalLM(config_of(options.student))
+        teacher = Qwen3ForCausalLM(config_of(options.teacher))
     setup = Setup(
-        student=student,
-        teacher=teacher,
+        student=shape_of(student),
+        teacher=shape_of(teacher),
         teacher_quantization="4bit",
         teacher_placement=placement,
         lora_r=16,
@@ -106,7 +110,7 @@ def predicted(options: argparse.Namespace, placement: str) -> dict[str, float]:
 
 
 class Peaks:
-    """The most memory that each phase held, in GiB."""
+    """The peak memory of each phase, in GiB; NaN without a GPU."""
 
     def __init__(self):
         self.of = {}
@@ -116,12 +120,15 @@ class Peaks:
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         yield
-        peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else float("nan")
-        self.of[name] = max(self.of.get(name, 0.0), peak) if GPU else peak
+        if GPU:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.of[name] = max(self.of.get(name, 0.0), peak)
+        else:
+            self.of[name] = math.nan
 
 
 def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placement: str | None) -> dict[str, float]:
-    """Return the peaks of one optimizer step of a trainer, by phase."""
+    """Return the peak memory of one optimizer step of a trainer, by phase, in GiB."""
     settings = {
         "bf16": GPU,
         "gradient_checkpointing": True,
@@ -131,9 +138,10 @@ def peaks_of(ours: bool, options: argparse.Namespace, *, four_bit: bool, placeme
     }
     if ours:
         settings["teacher_placement"] = placement
-    models = random_model(options.student, four_bit=False), random_model(options.teacher, four_bit=four_bit)
+    student = random_model(options.student, four_bit=False)
+    teacher = random_model(options.teacher, four_bit=four_bit)
     adapter = LoraConfig(r=16, target_modules="all-linear")
-    trainer = make_trainer(ours, VOCAB, models=models, peft_config=adapter, **settings)
+    trainer = make_trainer(ours, VOCAB, models=(student, teacher), peft_config=adapter, **settings)
     trainer.create_optimizer()
     number = options.per_device * options.accumulation
     rollouts = make_rollouts(VOCAB, 0, number=number, longest=options.completion)
@@ -172,28 +180,35 @@ def main() -> None:
         share = options.gigabytes * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     print("| trainer | teacher | generation, GiB | teacher | student | peak |\n|" + "---|" * 6)
-    cases = {
-        ("ours", "4-bit, parked"): (True, {"four_bit": True, "placement": "parked"}),
-        ("ours", "4-bit, resident"): (True, {"four_bit": True, "placement": "resident"}),
-        ("TRL", "4-bit, resident"): (False, {"four_bit": True, "placement": None}),
-        ("TRL", "bfloat16, resident"): (False, {"four_bit": False, "placement": None}),
-    }
-    for names, (ours, case) in cases.items():
-        try:
-            peaks = peaks_of(ours, options, **case)
-            peaks["peak"] = max(peaks.values())
-            cells = [f"{peaks[name]:.2f}" if name in peaks else "" for name in (*PHASES, "peak")]
-            cells = cells if GPU else ["not measured"] * 4
-        except torch.cuda.OutOfMemoryError:
-            cells = ["", "", "", f"more than {options.gigabytes}"]
-        print("| " + " | ".join([*names, *cells]) + " |", flush=True)
+    cases = [
+        (True, "4-bit, parked", {"four_bit": True, "placement": "parked"}),
+        (True, "4-bit, resident", {"four_bit": True, "placement": "resident"}),
+        (False, "4-bit, resident", {"four_bit": True, "placement": None}),
+        (False, "bfloat16, resident", {"four_bit": False, "placement": None}),
+    ]
+    for ours, teacher, case in cases:
+        cells = measured_cells(ours, options, case)
+        print(f"| {'ours' if ours else 'TRL'} | {teacher} | {' | '.join(cells)} |", flush=True)
         if ours:
-            foreseen = predicted(options, case["placement"])
-            cells = [f"{foreseen[phase]:.2f}" for phase in PHASES] + [f"{max(foreseen.values()):.2f}"]
-            print("| " + " | ".join(["predicted", names[1], *cells]) + " |", flush=True)
+            cells = cells_of(predicted(options, case["placement"]))
+            print(f"| predicted | {teacher} | {' | '.join(cells)} |", flush=True)
         gc.collect()
         if GPU:
             torch.cuda.empty_cache()
+
+
+def measured_cells(ours: bool, options: argparse.Namespace, case: dict) -> list[str]:
+    try:
+        peaks = peaks_of(ours, options, **case)
+    except torch.cuda.OutOfMemoryError:
+        return ["", "", "", f"more than {options.gigabytes}"]
+    return cells_of(peaks) if GPU else ["not measured"] * 4
+
+
+def cells_of(peaks: dict[str, float]) -> list[str]:
+    """Return the peak of each phase and the highest of them; TRL's teacher runs within the student's phase."""
+    cells = [f"{peaks[name]:.2f}" if name in peaks else "" for name in PHASES]
+    return [*cells, f"{max(peaks.values()):.2f}"]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Breaks what matters, one thing at a time, in a copy of the package, and names the test that notices.
+"""Mutation tests: breaks one line at a time in a copy of the package, and names the test that fails.
 
     python -m tests.benchmarks.mutations            # every mutation: about ten minutes on two cores
     python -m tests.benchmarks.mutations shift      # those whose name contains the word
 
-The silent mistakes of this field: a shift by one, another normaliser, a token range that leaks, a sum that is not over
-all processes, a rollout of another step. Exits with 1 where a broken copy passes its tests. docs/reliability.md holds
-the last list.
+The mutations are silent mistakes of this field: a shift by one, a wrong denominator, a wrong range of the vocabulary, a
+sum that is not over all processes, a rollout of another step. Exits with 1 if a broken copy passes its tests.
+docs/reliability.md has the last results.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A line of a module that is replaced, and the tests that have to notice."""
+    """A line of a module that is replaced, and the tests of which one must fail."""
 
     name: str
     module: str
@@ -41,49 +41,49 @@ MUTATIONS = [
         "tests/test_laws.py",
     ),
     Mutation(
-        "shift by one: the teacher is read where the token stands, not where it is predicted",
+        "shift by one: the teacher is read at the token's own position",
         "training/teacher_states.py",
         "positions = mask[row].nonzero()[:, 0] + prompt_lengths[row] - 1",
         "positions = (mask[row].nonzero()[:, 0] + prompt_lengths[row]).clamp(max=longest - 2)",
         "tests/test_laws.py tests/training/test_teacher_states.py",
     ),
     Mutation(
-        "wrong normaliser: every micro-batch by its own token count",
+        "wrong denominator: every micro-batch divides by its own token count",
         "opd_trainer.py",
         "denominator = len(weights) if num_items_in_batch is None else num_items_in_batch",
         "denominator = len(weights)",
         "tests/test_laws.py",
     ),
     Mutation(
-        "wrong normaliser: cut rollouts stay in the denominator",
+        "wrong denominator: truncated rollouts still count",
         "training/position_weights.py",
         'batch["num_items_in_batch"] = self._accelerator.gather(batch["tool_mask"].sum()).sum()',
         "pass",
         "tests/test_runs.py",
     ),
     Mutation(
-        "wrong vocabulary range: one entry less than student and teacher share",
+        "wrong vocabulary range: one entry too few",
         "loss/divergence.py",
         "vocab = min(len(student_head.weight), len(teacher_head.weight))\n    heads",
         "vocab = min(len(student_head.weight), len(teacher_head.weight)) - 1\n    heads",
         "tests/test_laws.py tests/models/test_vocabulary.py",
     ),
     Mutation(
-        "wrong direction: KL(teacher ‖ student) for KL(student ‖ teacher)",
+        "wrong direction of the divergence: KL(teacher ‖ student)",
         "loss/fused.py",
         "    if beta == 1.0:\n        return _reverse_kl",
         "    if beta == 1.0:\n        return _forward_kl",
         "tests/test_laws.py",
     ),
     Mutation(
-        "missing all-reduce: the denominator of the weights is this process's",
+        "missing all-reduce: the denominator of the weights",
         "training/position_weights.py",
         'total = self._accelerator.gather(batch["weights"].sum()).sum()',
         'total = batch["weights"].sum() * self._accelerator.num_processes',
         "tests/test_processes.py::test_two_processes_with_unequal_batches_equal_one_process",
     ),
     Mutation(
-        "missing all-reduce: a checkpoint's statistics are those of the first process",
+        "missing all-reduce: the statistics of a checkpoint",
         "training/token_sums.py",
         "sums = reduce(torch.stack([getattr(stats, name) for name in names]))",
         "sums = torch.stack([getattr(stats, name) for name in names])",
@@ -98,14 +98,14 @@ MUTATIONS = [
         "tests/training/test_token_sums.py tests/test_runs.py",
     ),
     Mutation(
-        "stale rollout: a resumed run sees the prompts of the first epoch",
+        "stale rollout: every epoch in the order of the first",
         "opd_trainer.py",
         "epoch=lambda: int(self.state.epoch or 0),",
         "epoch=lambda: 0,",
         "tests/test_faults.py tests/saving/test_checkpoints.py",
     ),
     Mutation(
-        "a rollout of another row: the teacher's states stay in the order before sorting",
+        "the teacher's states in the order before sorting",
         "rollouts/batches.py",
         "batch[key] = [value[row] for row in rows.tolist()]",
         "batch[key] = value[: len(rows)]",
@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(
         "dropout while rollouts are sampled",
         "rollouts/sampling.py",
-        "    training = model.training\n    model.eval()",
-        "    training = model.training",
+        "    model.eval()\n    if router_logits:",
+        "    if router_logits:",
         "tests/test_faults.py",
     ),
     Mutation(
@@ -134,7 +134,7 @@ MUTATIONS = [
         "tests/training/test_token_sums.py",
     ),
     Mutation(
-        "a checkpoint says that it is whole before its last file is there",
+        "a checkpoint's manifest is written before its last file",
         "saving/checkpoints.py",
         "        save_state(path)\n"
         "        wait()  # the other processes write their RNG states and shards\n"
@@ -143,21 +143,21 @@ MUTATIONS = [
         "tests/saving/test_checkpoints.py",
     ),
     Mutation(
-        "a resumed stream begins its pass anew",
+        "a resumed stream starts from its beginning",
         "rollouts/data_order.py",
         "return epochs, round(batches)",
         "return epochs, 0",
         "tests/saving/test_checkpoints.py",
     ),
     Mutation(
-        "a forbidden token's completion keeps one token too many of the one before",
+        "a probe reuses one token too many",
         "studies/knockout.py",
         "prefix = tuple(baseline[problem][:start])",
         "prefix = tuple(baseline[problem][: start + 1])",
         "tests/studies/test_knockout.py",
     ),
     Mutation(
-        "rocks are judged by the prompts that chose them",
+        "rocks are evaluated on the prompts that selected them",
         "rocks/corpus.py",
         "return units[::2], units[1::2]",
         "return units[::2], units[::2]",
@@ -167,27 +167,28 @@ MUTATIONS = [
 
 
 def first_failure(mutation: Mutation, copy: Path) -> str | None:
-    """Break a copy, run its tests, mend it again, and return the test that failed first, if one did."""
+    """Break a copy, run its tests, repair it, and return the test that failed first, or `None`."""
     module = copy / "trl_opd" / mutation.module
-    whole = module.read_text(encoding="utf-8")
-    if whole.count(mutation.old) != 1:
-        raise ValueError(f"{mutation.module} has not one place {mutation.old!r}: bring the mutation in line.")
-    module.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+    original = module.read_text(encoding="utf-8")
+    found = original.count(mutation.old)
+    if found != 1:
+        raise ValueError(f"{mutation.module} has {found} places {mutation.old!r}, not one: update the mutation.")
+    module.write_text(original.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     finally:
-        module.write_text(whole, encoding="utf-8")
+        module.write_text(original, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
-    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return found[1] if found else None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return failed[1] if failed else None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="names of mutations contain one of these")
+    parser.add_argument("words", nargs="*", help="run the mutations whose name contains one of these words")
     words = parser.parse_args().words
     survived = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Where the seconds of an optimizer step go: a table of its phases, over a real run of the trainer.
+"""Where the time of an optimizer step goes: a table of its phases, measured in a real run of the trainer.
 
     python -m tests.benchmarks.profile_step [--vocab 32768] [--steps 6] [--freeze] [--lora] [--log_every 10]
 
-With `--log_every 1` every step measures its frozen positions. The first step is left out. On a GPU every phase is
-waited for, so the sum is more than an unprofiled step takes.
+With `--log_every 1` every step measures its frozen positions. The first step is left out. On a GPU the profile waits
+for the end of every phase, so their sum is more than a step takes without the profile.
 """
 
 import argparse
@@ -20,30 +20,32 @@ from transformers import TrainerCallback
 
 from trl_opd import opd_trainer
 
-from tests.benchmarks.workload import machine, make_rollouts, make_trainer
+from tests.benchmarks.measuring import machine
+from tests.benchmarks.workload import make_rollouts, make_trainer
 
 PHASES = ("generation", "teacher", "student forward", "divergence", "backward", "optimizer", "statistics", "other")
 
 
 class Clock:
-    """Adds up the seconds of functions by phase."""
+    """A clock that adds up the seconds spent in functions, by phase."""
 
     def __init__(self):
         self.seconds = defaultdict(float)
 
     def time(self, owner: object, name: str, phase: str | None = None) -> None:
-        """Time a method or function from now on; without a phase, the first argument's model tells it."""
+        """Replace a method or function by one that is timed; see [`Clock.timed`]."""
         setattr(owner, name, self.timed(getattr(owner, name), phase))
 
     def timed(self, function: Callable, phase: str | None = None) -> Callable:
-        """Return a function that is timed."""
+        """Return a function that is timed; without a phase, its first argument is the model whose forward it is."""
 
         def timed(*args, **kwargs):
             start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[phase or self.phase_of(args[0])] += now() - start
+                name = phase or self.phase_of(args[0])
+                self.seconds[name] += now() - start
 
         return timed
 
@@ -58,8 +60,11 @@ def now() -> float:
 
 
 class LeaveOutTheFirst(TrainerCallback):
+    """Starts the clock after the first step, and measures the whole time of the others."""
+
     def __init__(self, clock: Clock):
-        self._clock, self.total = clock, 0.0
+        self._clock = clock
+        self.total = 0.0
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step == 0:
@@ -73,7 +78,7 @@ class LeaveOutTheFirst(TrainerCallback):
 
 
 def profile(options: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds of a step by phase."""
+    """Return the seconds of a step, by phase."""
     settings = {"max_steps": options.steps, "logging_steps": options.log_every, "save_strategy": "no"}
     trainer = make_trainer(True, options.vocab, lora=options.lora, freeze=options.freeze, **settings)
     clock = Clock()

@@ -22,15 +22,16 @@ from trl_opd.artefacts.occurrences import write_occurrences
 from trl_opd.artefacts.sampled_rollouts import join_parts, write_part
 from trl_opd.report.build import write_report
 
-from tests.benchmarks.workload import in_a_process, machine
+from tests.benchmarks.measuring import in_a_process, machine
 from tests.helpers.run_records import record
 
 STEPS = 50
 
 
 def make_samples(folder: Path, rollouts: int, tokens: int, vocabulary: int) -> None:
-    """Write `rollout_samples.parquet` as a run of 50 logs leaves it, and the record without which it is no run's."""
-    rng, of_step = np.random.default_rng(0), max(1, rollouts // STEPS)
+    """Write `rollout_samples.parquet` of a run with 50 logging steps, and the run's record."""
+    rng = np.random.default_rng(0)
+    of_step = max(1, rollouts // STEPS)
     content = record()
     content["measure"]["tokenizer"] = save_tokenizer(folder, vocabulary)
     (folder / "opd_run.json").write_text(json.dumps(content))
@@ -38,8 +39,10 @@ def make_samples(folder: Path, rollouts: int, tokens: int, vocabulary: int) -> N
     for step in range(1, STEPS + 1):
         names = ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p")
         columns = {name: rng.random(count, dtype=np.float32) for name in names}
-        columns["step"], columns["rollout"] = np.full(count, step), np.repeat(np.arange(of_step), tokens)
-        columns["prompt"], columns["position"] = columns["rollout"], np.tile(np.arange(tokens), of_step)
+        columns["step"] = np.full(count, step)
+        columns["rollout"] = np.repeat(np.arange(of_step), tokens)
+        columns["prompt"] = columns["rollout"]
+        columns["position"] = np.tile(np.arange(tokens), of_step)
         columns["token_id"] = draw(rng, count, vocabulary)
         for who in ("student", "teacher"):
             columns[f"{who}_top_ids"] = rng.integers(0, vocabulary, (count, 5))
@@ -49,8 +52,9 @@ def make_samples(folder: Path, rollouts: int, tokens: int, vocabulary: int) -> N
 
 
 def make_collection(folder: Path, rollouts: int, tokens: int, vocabulary: int) -> None:
-    """Write `occurrences.parquet` of as many rollouts."""
-    rng, count = np.random.default_rng(0), rollouts * tokens
+    """Write `occurrences.parquet` of a collection with this many rollouts."""
+    rng = np.random.default_rng(0)
+    count = rollouts * tokens
     columns = {"rollout": np.repeat(np.arange(rollouts), tokens), "position": np.tile(np.arange(tokens), rollouts)}
     columns |= {"prompt": columns["rollout"], "token_id": draw(rng, count, vocabulary)}
     columns |= {name: rng.random(count, dtype=np.float32) for name in ("kl", "kl_pre", "entropy")}
@@ -59,7 +63,7 @@ def make_collection(folder: Path, rollouts: int, tokens: int, vocabulary: int) -
 
 
 def save_tokenizer(folder: Path, vocabulary: int) -> dict:
-    """Save a tokenizer of as many words to a folder, and return how files name it: texts are much of a page."""
+    """Save a tokenizer with this many words, because texts are much of a page; return how files refer to it."""
     words = Tokenizer(models.WordLevel({f" word{id}": id for id in range(vocabulary)}, unk_token=" word0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.save_pretrained(folder)
@@ -67,14 +71,14 @@ def save_tokenizer(folder: Path, vocabulary: int) -> dict:
 
 
 def draw(rng: np.random.Generator, count: int, vocabulary: int) -> np.ndarray:
-    """Return token ids of Zipf's frequencies."""
+    """Return token ids whose frequencies follow Zipf's law."""
     return np.minimum(rng.zipf(1.2, count), vocabulary) - 1
 
 
 def measure(folder: Path) -> dict[str, float]:
     """Return seconds, peak memory (MiB), size (MiB) and shown rollouts of the report, written by another process.
 
-    On Linux a process counts the peak of the one that started it as its own: that one should be small.
+    On Linux the peak of a process includes that of its parent at the start, so the parent should be small.
     """
     command = [sys.executable, "-m", "tests.benchmarks.report", "--of", str(folder)]
     seconds, memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
@@ -103,8 +107,8 @@ def main() -> None:
             path = Path(folder) / make.__name__
             in_a_process(make, path, options.rollouts, options.tokens, options.vocabulary)
             found = measure(path)
-            figures = f"{found['seconds']:.1f} | {found['memory']:.0f} | {found['size']:.1f} | {found['shown']:.0f}"
-            print(f"| {name} | {figures} |")
+            numbers = f"{found['seconds']:.1f} | {found['memory']:.0f} | {found['size']:.1f} | {found['shown']:.0f}"
+            print(f"| {name} | {numbers} |")
 
 
 if __name__ == "__main__":

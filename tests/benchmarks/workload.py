@@ -1,13 +1,8 @@
-"""What the benchmarks run on: rollouts of skewed lengths, and trainers that replay them instead of sampling."""
+"""Rollouts of skewed lengths for the benchmarks, and trainers that replay them instead of sampling."""
 
-import multiprocessing
 import os
-import platform
-import resource
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 
 import torch
 from datasets import Dataset
@@ -19,10 +14,13 @@ from trl_opd import OPDConfig, OPDTrainer, Rock, RockSet
 
 from tests.helpers.tiny import make_tokenizer
 
-PER_DEVICE, ACCUMULATION = 2, 8
-PROMPTS, LONGEST, MEAN_SHARE = (32, 96), 192, 0.4
-# Of every ten tokens three are of the first hundred types, which are the rocks.
-ROCKS, ROCK_SHARE = 100, 0.3
+PER_DEVICE = 2
+ACCUMULATION = 8
+PROMPTS = (32, 96)  # shortest and longest prompt, in tokens
+LONGEST = 192  # the length limit of completions
+MEAN_SHARE = 0.4  # their mean length, as a share of the limit
+ROCKS = 100  # the first token ids are the rocks
+ROCK_SHARE = 0.3  # of all tokens
 STUDENT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
 
@@ -38,25 +36,26 @@ class Rollouts:
 def make_rollouts(
     vocab: int, seed: int, *, number: int = PER_DEVICE * ACCUMULATION, longest: int = LONGEST
 ) -> Rollouts:
-    """Return rollouts whose completions are 0.4 of the longest in the mean, most of them short and one the longest."""
+    """Return rollouts most of which are short: their mean length is 0.4 of the limit, which one of them reaches."""
     draw = torch.Generator().manual_seed(seed)
     prompts = torch.randint(PROMPTS[0], PROMPTS[1] + 1, (number,), generator=draw).tolist()
     lengths = -torch.rand(number, generator=draw).log()
-    for _ in range(20):  # cutting at the longest lowers the mean: go on until it is met
+    for _ in range(20):  # cutting at the limit lowers the mean, so scale and cut until the mean is right
         lengths = (lengths * MEAN_SHARE / lengths.mean()).clamp(max=1.0)
     lengths[lengths.argmax()] = 1.0
     lengths = (lengths * longest).round().clamp(min=1).long().tolist()
 
     def tokens(length: int) -> list[int]:
-        rock = torch.rand(length, generator=draw) < ROCK_SHARE
-        ids = torch.randint(ROCKS, vocab, (length,), generator=draw)
-        return ids.where(~rock, torch.randint(3, ROCKS, (length,), generator=draw)).tolist()
+        is_rock = torch.rand(length, generator=draw) < ROCK_SHARE
+        others = torch.randint(ROCKS, vocab, (length,), generator=draw)
+        rocks = torch.randint(3, ROCKS, (length,), generator=draw)
+        return rocks.where(is_rock, others).tolist()
 
-    return Rollouts([tokens(length) for length in prompts], [tokens(length) for length in lengths])
+    return Rollouts(prompts=list(map(tokens, prompts)), completions=list(map(tokens, lengths)))
 
 
 def make_model(vocab: int, size: dict, seed: int, **changes) -> Qwen3ForCausalLM:
-    """Return a random Qwen3 of a size, with a head that is not tied."""
+    """Return a random Qwen3 of a size, whose head is not tied to its embeddings."""
     torch.manual_seed(seed)
     width = size["hidden_size"]
     fields = {"intermediate_size": 3 * width, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}
@@ -67,9 +66,10 @@ def make_model(vocab: int, size: dict, seed: int, **changes) -> Qwen3ForCausalLM
 def make_trainer(
     ours: bool, vocab: int, *, lora: bool = False, freeze: bool = False, models=None, peft_config=None, **settings
 ):
-    """Return TRL's trainer or ours on the same models, which gets its rollouts from `replay`."""
+    """Return TRL's trainer or ours on the same models, without rollouts, which `replay` gives it."""
     student, teacher = models or (make_model(vocab, STUDENT, 0), make_model(vocab, TEACHER, 1))
-    adapter = LoraConfig(r=16, target_modules="all-linear") if lora else peft_config
+    if lora:
+        peft_config = LoraConfig(r=16, target_modules="all-linear")
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": not torch.cuda.is_available(),
@@ -84,13 +84,15 @@ def make_trainer(
     }
     if freeze and ours:
         settings |= {"token_weighting": "rock", "rock_set": _rock_file(settings["output_dir"])}
-    trainer = (OPDTrainer if ours else DistillationTrainer)(
+    trainer_class = OPDTrainer if ours else DistillationTrainer
+    config_class = OPDConfig if ours else DistillationConfig
+    trainer = trainer_class(
         model=student,
         teacher_model=teacher,
-        args=(OPDConfig if ours else DistillationConfig)(**settings),
+        args=config_class(**settings),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 64}),
         processing_class=make_tokenizer(),
-        peft_config=adapter,
+        peft_config=peft_config,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
@@ -110,42 +112,6 @@ def step(trainer, rows: list[dict]) -> None:
     for micro in range(accumulation):
         trainer.accelerator.gradient_state._set_sync_gradients(micro == accumulation - 1)
         trainer.training_step(trainer.model, rows, None)
-
-
-def machine() -> str:
-    """Return date, hardware and versions, for the head of a table."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return (
-        f"{date.today()}, {name}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def in_a_process(function: Callable, *arguments):
-    """Return what a function returns in a process of its own, which is gone before the next measurement."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def peak_bytes(function: Callable, *arguments) -> int:
-    """Return the most memory that a call held above what there was before, of this process or of its GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*arguments)
-        return torch.cuda.max_memory_allocated() - before
-    return host_peak_bytes(function, *arguments)
-
-
-def host_peak_bytes(function: Callable, *arguments) -> int:
-    """Return the most memory of this process that a call held above what there was before."""
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    function(*arguments)
-    with open("/proc/self/status") as file:
-        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    return peak - before
 
 
 def _rock_file(folder: str) -> str:

@@ -13,7 +13,7 @@ from trl import DistillationConfig
 
 import trl_opd
 from trl_opd import OPDConfig
-from trl_opd.cli import COMMANDS, main
+from trl_opd.cli import COMMANDS, fit, main, probe
 from trl_opd.cli.collect import CollectArguments
 from trl_opd.cli.demo import DemoArguments
 from trl_opd.cli.detect import DetectArguments
@@ -27,28 +27,20 @@ from trl_opd.cli.report import ReportArguments
 from tests.helpers.command_line import flags
 
 
-@pytest.mark.parametrize("command", ["--help", *COMMANDS])
 @pytest.mark.processes
-def test_help_answers_without_torch(command):
-    argv = [command] if command == "--help" else [command, "--help"]
+def test_version_and_help_of_every_command_are_printed_without_torch():
     code = (
-        f"import sys; from trl_opd.cli import main; main({argv!r}); "
+        "import sys; from trl_opd.cli import COMMANDS, main; main(['--version']); main(['--help']); "
+        "[main([command, '--help']) for command in COMMANDS]; "
         "sys.exit(len({'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("usage: trl-opd ")
+    version, overview, *pages = run.stdout.split("usage: ")
+    assert version == f"trl-opd {trl_opd.__version__}\n"
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+    assert [page.split()[:2] for page in pages] == [["trl-opd", name] for name in COMMANDS]
     assert max(map(len, run.stdout.splitlines())) <= 120
-    if command == "--help":
-        assert all(f"\n  {name} " in run.stdout for name in COMMANDS)
-
-
-@pytest.mark.processes
-def test_version_is_printed_without_torch():
-    code = "import sys; from trl_opd.cli import main; main(['--version']); sys.exit('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"trl-opd {trl_opd.__version__}\n"
 
 
 def test_env_prints_versions_and_devices_and_nothing_private(capsys):
@@ -86,25 +78,29 @@ OPTIONS = {
 }
 
 
+REQUIRED = {"fit": fit.REQUIRED, "probe": probe.REQUIRED}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_every_option_with_its_default_and_its_documentation(command, capsys):
     assert main([command, "--help"]) == 0
     page = capsys.readouterr().out
     words = " ".join(page.split())
     for option in OPTIONS[command]:
+        default = "required" if option.name in REQUIRED.get(command, ()) else show_default(option)
         assert option.help.endswith(".")
         assert " ".join(option.help.split()) in words, option.name
         row = next(line for line in page.splitlines() if line.startswith(f"  --{option.name} "))
-        assert f" {show_default(option)} " in row or " required " in row
+        assert f" {default} " in f"{row} "
 
 
-def test_the_options_that_help_reads_are_the_fields_of_the_config():
+def test_options_that_help_reads_are_the_fields_of_the_config():
     inherited = {field.name for field in dataclasses.fields(DistillationConfig)}
     new = [field for field in dataclasses.fields(OPDConfig) if field.name not in inherited]
     assert options_of_config() == [Option(field.name, field.default, field.metadata["help"]) for field in new]
 
 
-def test_the_docstring_of_the_config_documents_every_field():
+def test_docstring_of_the_config_documents_every_field():
     words = " ".join(OPDConfig.__doc__.split())
     for option in options_of_config():
         assert re.search(rf"^    {option.name} \(`\w+`.*, \*optional\*", OPDConfig.__doc__, re.MULTILINE)
@@ -121,10 +117,25 @@ def test_help_all_lists_the_options_of_trl_and_ours(capsys):
     assert all(f"--{name}" in printed for name in (*ours, "lora_r", "dataset_name", "max_completion_length"))
 
 
-@pytest.mark.parametrize("argv", [[], ["distil"], ["train", "--config"], ["train", "--no_such_option", "1"]])
-def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "commands:"),
+        ("distil", "there is no command 'distil'"),
+        ("demo --step x", "invalid int value: 'x'"),
+        ("demo --colour red", "unrecognized arguments: --colour red"),
+        ("demo surplus", "unrecognized arguments: surplus"),
+        ("detect --output r.json", "the following arguments are required: occurrences"),
+        ("fit --gpu 24GB", "the following arguments are required: --model_name_or_path"),
+        ("report", "the following arguments are required: folder"),
+        ("train --config", "argument --config: expected one argument"),
+        ("train --no_such_option 1", "unrecognized arguments: --no_such_option 1"),
+    ],
+)
+def test_bad_usage_is_exit_code_two(line, message, world, tmp_path, capsys):
+    argv = line.split()
     if "--no_such_option" in argv:
-        argv = [*argv, *flags(world, tmp_path)]
+        argv += flags(world, tmp_path)
     try:
         code = main(argv)
     except SystemExit as stop:
@@ -132,4 +143,5 @@ def test_bad_usage_is_exit_code_two(argv, world, tmp_path, capsys):
     assert code == 2
     printed = capsys.readouterr().err
     assert "usage: trl-opd" in printed
+    assert message in printed
     assert len(printed.splitlines()) < 20

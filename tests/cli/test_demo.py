@@ -1,31 +1,26 @@
-"""`trl-opd demo`: its options, from flags and from a file, and a sentence for every wrong one."""
-
-import dataclasses
-import json
-import re
+"""`trl-opd demo`: its options, from flags and from a file, and a one-line error for each wrong one."""
 
 import pytest
 
-from trl_opd.cli import main
-from trl_opd.cli.demo import HELP, DemoArguments
+from trl_opd.demo import run as demo_run
+
+from tests.helpers.report_folders import SUMMARY
+
+# What a demo returns: its summary, and notes.
+FINISHED = (SUMMARY | {"seconds": 1.0, "rocks": {"tokens": []}}, [])
 
 
-def test_the_help_lists_every_option_with_its_default():
-    for option in dataclasses.fields(DemoArguments):
-        assert re.search(rf"^  --{option.name} \w+ +{re.escape(str(option.default))} ", HELP, re.MULTILINE), option.name
-
-
-@pytest.mark.slow
-def test_settings_may_come_from_a_file(tmp_path):
+def test_settings_may_come_from_a_file(tmp_path, monkeypatch, output_of):
+    ran = []
+    monkeypatch.setattr(demo_run, "run_demo", lambda folder, **settings: ran.append((folder, settings)) or FINISHED)
     (tmp_path / "demo.yaml").write_text(f"output_dir: {tmp_path / 'out'}\nsteps: 1\narms: [uniform]\n")
-    assert main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert tuple(summary["arms"]) == ("uniform",)
-    assert summary["differences"] == {}
+    printed = output_of("demo", "--config", tmp_path / "demo.yaml")
+    assert ran == [(tmp_path / "out", {"seed": 0, "steps": 1, "arms": ["uniform"]})]
+    assert f"Open {tmp_path / 'out' / 'report.html'} in a browser" in printed
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (["--arms", "uniform,rocks"], "There is no arm 'rocks': --arms takes uniform, rock, control, random"),
         (["--steps", "0"], "--steps counts optimizer steps, at least 1, got 0"),
@@ -34,28 +29,17 @@ def test_settings_may_come_from_a_file(tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(capsys, flags, sentence):
-    assert main(["demo", *flags]) == 1
-    error = capsys.readouterr().err.strip()
-    assert sentence in error
-    assert len(error.splitlines()) == 1
+def test_wrong_flag_is_a_one_line_error(error_of, flags, message):
+    assert message in error_of("demo", *flags)
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("line", "message"),
     [
         ("steps: 1.5", "demo.yaml: steps is 1.5, and must be int"),
         ("steps: null", "demo.yaml: steps is None, and must be int"),
     ],
 )
-def test_a_wrong_value_in_a_file_is_one_sentence(tmp_path, capsys, line, sentence):
+def test_wrong_value_in_a_file_is_a_one_line_error(tmp_path, error_of, line, message):
     (tmp_path / "demo.yaml").write_text(f"{line}\n")
-    assert main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 1
-    assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--step", "x"], ["--colour", "red"], ["surplus"]])
-def test_bad_usage_is_two(capsys, flags):
-    with pytest.raises(SystemExit) as error:
-        main(["demo", *flags])
-    assert error.value.code == 2
+    assert message in error_of("demo", "--config", tmp_path / "demo.yaml")

@@ -1,9 +1,7 @@
-"""`trl-opd detect`: the rock set it writes, the halves, and a sentence for every file and value that cannot be."""
+"""`trl-opd detect`: the rock set that it writes, the two halves, and one-line errors for invalid files and values."""
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +14,11 @@ import pytest
 from trl_opd import RockSet
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.artefacts.occurrences import write_occurrences
-from trl_opd.cli import detect, main
-from trl_opd.demo.arithmetic import PLANTED_PILLARS, PLANTED_ROCKS
+from trl_opd.cli import detect
 from trl_opd.rocks.from_occurrences import detect_from_occurrences
 from trl_opd.rocks.recurrence import ContextSettings
 
 from tests.helpers.occurrence_columns import columns
-from tests.helpers.paths import ROOT
 from tests.helpers.planted import EACH, make_world, save_world
 from tests.helpers.tiny import make_tokenizer
 
@@ -39,27 +35,19 @@ def path(world, tmp_path_factory):
     return save_world(world, tmp_path_factory.mktemp("world") / "occurrences.parquet", student="s", temperature=1.0)
 
 
-def run(arguments: list[str], capsys) -> tuple[int, str, str]:
-    code = main(["detect", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 # What it writes
 
 
-def test_the_rock_set_has_the_fields_that_are_promised(path, world, tmp_path, capsys):
+def test_rock_set_has_the_documented_fields(path, world, tmp_path, output_of):
     output = tmp_path / "rock_set.json"
-    code, printed, _ = run([path, "--output", output, "--top_k", EACH], capsys)
-    assert code == 0
+    printed = output_of("detect", path, "--output", output, "--top_k", EACH)
     content = json.loads(output.read_text())
-    assert {"score": "context", "top_k": EACH, "window": 2, "gamma": 0.5, "eta": 0.05}.items() <= content[
-        "method"
-    ].items()
-    # Every rollout has a prompt of its own, and the even ones select.
+    method = content["method"]
+    assert method.items() >= {"score": "context", "top_k": EACH, "window": 2, "gamma": 0.5, "eta": 0.05}.items()
+    # Each rollout has its own prompt, and the even ones select.
     tokens, kl, kl_pre = world.tokens[::2], world.kl[::2], world.kl_pre[::2]
-    assert content["method"]["tau_post"] == pytest.approx(np.quantile(kl, 0.8))
-    assert content["method"]["tau_pre"] == pytest.approx(np.quantile(kl_pre, 0.7))
+    assert method["tau_post"] == pytest.approx(np.quantile(kl, 0.8))
+    assert method["tau_pre"] == pytest.approx(np.quantile(kl_pre, 0.7))
     assert content["corpus"] == {"rollouts": 500, "tokens": tokens.size, "kl_sum": pytest.approx(kl.sum(dtype=float))}
     for rock in content["rocks"]:
         where = tokens == rock["id"]
@@ -81,7 +69,7 @@ def test_the_rock_set_has_the_fields_that_are_promised(path, world, tmp_path, ca
     assert printed.splitlines()[-1] == f"The rock set is in {output}"
 
 
-def test_the_other_half_judges(path, world):
+def test_rocks_are_evaluated_on_the_other_half(path, world):
     found = detect_from_occurrences(path, top_k=EACH).rock_set
     tokens, kl = world.tokens[1::2], world.kl[1::2].astype(float)
     is_rock = np.isin(tokens, found.ids.numpy())
@@ -89,7 +77,8 @@ def test_the_other_half_judges(path, world):
     assert held["token_share"] == pytest.approx(is_rock.mean())
     assert held["kl_share"] == pytest.approx(kl[is_rock].sum() / kl.sum())
     assert held["prompts"] == 500
-    for name, (low, high) in ((name, held[f"{name}_ci95"]) for name in ("token_share", "kl_share")):
+    for name in ("token_share", "kl_share"):
+        low, high = held[f"{name}_ci95"]
         assert low < held[name] < high
     # The interval is that of a ratio over prompts: near the one of the delta method.
     part, whole = (is_rock * kl).sum(1), kl.sum(1)
@@ -98,74 +87,61 @@ def test_the_other_half_judges(path, world):
     assert held["kl_share_ci95"] == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], abs=0.3 * error)
 
 
-def test_rollouts_of_one_prompt_have_no_other_half(tmp_path, capsys):
+def test_rollouts_of_one_prompt_have_no_held_out_half(tmp_path, output_of):
     write_occurrences(tmp_path / "a.parquet", columns() | {"prompt": np.zeros(8)}, {})
-    code, printed, _ = run([tmp_path / "a.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
-    assert code == 0
+    printed = output_of("detect", tmp_path / "a.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT)
     assert "There is no held-out half" in printed
     assert RockSet.load(tmp_path / "r.json").heldout is None
 
 
-def test_the_joint_score_is_the_smaller_of_two(tmp_path):
-    files = []
-    for name, kl in (("a", [3.0, 1.0, 2.0]), ("b", [0.5, 4.0, 1.5])):
-        rows = {
-            "rollout": np.repeat([0, 1, 2], 3),
-            "position": np.tile([0, 1, 2], 3),
-            "token_id": np.tile([4, 5, 6], 3),
-        }
-        write_occurrences(tmp_path / name, rows | {"kl": np.tile(kl, 3)}, {})
-        files.append(tmp_path / name)
+def test_joint_score_is_the_smaller_of_two(tmp_path):
+    rows = {
+        "rollout": np.repeat([0, 1, 2], 3),
+        "position": np.tile([0, 1, 2], 3),
+        "token_id": np.tile([4, 5, 6], 3),
+    }
+    files = [tmp_path / "a", tmp_path / "b"]
+    write_occurrences(files[0], rows | {"kl": np.tile([3.0, 1.0, 2.0], 3)}, {})
+    write_occurrences(files[1], rows | {"kl": np.tile([0.5, 4.0, 1.5], 3)}, {})
     found = detect_from_occurrences(files[0], joint=files[1], score="aggregate").rock_set
     assert [(rock.id, rock.score) for rock in found.rocks] == [(6, 3.0), (5, 2.0), (4, 1.0)]
     assert [rock.mean_kl for rock in found.rocks] == [2.0, 1.0, 3.0]  # of the first file
     assert found.method["joint"] == "b"
 
 
-def test_two_files_of_unlike_size_or_tokenizer_are_noted_or_refused(tmp_path, capsys):
+def test_second_file_of_another_size_is_noted_and_of_another_tokenizer_an_error(tmp_path, error_of):
     def write(name, rows, print_):
         section = {"name": None, "vocab_size": 3, "fingerprint": print_}
         write_occurrences(tmp_path / name, columns(rows), {"tokenizer": section})
         return tmp_path / name
 
     files = write("a", 8, "sha256:1"), write("b", 16, "sha256:1"), write("c", 8, "sha256:2")
-    assert any(
-        "differ in size (4 and 8 tokens)" in note
-        for note in detect_from_occurrences(files[0], joint=files[1], score="aggregate").notes
-    )
-    code, _, error = run([files[0], "--joint", files[2], "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
-    assert code == 1
+    notes = detect_from_occurrences(files[0], joint=files[1], score="aggregate").notes
+    assert any("differ in size (4 and 8 tokens)" in note for note in notes)
+    error = error_of("detect", files[0], "--joint", files[2], "--output", tmp_path / "r.json", *NO_CONTEXT)
     assert "were collected with different tokenizers" in error
 
 
-def test_the_joint_context_score_is_the_smaller_of_two(worlds_of_two):
-    one, two = (
-        {rock.id: rock.score for rock in detect_from_occurrences(path, top_k=300).rock_set.rocks}
-        for path in worlds_of_two
-    )
-    both = {
-        rock.id: rock.score
-        for rock in detect_from_occurrences(worlds_of_two[0], joint=worlds_of_two[1], top_k=300).rock_set.rocks
-    }
-    assert both == {id: min(one[id], two[id]) for id in one.keys() & two.keys()}
-
-
-@pytest.fixture
-def worlds_of_two(world, tmp_path):
+def test_joint_context_score_is_the_smaller_of_two(world, tmp_path):
     shuffled = np.random.default_rng(1).permutation(len(world.tokens))
     other = type(world)(world.tokens[shuffled], world.kl[shuffled], world.kl_pre[shuffled], world.ids)
-    return [save_world(world, tmp_path / "one.parquet"), save_world(other, tmp_path / "two.parquet")]
+    files = [save_world(world, tmp_path / "one.parquet"), save_world(other, tmp_path / "two.parquet")]
+
+    def scores(path, joint=None) -> dict[int, float]:
+        return {rock.id: rock.score for rock in detect_from_occurrences(path, joint=joint, top_k=300).rock_set.rocks}
+
+    one, two = map(scores, files)
+    assert scores(*files) == {id: min(one[id], two[id]) for id in one.keys() & two.keys()}
 
 
-def test_auto_prints_and_draws_the_sweep(tmp_path, capsys):
+def test_auto_prints_and_draws_the_sweep(tmp_path, output_of):
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 300, (800, 40))
     kl = np.where(ids < 30, 100.0 / (1 + ids), 0.5) * rng.uniform(0.9, 1.1, ids.shape)
     rows = {"rollout": np.repeat(np.arange(800), 40), "position": np.tile(np.arange(40), 800)}
     write_occurrences(tmp_path / "o.parquet", rows | {"token_id": ids.ravel(), "kl": kl.ravel()}, {})
     output = tmp_path / "found.json"
-    code, printed, _ = run([tmp_path / "o.parquet", "--output", output, "--top_k", "auto", *NO_CONTEXT], capsys)
-    assert code == 0
+    printed = output_of("detect", tmp_path / "o.parquet", "--output", output, "--top_k", "auto", *NO_CONTEXT)
     top_k = int(re.search(r"^K = (\d+):", printed, re.MULTILINE)[1])
     assert 20 <= top_k <= 40
     assert len(RockSet.load(output).rocks) == top_k
@@ -176,40 +152,33 @@ def test_auto_prints_and_draws_the_sweep(tmp_path, capsys):
     assert (tmp_path / "found_sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_default_cutoff_is_cut_to_the_types_and_an_explicit_one_is_not(path, tmp_path, capsys):
-    write_occurrences(tmp_path / "o.parquet", columns(), {})
-    output = tmp_path / "r.json"
-    code, printed, _ = run([tmp_path / "o.parquet", "--output", output, *NO_CONTEXT], capsys)
-    assert code == 0
-    assert "There are 3 token types only: --top_k 100 is cut to that." in printed
-    code, printed, _ = run([path, "--output", output, "--top_k", "399"], capsys)
-    assert code == 0
-    assert re.search(r"No more than \d+ types have a score above 0: the list is shorter than --top_k 399\.", printed)
-    code, _, error = run(
-        [tmp_path / "o.parquet", "--output", tmp_path / "no.json", "--top_k", "4", *NO_CONTEXT], capsys
-    )
-    assert code == 1
+def test_default_cutoff_is_limited_to_the_types_and_an_explicit_one_is_not(path, tmp_path, output_of, error_of):
+    small = tmp_path / "o.parquet"
+    write_occurrences(small, columns(), {})
+    printed = output_of("detect", small, "--output", tmp_path / "r.json", *NO_CONTEXT)
+    assert "There are only 3 token types, so --top_k 100 is lowered to that." in printed
+    printed = output_of("detect", path, "--output", tmp_path / "r.json", "--top_k", "399")
+    assert re.search(r"Only \d+ types have a score above 0, so the list is shorter than --top_k 399\.", printed)
+    error = error_of("detect", small, "--output", tmp_path / "no.json", "--top_k", "4", *NO_CONTEXT)
     assert "--top_k 4 is more than the 3 token types" in error
     assert not (tmp_path / "no.json").exists()
 
 
-def test_what_is_sampled_is_named(path, tmp_path, capsys):
-    code, printed, _ = run([path, "--output", tmp_path / "r.json", "--max_occurrences", "30"], capsys)
-    assert code == 0
-    assert re.search(r"Of \d+ types 30 persistent occurrences were compared, a sample: ", printed)
+def test_sampled_types_are_counted(path, tmp_path, output_of):
+    printed = output_of("detect", path, "--output", tmp_path / "r.json", "--max_occurrences", "30")
+    assert re.search(r"Only a sample of 30 persistent occurrences was compared for each of \d+ types: ", printed)
     assert RockSet.load(tmp_path / "r.json").method["sampled"]
 
 
-def test_the_same_seed_gives_the_same_file(path, tmp_path, capsys):
+def test_same_seed_gives_the_same_file(path, tmp_path, output_of):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run([path, "--output", tmp_path / name, "--seed", seed], capsys)[0] == 0
+        output_of("detect", path, "--output", tmp_path / name, "--seed", seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-def test_settings_may_come_from_a_file(path, tmp_path, capsys):
+def test_settings_may_come_from_a_file(path, tmp_path, output_of):
     (tmp_path / "d.yaml").write_text(f"output: {tmp_path / 'r.json'}\ntop_k: 5\ntau_pre: 0.5\ntau_post: q0.9\n")
-    code, _, _ = run([path, "--config", tmp_path / "d.yaml"], capsys)
-    assert code == 0
+    output_of("detect", path, "--config", tmp_path / "d.yaml")
     found = RockSet.load(tmp_path / "r.json")
     assert (len(found.rocks), found.method["tau_pre"]) == (5, 0.5)
     assert found.method["thresholds"] == {"tau_pre": "0.5", "tau_post": "q0.9"}
@@ -231,10 +200,9 @@ def named(tmp_path):
     return tmp_path, ids
 
 
-def test_tokens_have_their_names_and_families_and_padding_is_no_rock(named, capsys):
+def test_tokens_have_names_and_families_and_padding_is_no_rock(named, output_of):
     folder, ids = named
-    code, printed, _ = run([folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT], capsys)
-    assert code == 0
+    printed = output_of("detect", folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT)
     found = RockSet.load(folder / "r.json")
     tokenizer = make_tokenizer()
     assert {rock.id for rock in found.rocks} == set(ids[:-1])
@@ -245,35 +213,25 @@ def test_tokens_have_their_names_and_families_and_padding_is_no_rock(named, caps
     assert r"'\n'" in printed or r"'\n\n'" in printed
 
 
-def test_the_tokenizer_is_looked_for_on_this_machine_only(named, capsys):
+def test_tokenizer_is_searched_on_this_machine_only(named, output_of):
     folder, _ = named
     (folder / "tokenizer").rename(folder / "elsewhere")
-    code, printed, _ = run([folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT], capsys)
-    assert code == 0
-    assert "pass --tokenizer PATH to add names" in printed
-    code, printed, _ = run(
-        [folder / "o.parquet", "--output", folder / "r.json", "--tokenizer", folder / "elsewhere", *NO_CONTEXT], capsys
-    )
-    assert code == 0
-    assert "digit" in printed
+    argv = ["detect", folder / "o.parquet", "--output", folder / "r.json", *NO_CONTEXT]
+    assert "pass --tokenizer PATH to add names" in output_of(*argv)
+    assert "digit" in output_of(*argv, "--tokenizer", folder / "elsewhere")
 
 
-def test_a_tokenizer_that_does_not_fit_is_a_sentence(named, capsys):
+def test_tokenizer_that_does_not_fit_is_a_one_line_error(named, error_of):
     folder, _ = named
     make_tokenizer(("<added>",)).save_pretrained(folder / "other")
     output = folder / "r.json"
-    arguments = [folder / "o.parquet", "--output", output, "--tokenizer"]
-    code, _, error = run([*arguments, folder / "other"], capsys)
-    assert code == 1
-    assert "its ids name other tokens" in error
-    for wrong, message in ((folder / "none", "no such folder"), (folder, "holds no tokenizer")):
-        code, _, error = run([*arguments, wrong], capsys)
-        assert code == 1
-        assert message in error
+    argv = ["detect", folder / "o.parquet", "--output", output, "--tokenizer"]
+    assert "its ids name other tokens" in error_of(*argv, folder / "other")
+    assert "no such folder" in error_of(*argv, folder / "none")
+    assert "holds no tokenizer" in error_of(*argv, folder)
     write_occurrences(folder / "o.parquet", columns() | {"token_id": np.full(8, 5000)}, {})
-    code, _, error = run([*arguments, folder / "tokenizer"], capsys)
-    assert code == 1
-    assert "holds token id 5000: it is not the one of these rollouts" in error
+    error = error_of(*argv, folder / "tokenizer")
+    assert "contains token id 5000, so it is not the tokenizer of these rollouts" in error
     assert not output.exists()
 
 
@@ -288,13 +246,11 @@ def test_a_tokenizer_that_does_not_fit_is_a_sentence(named, capsys):
         ("\x1b[2J", r"'\x1b[2J'"),
     ],
 )
-def test_a_token_is_shown_unambiguously(text, shown):
-    from trl_opd import Rock
-
-    assert detect.show_token(Rock(1, text, 1, 1.0, 1.0)) == shown
+def test_token_is_shown_unambiguously(text, shown):
+    assert detect.show_token(text) == shown
 
 
-# What cannot be
+# Wrong input
 
 
 def changed(**changes) -> dict:
@@ -305,6 +261,19 @@ def with_value(name: str, row: int, value) -> dict:
     column = columns()[name].astype(float if name == "kl" else np.int64)
     column[row] = value
     return {name: column}
+
+
+@pytest.fixture
+def error_of_file(tmp_path, error_of):
+    """Return a function that returns the error of `trl-opd detect` for a table, which must write nothing."""
+
+    def run(table: pa.Table, *flags) -> str:
+        pq.write_table(table, tmp_path / "o.parquet")
+        error = error_of("detect", tmp_path / "o.parquet", "--output", tmp_path / "r.json", *flags)
+        assert not (tmp_path / "r.json").exists()
+        return error
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -330,49 +299,28 @@ def with_value(name: str, row: int, value) -> dict:
         ({name: value[:0] for name, value in columns().items()}, "has no rows"),
     ],
 )
-def test_a_file_that_cannot_be_is_a_sentence_and_nothing_is_written(table, message, tmp_path, capsys):
-    pq.write_table(pa.table(table), tmp_path / "o.parquet")
-    code, printed, error = run([tmp_path / "o.parquet", "--output", tmp_path / "r.json"], capsys)
-    assert code == 1
-    assert printed == ""
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "r.json").exists()
+def test_invalid_row_is_a_one_line_error_and_writes_nothing(table, message, error_of_file):
+    assert message in error_of_file(pa.table(table))
 
 
-def test_the_row_is_counted_over_batches(tmp_path, capsys, monkeypatch):
+def test_row_is_counted_over_batches(error_of_file, monkeypatch):
     monkeypatch.setattr("trl_opd.artefacts.parquet.BATCH_ROWS", 3)
     for table, message in (
         (changed(**with_value("kl", 7, np.nan)), "row 7 has kl nan"),
         (changed(position=[0, 1, 0, 1, 0, 0, 0, 1]), "row 5 (rollout 2, position 0) occurs twice"),
         (changed(position=[0, 1, 0, 0, 0, 1, 0, 1]), "row 3 (rollout 1, position 0) occurs twice"),
     ):
-        pq.write_table(pa.table(table), tmp_path / "o.parquet")
-        assert message in run([tmp_path / "o.parquet", "--output", tmp_path / "r.json"], capsys)[2]
+        assert message in error_of_file(pa.table(table))
 
 
-def test_a_small_negative_divergence_is_rounding(tmp_path, capsys):
+def test_small_negative_divergence_counts_as_rounding(tmp_path, output_of):
     pq.write_table(pa.table(changed(**with_value("kl", 5, -5e-5))), tmp_path / "o.parquet")
-    assert run([tmp_path / "o.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)[0] == 0
+    output_of("detect", tmp_path / "o.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT)
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"{}", None])
-def test_a_file_that_is_cut_or_foreign_is_a_sentence(content, tmp_path, capsys):
-    file = tmp_path / "o.parquet"
-    write_occurrences(file, columns(), {})
-    file.write_bytes(file.read_bytes()[:-40] if content is None else content)
-    code, _, error = run([file, "--output", tmp_path / "r.json"], capsys)
-    assert code == 1
-    assert "is not a whole Parquet file" in error
-
-
-def test_damage_in_the_middle_is_a_sentence(path, tmp_path, capsys):
-    content = bytearray(Path(path).read_bytes())
-    content[2000:60000] = bytes(58000)
-    (tmp_path / "o.parquet").write_bytes(content)
-    code, _, error = run([tmp_path / "o.parquet", "--output", tmp_path / "r.json"], capsys)
-    assert code == 1
-    assert "is cut or damaged" in error
+def test_truncated_file_is_a_one_line_error(path, tmp_path, error_of):
+    (tmp_path / "o.parquet").write_bytes(Path(path).read_bytes()[:-40])
+    assert "is not a whole Parquet file" in error_of("detect", tmp_path / "o.parquet", "--output", tmp_path / "r.json")
 
 
 @pytest.mark.parametrize(
@@ -386,13 +334,9 @@ def test_damage_in_the_middle_is_a_sentence(path, tmp_path, capsys):
         (b'{"temperature": "warm"}', "temperature"),
     ],
 )
-def test_metadata_that_cannot_be_is_a_sentence(metadata, message, tmp_path, capsys):
+def test_invalid_metadata_is_a_one_line_error(metadata, message, error_of_file):
     table = pa.table(columns()).replace_schema_metadata({"trl_opd": metadata})
-    pq.write_table(table, tmp_path / "o.parquet")
-    code, _, error = run([tmp_path / "o.parquet", "--output", tmp_path / "r.json", *NO_CONTEXT], capsys)
-    assert code == 1
-    assert message in error
-    assert not (tmp_path / "r.json").exists()
+    assert message in error_of_file(table, *NO_CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -414,104 +358,43 @@ def test_metadata_that_cannot_be_is_a_sentence(metadata, message, tmp_path, caps
         (["--joint", "/nowhere.parquet"], "There is no file /nowhere.parquet"),
     ],
 )
-def test_a_value_that_cannot_be_is_a_sentence(arguments, message, path, tmp_path, capsys):
-    code, _, error = run([path, "--output", tmp_path / "r.json", *arguments], capsys)
-    assert code == 1
-    assert message in error
-    assert error.count("\n") == 1
+def test_invalid_value_is_a_one_line_error(arguments, message, path, tmp_path, error_of):
+    assert message in error_of("detect", path, "--output", tmp_path / "r.json", *arguments)
     assert not (tmp_path / "r.json").exists()
 
 
-def test_thresholds_that_leave_nothing_tell_what_was_left_at_each_stage(path, tmp_path, capsys):
-    code, _, error = run([path, "--output", tmp_path / "r.json", "--tau_post", "1000"], capsys)
-    assert code == 1
-    assert "400 types in the half of the prompts that selects, 0 with at least one persistent occurrence" in error
-    code, _, error = run([path, "--output", tmp_path / "r.json", "--eta", "1", "--gamma", "1"], capsys)
-    assert code == 1
-    assert re.search(r"[1-9]\d* with at least two persistent occurrences, 0 with a persistent occurrence in rec", error)
-    assert not (tmp_path / "r.json").exists()
-
-
-def test_an_output_that_cannot_be_written_is_told_first_and_an_old_one_stays(path, tmp_path, capsys):
+def test_thresholds_that_leave_nothing_are_an_error_with_the_types_left_at_each_stage(path, tmp_path, error_of):
     (tmp_path / "r.json").write_text("old")
-    code, _, error = run([path, "--output", tmp_path, "--top_k", "5"], capsys)
-    assert code == 1
-    assert "is a folder: name a file" in error
-    assert run([path, "--output", tmp_path / "r.json", "--tau_post", "1000"], capsys)[0] == 1
+    argv = ["detect", path, "--output", tmp_path / "r.json"]
+    error = error_of(*argv, "--tau_post", "1000")
+    assert "400 types in the half of the prompts that selects, 0 with at least one persistent occurrence" in error
+    error = error_of(*argv, "--eta", "1", "--gamma", "1")
+    assert re.search(r"[1-9]\d* with at least two persistent occurrences, 0 with a persistent occurrence in rec", error)
     assert (tmp_path / "r.json").read_text() == "old"
 
 
-@pytest.mark.slow
-@pytest.mark.processes
-def test_a_reader_that_has_seen_enough_is_no_error(path, tmp_path):
-    command = [sys.executable, "-u", "-m", "trl_opd", "detect", path, "--output", str(tmp_path / "r.json")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run.stdout.close()
-    assert run.stderr.read() == ""
-    assert run.wait() == 0
-
-
-def test_no_file_is_bad_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["detect", "--output", "r.json"])
-    assert caught.value.code == 2
-
-
-def test_the_help_lists_every_option_with_its_default():
-    import dataclasses
-
-    for option in dataclasses.fields(detect.DetectArguments):
-        row = next(line for line in detect.HELP.splitlines() if line.startswith(f"  --{option.name} "))
-        default = "none" if option.default is None else option.default
-        assert f" {default} " in f"{row} ", option.name
-    settings = ContextSettings()
-    assert all(getattr(settings, name) == getattr(detect.DetectArguments(), name) for name in vars(settings))
+def test_folder_as_output_is_a_one_line_error(path, tmp_path, error_of):
+    assert "is a folder: name a file" in error_of("detect", path, "--output", tmp_path, "--top_k", "5")
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_neither_trainers_nor_bitsandbytes_are_imported(path, tmp_path):
+def test_closed_pipe_is_no_error_and_no_trainer_is_imported(path, tmp_path):
     code = (
         "import sys; from trl_opd.cli import main; "
-        f"assert main(['detect', {path!r}, '--output', {str(tmp_path / 'r.json')!r}]) == 0; "
+        f"code = main(['detect', {path!r}, '--output', {str(tmp_path / 'r.json')!r}]); "
         "heavy = ('trl.trainer', 'bitsandbytes', 'peft', 'accelerate'); "
-        "print([name for name in sys.modules if name.startswith(heavy)])"
+        "print([name for name in sys.modules if name.startswith(heavy)], file=sys.stderr); sys.exit(code)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]"
+    run = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run.stdout.close()
+    assert run.stderr.read() == "[]\n"
+    assert run.wait() == 0
+    assert (tmp_path / "r.json").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.processes
-def test_the_commands_of_the_pages_find_the_demos_rocks_and_pillars(tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    printed = []
-    for page in ("detection", "evidence"):
-        text = (ROOT / "docs" / f"{page}.md").read_text()
-        commands = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-        for command in commands.strip().splitlines():
-            words = shlex.split(command.replace("python examples", f"{sys.executable} {ROOT / 'examples'}"))
-            run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-            assert run.returncode == 0, run.stderr[-3000:]
-            printed.append(run.stdout)
-    found = RockSet.load(tmp_path / "rock_set.json")
-    planted = {rock.text for rock in found.rocks} & set(PLANTED_ROCKS)
-    assert len(planted) / len(found.rocks) >= 0.9  # precision
-    assert len(planted) / len(PLANTED_ROCKS) >= 0.9  # recall
-    assert found.controls.matched
-    assert 0.15 < found.heldout["token_share"] < 0.25
-    assert "rocks: the highest scores" in printed[3]
-    result = json.loads((tmp_path / "knockout.json").read_text())
-    labels = {arm["texts"][0]: arm["label"] for arm in result["arms"] if len(arm["ids"]) == 1}
-    assert {labels[token] for token in PLANTED_PILLARS} == {"pillar"}
-    assert {labels[token] for token in planted} == {"neutral"}
-    assert result["decoded_tokens"] <= result["naive_tokens"] / 5
-    assert {rock.role for rock in RockSet.load(tmp_path / "knockout_roles.json").rocks} == {"neutral"}
-    table = pq.read_table(tmp_path / "gradients.parquet").to_pydict()
-    norms = {
-        (group, name): np.median([v for v, own in zip(table[name], table["group"], strict=True) if own == group])
-        for group in ("rock", "rare")
-        for name in ("norm", "norm_matched")
-    }
-    assert norms["rock", "norm"] < norms["rare", "norm"] / 2  # as the paper has it
-    assert norms["rock", "norm_matched"] > norms["rare", "norm_matched"]  # and from equally many positions
+def test_defaults_are_those_of_the_python_function():
+    settings = ContextSettings()
+    assert all(getattr(settings, name) == getattr(detect.DetectArguments(), name) for name in vars(settings))

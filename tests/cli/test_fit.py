@@ -1,13 +1,11 @@
-"""`trl-opd fit`: the plan that it prints, what it says of a plan that does not fit, and the tables of the pages."""
+"""`trl-opd fit`: the printed plan, changes for one that does not fit, wrong input, and the tables of the pages."""
 
-import dataclasses
 import json
 import re
 
 import pytest
 import yaml
 
-from trl_opd.cli import fit, main
 from trl_opd.models.memory_plan import GIB, Setup, peak
 from trl_opd.models.shape import read_shape
 
@@ -24,37 +22,32 @@ def pair(tmp_path) -> list[str]:
 FOURTEEN = ["--teacher_quantization", "4bit", "--teacher_placement", "parked", "--use_peft"]
 
 
-def test_a_plan_that_fits_says_so(pair, capsys):
-    assert main([*pair, *FOURTEEN, "--gpu", "24GB", "--per_device_train_batch_size", "4"]) == 0
-    printed = capsys.readouterr().out
+def test_plan_that_fits_says_so(pair, output_of):
+    printed = output_of(*pair, *FOURTEEN, "--gpu", "24GB", "--per_device_train_batch_size", "4")
     assert "KV cache" in printed
     assert printed.splitlines()[-1].startswith("It fits: at most ")
     assert "of 23.25 GiB. Predicted, not measured." in printed
 
 
-def test_a_plan_that_does_not_fit_says_what_would(pair, capsys):
-    assert main([*pair, "--teacher_quantization", "4bit", "--use_peft", "--gpu", "20GB"]) == 0
-    printed = capsys.readouterr().out
+def test_plan_that_does_not_fit_names_changes_that_would(pair, output_of):
+    printed = output_of(*pair, "--teacher_quantization", "4bit", "--use_peft", "--gpu", "20GB")
     assert "It does not fit" in printed
     assert "--teacher_placement parked" in printed
-    assert main([*pair, *FOURTEEN, "--gpu", "4GB"]) == 0
-    assert "None of the known changes is enough. Even " in capsys.readouterr().out
+    printed = output_of(*pair, *FOURTEEN, "--gpu", "4GB")
+    assert "None of the known changes is enough. Even " in printed
 
 
-def test_json_is_one_object_with_the_same_figures(pair, capsys):
-    arguments = [*pair, *FOURTEEN, "--gpu", "24GB", "--reserve", "1.5", "--json"]
-    assert main(arguments) == 0
-    plan = json.loads(capsys.readouterr().out)
+def test_json_is_one_object_with_the_same_numbers(pair, output_of):
+    plan = json.loads(output_of(*pair, *FOURTEEN, "--gpu", "24GB", "--reserve", "1.5", "--json"))
     assert plan["available"] == 22.5 * GIB
     assert plan["peak"] == max(sum(parts.values()) for parts in plan["phases"].values())
     assert plan["fits"] == (plan["peak"] <= plan["available"])
     assert plan["changes"] == []
 
 
-def test_settings_may_come_from_a_file(pair, tmp_path, capsys):
+def test_settings_may_come_from_a_file(pair, tmp_path, output_of):
     (tmp_path / "fit.yaml").write_text("gpu: 24GB\nuse_peft: true\nteacher_quantization: 4bit\n")
-    assert main([*pair, "--config", str(tmp_path / "fit.yaml")]) == 0
-    assert "GiB on the GPU" in capsys.readouterr().out
+    assert "GiB on the GPU" in output_of(*pair, "--config", tmp_path / "fit.yaml")
 
 
 @pytest.mark.parametrize(
@@ -62,25 +55,25 @@ def test_settings_may_come_from_a_file(pair, tmp_path, capsys):
     [
         (["--gpu", "big"], "--gpu takes a size such as 24GB, got 'big'"),
         (["--gpu", "0GB"], "--gpu takes a size"),
-        (["--gpu", "24GB", "--teacher_quantization", "3bit"], "--teacher_quantization must be one of 8bit, 4bit"),
-        (["--gpu", "24GB", "--teacher_placement", "away"], "--teacher_placement must be one of resident, parked"),
-        (["--gpu", "24GB", "--teacher_placement", "parked", "--teacher_quantization", "8bit"], "cannot move a teacher"),
-        (["--gpu", "24GB", "--load_in_4bit"], "add --use_peft"),
-        (["--gpu", "24GB", "--max_completion_length", "0"], "--max_completion_length must be a whole number above 0"),
-        (["--gpu", "24GB", "--reserve", "-1"], "--reserve must be a number of GiB"),
-        (["--gpu", "24GB", "--reserve", "nan"], "--reserve must be a number of GiB"),
-        (["--gpu", "24GB", "--reserve", "inf"], "--reserve must be a number of GiB"),
-        (["--gpu", "24GB", "--reserve", "24"], "--reserve 24.0 leaves nothing of --gpu 24GB"),
-        (["--gpu", "24GB", "--model_name_or_path", " "], "--model_name_or_path takes a folder or a name"),
-        (["--gpu", "24GB", "--dtype", "int3"], "--dtype must be one of bfloat16, float16, float32"),
+        (["--teacher_quantization", "3bit"], "--teacher_quantization must be one of 8bit, 4bit"),
+        (["--teacher_placement", "away"], "--teacher_placement must be one of resident, parked"),
+        (["--teacher_placement", "parked", "--teacher_quantization", "8bit"], "cannot move a teacher"),
+        (["--load_in_4bit"], "add --use_peft"),
+        (
+            ["--max_completion_length", "0"],
+            "--max_completion_length must be a whole number of at least 1",
+        ),
+        (["--reserve", "-1"], "--reserve must be a number of GiB"),
+        (["--reserve", "nan"], "--reserve must be a number of GiB"),
+        (["--reserve", "inf"], "--reserve must be a number of GiB"),
+        (["--reserve", "24"], "--reserve 24.0 leaves nothing of --gpu 24GB"),
+        (["--model_name_or_path", " "], "--model_name_or_path takes a folder or a name"),
+        (["--dtype", "int3"], "--dtype must be one of bfloat16, float16, float32"),
     ],
 )
-def test_a_wrong_value_is_a_sentence_before_anything_is_read(changes, message, capsys):
+def test_wrong_value_is_a_one_line_error_before_anything_is_read(changes, message, error_of):
     nowhere = ["fit", "--model_name_or_path", "/nowhere/s", "--teacher_model_name_or_path", "/nowhere/t"]
-    assert main([*nowhere, *changes]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("trl-opd fit: error: ")
-    assert message in error
+    assert message in error_of(*nowhere, "--gpu", "24GB", *changes)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +86,10 @@ def test_a_wrong_value_is_a_sentence_before_anything_is_read(changes, message, c
         ("reserve: -1", "--reserve must be a number of GiB"),
     ],
 )
-def test_a_value_of_the_wrong_kind_in_a_file_is_a_sentence(pair, tmp_path, line, message, capsys):
+def test_value_of_the_wrong_type_in_a_file_is_a_one_line_error(pair, tmp_path, line, message, error_of):
     (tmp_path / "fit.yaml").write_text(f"gpu: 24GB\n{line}\n")
     models = pair if "model_name" not in line else ["fit", *pair[3:]]
-    assert main([*models, "--config", str(tmp_path / "fit.yaml")]) == 1
-    assert message in capsys.readouterr().err
+    assert message in error_of(*models, "--config", tmp_path / "fit.yaml")
 
 
 @pytest.mark.parametrize(
@@ -112,40 +104,18 @@ def test_a_value_of_the_wrong_kind_in_a_file_is_a_sentence(pair, tmp_path, line,
         '{"model_type": "qwen3", "num_hidden_layers": "x"}',
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_a_sentence(tmp_path, pair, content, capsys):
-    folder = tmp_path / "broken"
-    folder.mkdir()
+def test_unreadable_configuration_is_a_one_line_error(tmp_path, pair, content, error_of):
     if content is not None:
-        (folder / "config.json").write_text(content)
-    assert main([*pair, "--gpu", "24GB", "--model_name_or_path", str(folder)]) == 1
-    printed = capsys.readouterr().err
-    assert "trl-opd fit: error: " in printed
-    assert "Traceback" not in printed
+        (tmp_path / "config.json").write_text(content)
+    error_of(*pair, "--gpu", "24GB", "--model_name_or_path", tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_named(pair, capsys):
-    assert main([*pair, "--gpu", "24GB", "--model_name_or_path", "/nowhere"]) == 1
-    assert "There is no model in /nowhere: no such folder." in capsys.readouterr().err
+def test_missing_folder_is_named(pair, error_of):
+    error = error_of(*pair, "--gpu", "24GB", "--model_name_or_path", "/nowhere")
+    assert "There is no model in /nowhere: no such folder." in error
 
 
-def test_a_missing_argument_is_bad_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--gpu", "24GB"])
-    assert caught.value.code == 2
-    assert "--model_name_or_path" in capsys.readouterr().err
-
-
-def test_the_help_lists_every_option_with_its_default():
-    for option in dataclasses.fields(fit.FitArguments):
-        row = next(line for line in fit.HELP.splitlines() if line.startswith(f"  --{option.name}"))
-        default = option.default
-        if option.name in ("model_name_or_path", "teacher_model_name_or_path", "gpu"):
-            assert "required" in row
-        elif option.name != "dtype":  # its default depends on the student
-            assert f" {str(default).lower() if default is not None else 'none'} " in f"{row} "
-
-
-def test_the_table_of_the_page_is_what_the_planner_says(tmp_path):
+def test_table_of_the_page_has_the_numbers_of_the_planner(tmp_path):
     page = (ROOT / "docs" / "consumer_gpus.md").read_text()
     rows = re.findall(
         r"^\| (\d+) GB \| (\S+) (Q?LoRA) \| (\S+) \| ([\d.]+) \| ([\d.]+) \| predicted \|", page, re.MULTILINE
@@ -169,7 +139,7 @@ def test_the_table_of_the_page_is_what_the_planner_says(tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "card"), [("consumer_8gb", 8), ("consumer_24gb", 24)])
-def test_the_recipes_fit_their_cards(tmp_path, recipe, card):
+def test_recipes_fit_their_gpus(tmp_path, recipe, card):
     path = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
     settings = yaml.safe_load(path.read_text())
     models = [

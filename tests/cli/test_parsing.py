@@ -1,10 +1,9 @@
-"""Files of options: YAML that is read, YAML that is refused with a sentence, and the recipes of examples/."""
+"""Files of options: YAML that is read, YAML that is a one-line error, and the recipes of examples/."""
 
 import os
 
 import pytest
 
-from trl_opd.cli import main
 from trl_opd.cli.models import make_parser
 from trl_opd.cli.parsing import parse
 
@@ -13,13 +12,12 @@ from tests.helpers.paths import ROOT
 RECIPES = ROOT / "examples" / "recipes"
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(None, "No such file"), ("a: [", "is not YAML"), ("- a", "mapping")])
-def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, content, sentence):
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("a: [", "is not YAML"), ("- a", "mapping")])
+def test_wrong_config_file_is_a_one_line_error(tmp_path, error_of, content, message):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_text(content)
-    assert main(["train", "--config", str(path)]) == 1
-    assert sentence in capsys.readouterr().err
+    assert message in error_of("train", "--config", path)
 
 
 BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8]\n" + "".join(
@@ -32,7 +30,7 @@ MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
         (BOMB, "with its anchors expanded it has more than 16384 values"),
         (MERGES, "with its anchors expanded it has more than 16384 values"),
@@ -53,19 +51,14 @@ MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
         ("generation_kwargs: greedy", "generation_kwargs takes a dictionary such as {'do_sample': False}"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, capsys, content, sentence):
+def test_invalid_recipe_is_a_one_line_error(tmp_path, monkeypatch, error_of, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(content)
-    assert main(["train", "--config", "recipe.yaml", "--use_cpu", "--bf16", "false"]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert sentence in error
+    assert message in error_of("train", "--config", "recipe.yaml", "--use_cpu", "--bf16", "false")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
-    from trl_opd.cli.models import make_parser
-    from trl_opd.cli.train import parse
-
     monkeypatch.setenv("OPD_TEST", "before")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("env: {OPD_TEST: 3}\noutput_dir: &name 2026\nrun_name: *name\nlearning_rate: 1\nlora_r: 4\n")
@@ -90,7 +83,7 @@ def test_anchors_merges_and_numbers_of_a_recipe_are_read(tmp_path, monkeypatch):
         ("run_name: 7", "run_name", "7"),
     ],
 )
-def test_a_value_of_a_file_is_of_the_kind_that_its_option_takes(tmp_path, line, name, value):
+def test_value_of_a_file_gets_the_type_of_its_option(tmp_path, line, name, value):
     (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{line}\n")
     _, config, *_ = parse(make_parser(), ["--config", str(tmp_path / "recipe.yaml")])
     assert getattr(config, name) == value
@@ -110,7 +103,7 @@ def test_a_value_of_a_file_is_of_the_kind_that_its_option_takes(tmp_path, line, 
         (["--resume_from", "--seed", "7"], "true"),  # argparse takes a unique beginning
     ],
 )
-def test_resume_may_stand_without_a_value(tmp_path, words, value):
+def test_resume_flag_may_have_no_value(tmp_path, words, value):
     given = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
     for argv in ([*given, *words], [*words, *given]):
         _, config, *_ = parse(make_parser(), argv)
@@ -118,22 +111,18 @@ def test_resume_may_stand_without_a_value(tmp_path, words, value):
         assert config.output_dir == str(tmp_path)
 
 
-def test_a_word_that_yaml_reads_as_a_truth_is_told(tmp_path, capsys):
+def test_word_that_yaml_reads_as_a_boolean_is_explained(tmp_path, error_of):
     (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
-    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
-    assert "YAML reads yes, no, on and off as booleans: put them in quotes" in capsys.readouterr().err
+    error = error_of("train", "--config", tmp_path / "recipe.yaml")
+    assert "YAML reads yes, no, on and off as booleans: put them in quotes" in error
 
 
-def test_the_config_may_stand_behind_an_equals_sign(tmp_path, capsys):
-    assert main(["train", f"--config={tmp_path / 'nowhere.yaml'}"]) == 1
-    assert "nowhere.yaml" in capsys.readouterr().err
+def test_config_may_follow_an_equals_sign(tmp_path, error_of):
+    assert "nowhere.yaml" in error_of("train", f"--config={tmp_path / 'nowhere.yaml'}")
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses_into_the_options_it_names(recipe, tmp_path):
-    from trl_opd.cli.models import make_parser
-    from trl_opd.cli.train import parse
-
     on_this_machine = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
     script_args, training_args, model_args, _ = parse(make_parser(), ["--config", str(recipe), *on_this_machine])
     assert training_args.num_generations == 4

@@ -1,7 +1,8 @@
-"""`trl-opd train`: real runs from flags and from YAML, resuming, and a sentence for every wrong input."""
+"""`trl-opd train`: real runs from flags and from YAML, resuming, and a one-line error for each wrong input."""
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.helpers.rock_sets import rock_file
 
 
 @pytest.mark.slow
-def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(world, tmp_path, capsys):
+def test_lora_student_with_a_four_bit_teacher_trains_saves_resumes_and_loads_again(world, tmp_path, capsys):
     four_bit = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
     changes = {"use_peft": True, "num_generations": 4, "teacher_model_init_kwargs": four_bit, "save_steps": 1}
     assert main(["train", *flags(world, tmp_path, **changes)]) == 0
@@ -31,15 +32,13 @@ def test_a_lora_student_and_a_four_bit_teacher_train_save_resume_and_load_again(
 
 
 @pytest.mark.slow
-def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsys):
+def test_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsys):
     rocks = rock_file(tmp_path / "rocks.json", range(60, 180))
     given = flags(world, tmp_path / "out", use_peft=True, load_in_4bit=True, token_weighting="rock", rock_set=rocks)
-    pairs = [part.removeprefix("--") for part in given]
-    recipe, place = {}, 0
-    while place < len(pairs):
-        alone = place + 1 == len(given) or given[place + 1].startswith("--")
-        recipe[pairs[place]] = True if alone else pairs[place + 1]
-        place += 1 if alone else 2
+    recipe = {}
+    for flag, value in pairwise([*given, "--"]):
+        if flag.startswith("--"):
+            recipe[flag.removeprefix("--")] = True if value.startswith("--") else value
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe.items()))
     assert main(["train", "--config", str(path), "--max_steps", "1"]) == 0
@@ -49,7 +48,7 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"model_name_or_path": None}, "A student is required"),
         ({"teacher_model_name_or_path": None}, "A teacher is required"),
@@ -59,14 +58,9 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
         ({"dataset_name": "EMPTY"}, "empty.jsonl is empty"),
         ({"dataset_train_split": "learn"}, "no split 'learn' (it has train)"),
         ({"eval_strategy": "steps"}, "no split 'test'"),
-        ({"token_weighting": "rocks"}, "token_weighting must be one of"),
         ({"token_weighting": "rock"}, "needs a rock set"),
         ({"token_weighting": "rock", "rock_set": "nowhere.json"}, "No rock set at nowhere.json"),
         ({"rock_weight": "2"}, "rock_weight must be in [0, 1]"),
-        ({"rock_window": "-1"}, "rock_window must be a whole number of at least 0"),
-        ({"num_generations": "3"}, "do not divide into groups of num_generations=3"),
-        ({"weight_normalization": "sum"}, "weight_normalization must be one of"),
-        ({"micro_batching": "loose"}, "micro_batching must be one of"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
         ({"resume_from_checkpoint": True}, "There is no checkpoint in"),
         ({"model_name_or_path": "./nowhere"}, "nowhere"),
@@ -76,7 +70,7 @@ def test_a_qlora_student_trains_from_yaml_with_a_rock_set(world, tmp_path, capsy
         ({"teacher_tokenizer_name_or_path": "./nowhere"}, "holds no tokenizer"),
     ],
 )
-def test_a_wrong_input_is_one_sentence_and_exit_code_one(world, tmp_path, capsys, changes, sentence):
+def test_wrong_input_is_a_one_line_error_and_exit_code_one(world, tmp_path, capsys, changes, message):
     if changes.get("dataset_name") == "BROKEN":
         changes = {"dataset_name": tmp_path / "broken.jsonl"}
         changes["dataset_name"].write_text('{"prompt": "a"}\n{"prompt": ')
@@ -86,10 +80,10 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_one(world, tmp_path, capsys
     assert main(["train", *flags(world, tmp_path / "out", **changes)]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("trl-opd train: error: ")
-    assert sentence in last
+    assert message in last
 
 
-def test_weights_that_are_a_pointer_are_named_as_such(world, tmp_path, capsys):
+def test_git_lfs_pointer_in_place_of_weights_is_explained(world, tmp_path, capsys):
     student = tmp_path / "student"
     shutil.copytree(world / "student", student)
     (student / "model.safetensors").unlink()

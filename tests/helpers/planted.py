@@ -1,12 +1,12 @@
-"""A planted world of occurrences: rocks, four kinds of decoy of the same total divergence, and a background.
+"""A world of occurrences with planted rocks, four kinds of decoy with the same sum of divergence, and a background.
 
-Every special type has about the same sum of divergence, so the aggregate score cannot tell them apart:
+Every planted type has about the same sum of divergence, so the aggregate score cannot distinguish them:
 
-- rocks are hard before and after, in a few recurring surroundings;
-- "scattered" are as hard, in surroundings that do not recur;
-- "learned" were hard, and are easy now but for a few occurrences;
-- "rare" occur a few times, with an extreme divergence;
-- "common" occur often, each time with a small one, in the background's surroundings.
+- rocks diverge strongly before and after training, in a few recurring surroundings;
+- "scattered" types diverge as strongly, in surroundings that do not recur;
+- "learned" types diverged strongly before, and now do in only four occurrences;
+- "rare" types occur a few times, with an extreme divergence;
+- "common" types occur often, each time with a small divergence, in the background's surroundings.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from trl_opd.artefacts.occurrences import write_occurrences
 
 KINDS = ("rock", "scattered", "learned", "rare", "common")
 OCCURRENCES = {"rock": 80, "scattered": 80, "learned": 80, "rare": 6, "common": 600}
-EACH = 20  # types of a kind
-TOTAL = 120.0  # nats of a type
-SURROUNDINGS, NOISE = 3, 0.15  # of a rock, and the share of their tokens that is replaced
+EACH = 20  # number of types of a kind
+TOTAL = 120.0  # sum of the divergence of a type, nats
+NOISE = 0.15  # share of the tokens of a recurring surrounding that is replaced
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def make_world(
     rollouts: int = 1000,
     length: int = 120,
     window: int = 2,
-    surroundings: int = SURROUNDINGS,
+    surroundings: int = 3,
     shuffled: bool = False,
 ) -> World:
-    """Return a world whose special tokens stand apart from each other, in a background of Zipf's frequencies.
+    """Return a world whose planted tokens are apart from each other, in a background with Zipf's frequencies.
 
-    With `shuffled` the tokens of a recurring surrounding change places.
+    A recurring type has this number of surroundings. With `shuffled` the tokens of a surrounding change places.
     """
     rng = np.random.default_rng(seed)
     ids = rng.permutation(vocab)
@@ -54,11 +54,11 @@ def make_world(
     shares /= shares.sum()
     tokens = rng.choice(background, size=(rollouts, length), p=shares)
     kl, kl_pre = rng.exponential(0.05, tokens.shape), rng.exponential(0.08, tokens.shape)
-    # Where the common ones stand no window of another special token lies.
+    # Six positions separate planted tokens, so the windows of two do not overlap.
     slots = [(row, place) for row in range(rollouts) for place in range(3, length - 3, 6)]
     rng.shuffle(slots)
     offsets = [offset for offset in range(-window, window + 1) if offset]
-    for kind in ("rock", "scattered", "learned", "rare", "common"):
+    for kind in KINDS:
         for type in kinds[kind]:
             count = round(OCCURRENCES[kind] * rng.uniform(0.8, 1.2))
             rows, places = np.array([slots.pop() for _ in range(count)]).T
@@ -83,7 +83,7 @@ def make_world(
 
 
 def save_world(world: World, path, **metadata) -> str:
-    """Write a world as a file of occurrences, each rollout of a prompt of its own."""
+    """Write a world as a file of occurrences in which each rollout has another prompt, and return the path."""
     rollouts, length = world.tokens.shape
     columns = {
         "rollout": np.repeat(np.arange(rollouts), length),

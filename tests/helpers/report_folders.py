@@ -40,15 +40,14 @@ def make_samples(folder, steps: int, rollouts_of_step: int, tokens: int) -> None
     rng = np.random.default_rng(0)
     count = rollouts_of_step * tokens
     for step in range(1, steps + 1):
-        columns = {
-            name: rng.random(count, dtype=np.float32) for name in ("kl", "entropy", "weight", "student_p", "teacher_p")
-        }
-        columns |= {"kl_pre": np.full(count, np.nan, np.float32), "step": np.full(count, step)}
-        columns |= {
-            "rollout": np.repeat(np.arange(rollouts_of_step), tokens),
-            "position": np.tile(np.arange(tokens), rollouts_of_step),
-        }
-        columns |= {"prompt": columns["rollout"], "token_id": rng.integers(0, 300, count)}
+        measures = ("kl", "entropy", "weight", "student_p", "teacher_p")
+        columns = {name: rng.random(count, dtype=np.float32) for name in measures}
+        columns["kl_pre"] = np.full(count, np.nan, np.float32)
+        columns["step"] = np.full(count, step)
+        columns["rollout"] = np.repeat(np.arange(rollouts_of_step), tokens)
+        columns["position"] = np.tile(np.arange(tokens), rollouts_of_step)
+        columns["prompt"] = columns["rollout"]
+        columns["token_id"] = rng.integers(0, 300, count)
         for who in ("student", "teacher"):
             columns[f"{who}_top_ids"] = rng.integers(0, 300, (count, 5))
             columns[f"{who}_top_p"] = rng.random((count, 5), dtype=np.float32)
@@ -56,23 +55,12 @@ def make_samples(folder, steps: int, rollouts_of_step: int, tokens: int) -> None
 
 
 def knockout() -> dict:
-    arm = {
-        "kind": "rock",
-        "ids": [60],
-        "texts": ["So"],
-        "effect": -0.25,
-        "ci95": [-0.3, -0.2],
-        "better": 1,
-        "worse": 26,
-    }
-    arm |= {
-        "arm": "token 60",
-        "p": 0.001,
-        "p_bh": 0.002,
-        "p_holm": 0.003,
-        "label": "pillar",
-        "label_as_published": "pillar",
-    }
+    """Return the result of a probe of one rock, and of two rocks at once."""
+    rock = {"kind": "rock", "ids": [60], "texts": ["So"], "effect": -0.25, "ci95": [-0.3, -0.2], "better": 1}
+    rock |= {"worse": 26, "arm": "token 60", "p": 0.001, "p_bh": 0.002, "p_holm": 0.003}
+    rock |= {"label": "pillar", "label_as_published": "pillar"}
+    unknown = dict.fromkeys(("p_bh", "p_holm", "label"))
+    both = rock | unknown | {"kind": "rocks", "ids": [60, 61], "texts": ["So", "Now"]}
     return {
         "format": "trl_opd.knockout",
         "version": 1,
@@ -81,12 +69,7 @@ def knockout() -> dict:
         "minimal_effect": 0.1,
         "baseline": {"reward": 0.5, "ci95": None},
         "rocks_against_controls": {"p": None, "rocks": 1, "controls": 0},
-        "arms": [
-            arm,
-            arm
-            | {"kind": "rocks", "ids": [60, 61], "texts": ["So", "Now"]}
-            | dict.fromkeys(("p_bh", "p_holm", "label")),
-        ],
+        "arms": [rock, both],
     }
 
 
@@ -112,12 +95,9 @@ def changed(table: pa.Table, name: str, values, kind=None) -> pa.Table:
 
 def make_collection(folder: Path) -> None:
     """Write a small collection and its prompts."""
-    columns = {
-        "rollout": np.repeat(np.arange(9), 4),
-        "position": np.tile(np.arange(4), 9),
-        "prompt": np.arange(36) // 8,
-    }
-    columns |= {"token_id": np.arange(36) % 5} | {name: np.linspace(0, 1, 36) for name in ("kl", "kl_pre", "entropy")}
+    columns = {"rollout": np.repeat(np.arange(9), 4), "position": np.tile(np.arange(4), 9)}
+    columns |= {"prompt": np.arange(36) // 8, "token_id": np.arange(36) % 5}
+    columns |= {name: np.linspace(0, 1, 36) for name in ("kl", "kl_pre", "entropy")}
     write_occurrences(folder / "occurrences.parquet", columns, {"student": "s"})
     arrays = [pa.array(range(5), pa.int32()), pa.array([[1, 2]] * 5, PROMPT_SCHEMA.field(1).type), pa.array(range(5))]
     pq.write_table(pa.Table.from_arrays(arrays, schema=PROMPT_SCHEMA), folder / "prompts.parquet")

@@ -85,7 +85,7 @@ def run(folder: Path, *, prompts: list[str], problems: int = 0, lora: bool = Fal
     trainer = build(
         folder,
         student=ending_student(),
-        dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         eval_dataset=evaluation,
         callbacks=list(callbacks),
         peft_config=LORA if lora else None,

@@ -16,7 +16,7 @@ ROCKS = list(range(60, 180))
 OF_TRAINER = ("eval_dataset", "callbacks", "quantization_config", "peft_config")
 
 
-def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, dataset=None, **changes):
+def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, train_dataset=None, **changes):
     """Build a trainer of TRL's class or ours; `changes` are arguments of the trainer or settings of a short run."""
     given = {key: changes.pop(key) for key in OF_TRAINER if key in changes}
     config = OPDConfig if issubclass(cls, OPDTrainer) else DistillationConfig
@@ -24,7 +24,7 @@ def build(path, student=None, teacher=None, tokenizer=None, cls=OPDTrainer, data
         model=make_model(seed=0) if student is None else student,
         teacher_model=make_model(seed=1) if teacher is None else teacher,
         args=config(**config_kwargs(path, **changes)),
-        train_dataset=make_dataset() if dataset is None else dataset,
+        train_dataset=make_dataset() if train_dataset is None else train_dataset,
         processing_class=tokenizer or make_tokenizer(),
         **given,
     )
@@ -56,7 +56,7 @@ Recorder = recorder(OPDTrainer)
 def record(tokenizer, path, dataset=None, **changes) -> Recorder:
     """Train on prompts that are plain texts, and return the trainer with its generation batches."""
     dataset = make_dataset(chat=False) if dataset is None else dataset
-    return trained(path, tokenizer=tokenizer, dataset=dataset, cls=Recorder, **changes)
+    return trained(path, tokenizer=tokenizer, train_dataset=dataset, cls=Recorder, **changes)
 
 
 def ending_student(factor: float = 4.0, ends=(2,)):

@@ -336,3 +336,16 @@ def test_rollouts_beyond_the_original_context_of_a_changing_rope_are_a_warning(t
     trainer = make_trainer(tmp_path, make_model(), teacher)
     with pytest.warns(UserWarning, match=r"A rollout has \d\d tokens with its prompt, more than the 32 of"):
         trainer.train()
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["whole", "lora"])
+def test_autocast_is_no_reason_to_refuse(tmp_path, peft_config):
+    trainer = OPDTrainer(
+        make_model(),
+        make_model(seed=1),
+        make_config(tmp_path, bf16=True),
+        make_dataset(),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+    assert trainer.student_traits.starts_at_base

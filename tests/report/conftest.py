@@ -1,10 +1,12 @@
 """Folders to report on: of a run, a copy of it to break, and of a collection."""
 
+import html
 import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.text import Text
 from peft import LoraConfig
 
 from trl_opd import AccuracyCallback, OPDTrainer, RolloutSamples
@@ -43,6 +45,17 @@ def run_folder(tokenizer, tmp_path_factory):
 def copy(run_folder, tmp_path):
     """A copy of that folder, to break or to empty."""
     return shutil.copytree(run_folder, tmp_path / "run")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """In place of its plots a page holds their texts, for tests that need no drawing, which takes seconds."""
+
+    def texts_of(figure, prefix):
+        return "\n".join(html.escape(text.get_text()) for text in figure.findobj(Text))
+
+    for section in ("run", "rocks", "evidence"):
+        monkeypatch.setattr(f"trl_opd.report.sections.{section}.to_svg", texts_of)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +22,8 @@ from trl_opd.report.sections.evidence import evidence
 from trl_opd.report.sections.rocks import find_types
 from trl_opd.report.sections.rollouts import rollouts
 from trl_opd.report.sections.run import what_was_run
+from trl_opd.report.text import named
 from trl_opd.rocks.families import family_of
-from trl_opd.saving.student import add_report
 
 from tests.helpers.full_disk import full_disk
 from tests.helpers.html_tree import Html
@@ -34,11 +36,19 @@ ALL_PARTS = ["What was run", "Training", "Rocks", "Rollouts"]
 
 
 @pytest.fixture(scope="module")
-def page(run_folder, tmp_path_factory):
-    """The page of that run as a tree."""
+def reported(run_folder, tmp_path_factory):
+    """Run `trl-opd report` on that run, and return the path of the page and what was printed on stdout and stderr."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_report(run_folder, path)
-    return Html(path.read_text(encoding="utf-8")).root
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert main(["report", str(run_folder), "--output", str(path)]) == 0
+    return path, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def page(reported):
+    """The page of that run as a tree."""
+    return Html(reported[0].read_text(encoding="utf-8")).root
 
 
 # What a run left
@@ -74,48 +84,22 @@ def test_table_of_the_page_has_the_rows_of_the_rock_set(page, run_folder, tokeni
     head, *rows = [[cell.text for cell in row.all("th", "td")] for row in section.all("tr")]
     assert head == ["rank", "token", "id", "family", "count", "mean KL", "score"]
     for rank, (row, rock) in enumerate(zip(rows, RockSet.load(run_folder).rocks, strict=True), 1):
-        family = family_of(tokenizer.decode([rock.id]))
-        assert [row[0], *row[2:]] == [str(rank), str(rock.id), family, str(rock.count), f"{rock.mean_kl:.4f}", "10"]
+        text = tokenizer.decode([rock.id])
+        numbers = [str(rock.count), f"{rock.mean_kl:.4f}", "10"]
+        assert row == [str(rank), named(text), str(rock.id), family_of(text), *numbers]
 
 
-def test_metrics_of_tokens_in_the_page_are_the_rows_of_the_file(page, run_folder):
-    rows = pq.read_table(run_folder / FILE_NAME).to_pandas()
-    groups = list(rows.groupby(["step", "rollout"]))
-    headings = [one.text for one in page.all("h3", "h4") if one.text.startswith("Rollout ")]
-    assert headings == [f"Rollout {rollout}" for (_, rollout), _ in groups]
-    data = []
-    for script in page.all("script"):
-        if script.attributes.get("type") == "application/json":
-            data += json.loads(script.text)["rollouts"]
-    for found, (_, mine) in zip(data, groups, strict=True):
-        assert found["id"] == mine["token_id"].tolist()
-        for name in ("kl", "kl_pre", "entropy", "weight", "student_p", "teacher_p"):
-            np.testing.assert_allclose(found[name], mine[name], rtol=1e-3)
-        assert found["student_top_id"] == np.concatenate(mine["student_top_ids"].to_list()).tolist()
-        np.testing.assert_allclose(found["teacher_top_p"], np.concatenate(mine["teacher_top_p"].to_list()), rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_report_of_a_run_is_small_and_requests_nothing(run_folder, tmp_path, capsys):
-    path = tmp_path / "page.html"
-    assert main(["report", str(run_folder), "--output", str(path)]) == 0
-    captured = capsys.readouterr()
-    assert "report: " in captured.err, "the progress bar"
-    line = captured.out.strip().splitlines()[-1]
-    assert line.startswith(f"{', '.join(ALL_PARTS)}: the report is in {path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+def test_report_of_a_run_is_small_and_requests_nothing(reported):
+    path, out, err = reported
+    assert "report: " in err, "the progress bar"
+    assert out.splitlines()[-1].startswith(f"{', '.join(ALL_PARTS)}: the report is in {path}")
+    assert [path.name for path in path.parent.iterdir()] == ["page.html"]
     text = path.read_text(encoding="utf-8")
     assert len(text) < 5 * 2**20
     assert not re.search(r'(?:src|href)="(?!#|data:,)', text)
 
 
-@pytest.mark.slow
-def test_report_after_a_training_without_bars_shows_none(copy, capsys):
-    add_report(copy, show_progress=False)
-    assert (copy / "report.html").is_file()
-    assert capsys.readouterr().err == ""
-
-
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_interrupted_run_shows_what_it_has(tokenizer, tmp_path):
     trainer = OPDTrainer(
@@ -134,14 +118,14 @@ def test_interrupted_run_shows_what_it_has(tokenizer, tmp_path):
     assert [one.step for one in block.rollouts] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
 def test_run_resumed_from_before_its_first_rollouts_shows_none(copy):
     table = pq.read_table(copy / FILE_NAME)
     pq.write_table(table.filter(pa.compute.greater(table["step"], 4)), copy / FILE_NAME)
     keep_up_to(copy, 2)
-    assert write_report(copy, copy / "report.html") == ["What was run", "Training", "Rocks"]
+    assert rollouts(read_contents(copy)) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("gone", "left"),
     [
@@ -159,6 +143,7 @@ def test_section_without_data_is_left_out(copy, gone, left):
 # Arms and collections
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_arms_are_shown_apart_and_compared(run_folder, tmp_path):
     for arm in ("uniform", "rock"):
@@ -176,6 +161,7 @@ def test_arms_are_shown_apart_and_compared(run_folder, tmp_path):
     assert len(of_kind(rollouts(contents), Rollouts)) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_collection_shows_its_types_rocks_sweep_and_rollouts(collection, tmp_path):
     contents = read_contents(collection)
@@ -225,12 +211,7 @@ def test_wrong_folder_or_output_is_a_one_line_error(run_folder, foreign, monkeyp
     assert [path.name for path in (foreign / "foreign").iterdir()] == ["notes.txt"]
 
 
-def test_missing_folder_is_bad_usage():
-    with pytest.raises(SystemExit) as stopped:
-        main(["report"])
-    assert stopped.value.code == 2
-
-
+@pytest.mark.usefixtures("undrawn")
 def test_full_disk_keeps_the_old_report(tmp_path, capsys):
     (tmp_path / "knockout.json").write_text(json.dumps(knockout()))
     (tmp_path / "report.html").write_text("old")

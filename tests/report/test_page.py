@@ -70,7 +70,7 @@ def page_of(text: str) -> Page:
     return Page(text, text, [Section("one", text, blocks)])
 
 
-def figures_page() -> Page:
+def page_of_known_values() -> Page:
     """Return a page of known values for the tests in the browser."""
     rows = [[" the", 2.04, 5], ["b", None, 1], ["c", 10.0, 2], ["d", 2.01, 3], ["e", -1.5, 4], ["f", 2.04, 6]]
     small = ShownRollout(
@@ -96,24 +96,25 @@ def figures_page() -> Page:
         Facts([("name", "value")]),
         Note("A note."),
     ]
-    return Page("Figures", "A lead", [Section("first", "First", blocks), Section("second", "Second", [Note("End.")])])
+    sections = [Section("first", "First", blocks), Section("second", "Second", [Note("End.")])]
+    return Page("Known values", "A lead", sections)
 
 
 @pytest.fixture(scope="module")
-def figures() -> str:
-    return render(figures_page())
+def known_page() -> str:
+    return render(page_of_known_values())
 
 
 # The file
 
 
-def test_page_is_a_whole_document_with_its_landmarks(figures):
-    page = Html(figures)
-    assert figures.startswith("<!DOCTYPE html>\n<html lang=")
+def test_page_is_a_whole_document_with_its_landmarks(known_page):
+    page = Html(known_page)
+    assert known_page.startswith("<!DOCTYPE html>\n<html lang=")
     assert page.faults == []
     for tag in ("h1", "main", "nav", "header", "title"):
         assert len(page.root.all(tag)) == 1, tag
-    assert {one.text for one in page.root.all("h1", "title")} == {"Figures"}
+    assert {one.text for one in page.root.all("h1", "title")} == {"Known values"}
     assert {link.attributes["href"] for link in page.root.all("a")} == {"#opd-main", "#first", "#second"}
     ids = [one.attributes["id"] for one in page.root if "id" in one.attributes]
     assert len(ids) == len(set(ids))
@@ -126,8 +127,8 @@ def test_page_is_a_whole_document_with_its_landmarks(figures):
     assert {head.attributes["scope"] for head in page.root.all("th")} == {"col", "row"}
 
 
-def test_page_requests_nothing_and_runs_only_its_own_script(figures):
-    page = Html(figures).root
+def test_page_requests_nothing_and_runs_only_its_own_script(known_page):
+    page = Html(known_page).root
     for element in page:
         for name, value in element.attributes.items():
             if name in ("src", "href"):
@@ -207,8 +208,8 @@ def test_numbers_are_formatted_and_keep_the_value_that_they_are_sorted_by():
     assert texts == ["x", "y", "1.23", "5", "0.50", "7", "–", "–", "∞", "-∞", "text", "0"]
 
 
-def test_class_of_a_token_shows_divergence_rock_and_frozen(figures):
-    small = figures[figures.rindex('<div class="step">') :]
+def test_class_of_a_token_shows_divergence_rock_and_frozen(known_page):
+    small = known_page[known_page.rindex('<div class="step">') :]
     classes = re.findall(r'<span class="(d[^"]+)">([^<]*)</span>', small)[:6]
     assert classes == [
         ("d4 rock", " the"),
@@ -225,8 +226,8 @@ def test_class_of_a_token_shows_divergence_rock_and_frozen(figures):
     assert re.findall(r'<span class="d(.)">x', page) == list("0012345670")
 
 
-def test_metrics_in_the_page_have_four_digits_and_leave_out_unknown_columns(figures):
-    *_, data = re.findall(r'<script type="application/json">(.*?)</script>', figures)
+def test_metrics_in_the_page_have_four_digits_and_leave_out_unknown_columns(known_page):
+    *_, data = re.findall(r'<script type="application/json">(.*?)</script>', known_page)
     small, rtl = json.loads(data)["rollouts"]
     assert small["kl"] == [0.3123, None, 12, 0, INF, 1e-6]
     assert small["student_p"][0] == 0.0001235
@@ -416,8 +417,8 @@ found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
 
 
 @pytest.fixture(scope="module")
-def found(figures, tmp_path_factory) -> dict:
-    found, console = browse(tmp_path_factory.mktemp("actions"), figures, ACTIONS + CONTRAST)
+def found(known_page, tmp_path_factory) -> dict:
+    found, console = browse(tmp_path_factory.mktemp("actions"), known_page, ACTIONS + CONTRAST)
     assert console == []
     assert found["faults"] == []
     return found
@@ -488,8 +489,8 @@ def test_tooltip_opens_and_closes_with_the_pointer(found):
 def test_arrow_keys_move_between_tokens(found):
     assert set(found["stops"]) == {1}
     assert found["key"] == found["tap"]
-    figures = "↵, id 2, rock. KL 12 nats, P(student) 0.5, entropy 0.1 nats, weight 0.5. student’s likeliest: ␣the 0.2, "
-    assert found["live"].startswith(figures)
+    spoken = "↵, id 2, rock. KL 12 nats, P(student) 0.5, entropy 0.1 nats, weight 0.5. student’s likeliest: ␣the 0.2, "
+    assert found["live"].startswith(spoken)
     assert found["walk"] == [3, 4, 3, 0, 0, 5, 5]
     assert found["walked"].startswith("⟨5⟩")
     assert found["stopsAfter"] == 1
@@ -548,8 +549,8 @@ found.scrolls = all(".scroll, .plot").map((box) => box.scrollWidth > box.clientW
 @needs_browser
 @pytest.mark.parametrize("text", [None, HOSTILE[1], HOSTILE[-1]], ids=["plain", "tags", "long"])
 @pytest.mark.slow
-def test_page_fits_a_phone_without_scrolling_sideways(figures, tmp_path, text):
-    page = figures if text is None else render(page_of(text))
+def test_page_fits_a_phone_without_scrolling_sideways(known_page, tmp_path, text):
+    page = known_page if text is None else render(page_of(text))
     found, console = browse(tmp_path, page, NARROW, width=360, height=560)
     assert console == []
     assert found["faults"] == []
@@ -568,14 +569,14 @@ found.seen = [".step", ".tokens span", "tbody tr", ".search", ".switch", "#opd-t
 
 
 @needs_browser
-def test_page_without_its_script_is_readable_and_shows_no_dead_controls(figures, tmp_path):
-    found, _ = browse(tmp_path, figures.replace('"use strict";', '"use  strict";', 1), BARE)
+def test_page_without_its_script_is_readable_and_shows_no_dead_controls(known_page, tmp_path):
+    found, _ = browse(tmp_path, known_page.replace('"use strict";', '"use  strict";', 1), BARE)
     assert found["seen"] == [3, 4 * 60 + 6 + 5, 6, 0, 0, 0, 0, 0]
 
 
 @needs_browser
 @pytest.mark.slow
-def test_unchanged_page_writes_nothing_to_the_console(figures, tmp_path):
-    assert browse(tmp_path, figures) == (None, [])
-    _, console = browse(tmp_path, figures.replace('"use strict";', '"use  strict";', 1))
+def test_unchanged_page_writes_nothing_to_the_console(known_page, tmp_path):
+    assert browse(tmp_path, known_page) == (None, [])
+    _, console = browse(tmp_path, known_page.replace('"use strict";', '"use  strict";', 1))
     assert "Content Security Policy" in console[0], "this test would not see a script that is refused"

@@ -18,7 +18,7 @@ def test_visible_text_has_no_hidden_character_and_no_tower_of_marks(text):
     assert "m" * (MOST_MARKS + 1) not in marks
     assert marks[:1] != "m"
     assert len(shown) <= 11 * 100 + 40
-    assert visible(shown, 10**6) == shown, "what is visible stays as it is"
+    assert visible(shown, 10**6) == shown, "visible characters stay"
     shown.encode("utf-8")
     assert visible(text, 100, newline="↵\n").replace("↵\n", "↵") == shown
 

@@ -1,4 +1,4 @@
-"""The corpus that rocks are chosen from: its halves."""
+"""The two halves of a file: one selects rocks, the other is held out."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from trl_opd.rocks.corpus import read_selection, split_units
 from tests.helpers.occurrence_columns import columns
 
 
-def test_halves_go_by_prompts_and_by_rollouts_without_them(tmp_path):
+def test_halves_are_of_prompts_or_without_prompts_of_rollouts(tmp_path):
     good = columns()
     good["prompt"] = np.array([7, 7, 7, 7, 3, 3, 9, 9])
     write_occurrences(tmp_path / "a.parquet", good, {})

@@ -1,4 +1,4 @@
-"""The family of a token, by its text."""
+"""The family of a token follows from its text."""
 
 import pytest
 from hypothesis import given
@@ -19,15 +19,12 @@ from trl_opd.rocks.families import FAMILIES, family_of
         ("other", [" apple", "xyz", "x2", "数", "\ufffd", "", "_x", " times"]),
     ],
 )
-def test_the_family_of_a_token_goes_by_its_text(family, texts):
+def test_family_of_a_token_follows_from_its_text(family, texts):
     assert {text: family_of(text) for text in texts} == dict.fromkeys(texts, family)
     assert family in FAMILIES
 
 
-def test_an_unknown_text_has_no_family():
-    assert family_of(None) is None
-
-
 @given(text=st.text(max_size=8))
-def test_every_text_has_one_family(text):
+def test_every_text_has_a_family_and_an_unknown_one_has_none(text):
     assert family_of(text) in FAMILIES
+    assert family_of(None) is None

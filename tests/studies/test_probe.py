@@ -254,7 +254,7 @@ def test_prompts_are_tokenised_as_trl_does():
         (["--reward", "tests.studies.test_probe.not_a_number"], "The reward of problem 0 is nan, not a finite number"),
         (["--reward", "nothing"], "There is no reward 'nothing': take exact_match, last_number, math_verify"),
         (["--reward", "tests.studies.test_probe.nowhere"], "cannot be imported"),
-        (["--reward", "tests.studies.test_probe.PROMPTS"], "is no function"),
+        (["--reward", "tests.studies.test_probe.PROMPTS"], "is not a function"),
         (["--candidates", "some"], "--candidates must be rocks or all"),
         (["--top_n", "0"], "--top_n must be a whole number of at least 1"),
         (["--temperature", "0"], "--temperature must be above 0"),

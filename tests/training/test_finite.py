@@ -62,7 +62,7 @@ def build(path, *, student=None, teacher=None, rows=PROMPTS, eval_rows=PROMPTS, 
     unwritten = {"suppress_tokens": make_tokenizer()(RARE)["input_ids"], **changes.pop("generation_kwargs", {})}
     fixed = {"shuffle_dataset": False, "max_completion_length": 4, "generation_kwargs": unwritten}
     data, evaluation = (Dataset.from_dict({"prompt": prompts}) for prompts in (rows, eval_rows))
-    return trainers.build(path, student, teacher, dataset=data, eval_dataset=evaluation, **fixed, **changes)
+    return trainers.build(path, student, teacher, train_dataset=data, eval_dataset=evaluation, **fixed, **changes)
 
 
 def stops(run, culprit: str, step: int = 1) -> None:

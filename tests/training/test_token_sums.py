@@ -117,7 +117,7 @@ def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, t
     record(tokenizer, tmp_path / "whole", **changes)
     broken = record(tokenizer, tmp_path / "broken", **(changes | {"max_steps": 3}))
     checkpoint = str(tmp_path / "broken" / "checkpoint-2")
-    resumed = build(tmp_path / "broken", tokenizer=tokenizer, dataset=make_dataset(chat=False), **changes)
+    resumed = build(tmp_path / "broken", tokenizer=tokenizer, train_dataset=make_dataset(chat=False), **changes)
     resumed.train(resume_from_checkpoint=checkpoint)
     windows = [TokenStats.load(tmp_path / name / "checkpoint-4") for name in ("whole", "broken")]
     assert int(windows[0].seen.sum()) > 0

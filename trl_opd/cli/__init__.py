@@ -138,4 +138,5 @@ def _fail(name: str, error: Exception) -> int:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+        text = " ".join(str(message).split())
+        print(f"warning: {text}", file=file or sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import is_text, parse, require_whole_number
 
 if TYPE_CHECKING:
     from ..studies.collect import CollectionSummary
@@ -175,13 +175,12 @@ def describe_settings(own: CollectArguments, args, model_args, script_args, data
 def check_arguments(own: CollectArguments, args, model_args) -> None:
     """Raise `ValueError` if an argument is invalid, before anything is loaded."""
     for name, holder in (("model_name_or_path", model_args), ("teacher_model_name_or_path", args)):
-        value = getattr(holder, name)
-        if not isinstance(value, str) or not value.strip():
+        if not is_text(getattr(holder, name)):
             raise ValueError(f"Student and teacher are required: set --{name}.")
-    if own.num_prompts is not None and (type(own.num_prompts) is not int or own.num_prompts < 1):
-        raise ValueError(f"--num_prompts must be a whole number of at least 1, got {own.num_prompts!r}.")
+    if own.num_prompts is not None:
+        require_whole_number("num_prompts", own.num_prompts)
     reference = own.reference_model_name_or_path
-    if reference is not None and (not isinstance(reference, str) or not reference.strip()):
+    if reference is not None and not is_text(reference):
         raise ValueError(f"--reference_model_name_or_path takes a model, or adapter_off, got {reference!r}.")
     if own.greedy and args.temperature != 1.0:
         raise ValueError(f"--greedy does not use a temperature, got --temperature {args.temperature}: leave it at 1.0.")
@@ -194,5 +193,6 @@ def check_arguments(own: CollectArguments, args, model_args) -> None:
         raise ValueError(
             f"collect cannot run in {args.world_size} processes: start it without a launcher, in one process."
         )
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..artefacts.run_files import ROCK_SET_FILE
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import is_text, parse
 
 if TYPE_CHECKING:
     from ..rocks.cutoff import Sweep
@@ -217,7 +217,7 @@ def check_arguments(args: DetectArguments) -> None:
         raise ValueError("--gamma must be above 0, got 0: with 0 every two contexts would match.")
     for name in ("output", "tokenizer", "joint"):
         value = getattr(args, name)
-        if value is not None and (not isinstance(value, str) or not value.strip()):
+        if value is not None and not is_text(value):
             raise ValueError(f"--{name} takes a path, got {value!r}.")
 
 
@@ -237,7 +237,7 @@ def format_detection(detection: Detection) -> list[str]:
 
 
 def _format_rocks(rocks: Sequence[Rock]) -> list[str]:
-    tokens = [show_token(rock) for rock in rocks]
+    tokens = [show_token(rock.text) for rock in rocks]
     widths = [_display_width(token) for token in tokens]
     width = max(widths, default=0)
     width = max(width, 8)
@@ -296,14 +296,16 @@ def _format_controls(controls: Controls) -> str:
     return f"Controls: {len(controls.ids)} other types with {controls.mass_ratio:.2f} of the rocks' tokens ({matched})."
 
 
-def show_token(rock: Rock) -> str:
-    """Return the text of a rock in quotes, or "?" if its text is not known.
+def show_token(text: str | None) -> str:
+    """Return the text of a token in quotes, or "?" if its text is not known.
 
     Characters outside ASCII are escaped if any character is unprintable.
     """
-    if rock.text is None:
+    if text is None:
         return "?"
-    return repr(rock.text) if rock.text.isprintable() else ascii(rock.text)
+    if text.isprintable():
+        return repr(text)
+    return ascii(text)
 
 
 def _display_width(text: str) -> int:

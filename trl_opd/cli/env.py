@@ -55,10 +55,12 @@ def describe_environment() -> dict[str, str]:
         return lines
 
     lines["CUDA of torch"] = torch.version.cuda or "none"
-    for index in range(torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        lines[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
-    if torch.cuda.device_count() == 0:
+        memory = properties.total_memory / GIB
+        lines[f"GPU {index}"] = f"{properties.name}, {memory:.1f} GiB"
+    if count == 0:
         lines["GPU"] = "Apple MPS" if torch.backends.mps.is_available() else "none"
     return lines
 

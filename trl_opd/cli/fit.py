@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import is_text, parse, require_options, require_whole_number
 
 REQUIRED = ("model_name_or_path", "teacher_model_name_or_path", "gpu")
 # Data type -> bytes per weight.
@@ -116,9 +116,7 @@ def run(argv: list[str]) -> None:
 
     parser = TrlParser((FitArguments,), prog="trl-opd fit")
     (args,) = parse(parser, argv)
-    for name in REQUIRED:
-        if getattr(args, name) is None:
-            parser.error(f"the following arguments are required: --{name}")
+    require_options(parser, args, REQUIRED)
     check_arguments(args)
 
     available = parse_gigabytes(args.gpu) - int(args.reserve * GIB)
@@ -171,12 +169,10 @@ def check_arguments(args: FitArguments) -> None:
         if not is_omitted and value not in known:
             raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
     for name in COUNTS:
-        value = getattr(args, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"--{name} must be a whole number above 0, got {value!r}.")
+        require_whole_number(name, getattr(args, name))
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
         value = getattr(args, name)
-        if not isinstance(value, str) or not value.strip():
+        if not is_text(value):
             raise ValueError(f"--{name} takes a folder or a name on the Hub, got {value!r}.")
     if type(args.reserve) not in (int, float) or not 0 <= args.reserve < float("inf"):
         raise ValueError(f"--reserve must be a number of GiB, at least 0, got {args.reserve!r}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..artefacts.run_files import GRADIENTS_FILE, PROMPTS_FILE
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import parse, require_whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,9 +128,7 @@ def check_arguments(own: GradientArguments, args, model_args) -> None:
         if not getattr(holder, name):
             raise ValueError(f"Student and teacher are required: set --{name}.")
     for name in ("matched", "rare"):
-        value = getattr(own, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"--{name} must be a whole number of at least 1, got {value!r}.")
+        require_whole_number(name, getattr(own, name))
     if args.world_size > 1:
         raise ValueError(
             f"gradients cannot run in {args.world_size} processes: start it without a launcher, in one process."

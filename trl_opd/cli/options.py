@@ -39,10 +39,9 @@ def options_of(arguments: type) -> list[Option]:
 def options_of_config() -> list[Option]:
     """Return the options that `OPDConfig` adds to TRL's, read from its source: importing it would load torch."""
     source = files("trl_opd").joinpath("opd_config.py").read_text(encoding="utf-8")
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    config = next(node for node in classes if node.name == "OPDConfig")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     options = []
-    for node in config.body:
+    for node in classes["OPDConfig"].body:
         # A field is `name: type = field(default=..., metadata={"help": ...})`, with literals only.
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -36,13 +38,31 @@ def parse(parser, argv: list[str]):
         place = words.index("--config")
         content = read_config(words[place + 1], parser.dataclass_types)
         del words[place : place + 2]
-        environment = content.pop("env", {})  # TRL's parser also sets these variables
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        for name, value in content.pop("env", {}).items():
+            os.environ[name] = str(value)  # as TRL's parser does
         unknown_options = parser.set_defaults_with_config(**content)
     *parsed, unknown_words = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown_options or unknown_words:
         parser.error(f"unrecognized arguments: {' '.join([*unknown_options, *unknown_words])}")
     return parsed
+
+
+def require_options(parser, args: Any, names: Sequence[str]) -> None:
+    """End the command with a usage error if an option that has no default is missing."""
+    for name in names:
+        if getattr(args, name) is None:
+            parser.error(f"the following arguments are required: --{name}")
+
+
+def require_whole_number(name: str, value: Any, *, least: int = 1) -> None:
+    """Raise `ValueError` if the value of an option is not a whole number of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"--{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text with more than white space."""
+    return isinstance(value, str) and value.strip() != ""
 
 
 def read_config(path: str, kinds: list[type]) -> dict[str, Any]:
@@ -97,14 +117,16 @@ def _count_values(node, known: dict[int, int]) -> int:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MOST_VALUES + 1  # until it is counted, so a node that contains itself is too large
-    if node is None or isinstance(node, yaml.ScalarNode):
-        parts = []
-    elif isinstance(node, yaml.MappingNode):
-        parts = [part for pair in node.value for part in pair]
-    else:
+    parts = []
+    if isinstance(node, yaml.MappingNode):
+        parts = itertools.chain.from_iterable(node.value)
+    elif isinstance(node, yaml.SequenceNode):
         parts = node.value
-    known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
-    return known[id(node)]
+    count = 1
+    for part in parts:
+        count += _count_values(part, known)
+    known[id(node)] = count
+    return count
 
 
 def convert_value(value: Any, hint: Any, field: dataclasses.Field, path: str) -> Any:
@@ -122,8 +144,8 @@ def convert_value(value: Any, hint: Any, field: dataclasses.Field, path: str) ->
         return value.isoformat()
     if isinstance(value, list) and field.name in LISTS_IN_TEXT:
         return ",".join(str(part) for part in value)
-    wanted = " or ".join(sorted(kind.__name__ for kind in types & {bool, int, float, str, list, dict}))
-    hint_on_words = (
-        " (YAML reads yes, no, on and off as booleans: put them in quotes)" if isinstance(value, bool) else ""
-    )
-    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {wanted or 'str'}{hint_on_words}.")
+    names = [kind.__name__ for kind in types & {bool, int, float, str, list, dict}]
+    wanted = " or ".join(sorted(names)) or "str"
+    if isinstance(value, bool):
+        wanted += " (YAML reads yes, no, on and off as booleans: put them in quotes)"
+    raise ValueError(f"{path}: {field.name} is {value!r:.60}, and must be {wanted}.")

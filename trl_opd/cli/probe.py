@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artefacts.run_files import KNOCKOUT_FILE
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import parse, require_options, require_whole_number
 
 if TYPE_CHECKING:
     from ..rocks.rock_set import RockSet
     from ..studies.knockout import Sampling
+    from ..studies.probe import Probe
 
 REQUIRED = ("model_name_or_path", "dataset_name")
 INTERRUPTED = ": finished completions are kept, run the same command again to resume"
@@ -160,17 +162,12 @@ def run(argv: list[str]) -> None:
 
     parser = TrlParser((ProbeArguments,), prog="trl-opd probe")
     (args,) = parse(parser, argv)
-    for name in REQUIRED:
-        if getattr(args, name) is None:
-            parser.error(f"the following arguments are required: --{name}")
+    require_options(parser, args, REQUIRED)
     check_arguments(args)
 
-    from ..artefacts.atomic import require_writable, write_json
-    from ..report.plots.canvas import save_png
-    from ..report.plots.evidence import plot_forest
+    from ..artefacts.atomic import require_writable
     from ..rocks.rock_set import RockSet
-    from ..studies.effects import add_roles
-    from ..studies.probe import Probe, journal_settings, require_prompts_fit, run_probe
+    from ..studies.probe import run_probe
     from .probe_table import format_result
     from .rewards import load_reward
 
@@ -178,20 +175,11 @@ def run(argv: list[str]) -> None:
     require_writable(output)
     reward = load_reward(args.reward)
     problems = load_problems(args)
-    rock_set = RockSet.load(args.rock_set) if args.rock_set is not None else None
-    model, tokenizer = load_student_and_tokenizer(args, rock_set)
-    require_prompts_fit(problems, model, tokenizer, args.max_completion_length)
+    rock_set = None
+    if args.rock_set is not None:
+        rock_set = RockSet.load(args.rock_set)
 
-    settings = asdict(args)
-    probe = Probe(
-        model,
-        tokenizer,
-        problems,
-        reward,
-        make_sampling(args),
-        journal=output.with_name(f".{output.name}.journal.jsonl"),
-        settings=journal_settings(settings, rock_set),
-    )
+    probe = make_probe(args, problems, reward, rock_set)
     result = run_probe(
         probe,
         rock_set,
@@ -199,19 +187,52 @@ def run(argv: list[str]) -> None:
         top_n=args.top_n,
         seed=args.seed,
         is_exact=args.dtype == "float32" and not args.load_in_4bit,
-        settings=settings,
+        settings=asdict(args),
     )
-
-    write_json(output, result)
-    save_png(plot_forest(result), output.with_suffix(".png"))
-    written = f"The result is in {output}"
-    if rock_set is not None:
-        roles = output.with_name(f"{output.stem}_roles.json")
-        add_roles(rock_set, result).save(roles)
-        written += f", the roles in {roles}"
+    written = write_result(result, rock_set, output)
     probe.close()
     print("\n".join(format_result(result)))
     print(written)
+
+
+def make_probe(args: ProbeArguments, problems: list[dict], reward: Callable, rock_set: RockSet | None) -> Probe:
+    """Load the student and return a probe of it, whose journal is next to the output.
+
+    Raises:
+        `ValueError` or `OSError`: if the student cannot be loaded, does not fit the rock set, or has no room for a
+            prompt.
+    """
+    from ..studies.probe import Probe, journal_settings, require_prompts_fit
+
+    model, tokenizer = load_student_and_tokenizer(args, rock_set)
+    require_prompts_fit(problems, model, tokenizer, args.max_completion_length)
+    output = Path(args.output)
+    return Probe(
+        model,
+        tokenizer,
+        problems,
+        reward,
+        make_sampling(args),
+        journal=output.with_name(f".{output.name}.journal.jsonl"),
+        settings=journal_settings(asdict(args), rock_set),
+    )
+
+
+def write_result(result: dict, rock_set: RockSet | None, output: Path) -> str:
+    """Write the result, its plot, and the rock set with roles if there is one; return a line that names the files."""
+    from ..artefacts.atomic import write_json
+    from ..report.plots.canvas import save_png
+    from ..report.plots.evidence import plot_forest
+    from ..studies.effects import add_roles
+
+    write_json(output, result)
+    figure = plot_forest(result)
+    save_png(figure, output.with_suffix(".png"))
+    if rock_set is None:
+        return f"The result is in {output}"
+    roles = output.with_name(f"{output.stem}_roles.json")
+    add_roles(rock_set, result).save(roles)
+    return f"The result is in {output}, the roles in {roles}"
 
 
 def check_arguments(args: ProbeArguments) -> None:
@@ -222,12 +243,12 @@ def check_arguments(args: ProbeArguments) -> None:
         raise ValueError("--candidates rocks needs a rock set: pass --rock_set FILE, or use --candidates all.")
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {args.dtype!r}.")
-    for name, least in (("top_n", 1), ("max_completion_length", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"--{name} must be a whole number of at least {least}, got {value!r}.")
-    if args.num_prompts is not None and (type(args.num_prompts) is not int or args.num_prompts < 1):
-        raise ValueError(f"--num_prompts must be a whole number of at least 1, got {args.num_prompts!r}.")
+    for name in ("top_n", "max_completion_length", "batch_size"):
+        require_whole_number(name, getattr(args, name))
+    for name in ("top_k", "seed"):
+        require_whole_number(name, getattr(args, name), least=0)
+    if args.num_prompts is not None:
+        require_whole_number("num_prompts", args.num_prompts)
     if type(args.temperature) not in (int, float) or not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature must be above 0, got {args.temperature!r}: for greedy decoding pass --greedy.")
     for name in ("top_p", "effect"):
@@ -255,7 +276,9 @@ def load_problems(args: ProbeArguments) -> list[dict]:
         dataset = take_prompts(source, args.num_prompts)
         require_prompts(dataset, "dataset of problems")
         rows = list(dataset)
-    columns = ["prompt", "answer"] if args.reward in BUILT_IN else ["prompt"]
+    columns = ["prompt"]
+    if args.reward in BUILT_IN:
+        columns.append("answer")
     for name in columns:
         if name not in rows[0]:
             raise ValueError(f"The problems have no column {name!r} (they have {', '.join(rows[0])}).")

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from ..statistics import interval_text
 from ..studies.effects import count_tests, problems_needed
+from .detect import show_token
 
+# Columns of an arm, below the head of the table.
+ROW = (
+    "{effect:>+7.3f}  {interval:<18}{better:>4}{worse:>5}  {p:>8.2g}  {p_bh:>8}  {p_holm:>8}  {label:<10}"
+    "{published:<14}{name}"
+)
 MEASURES = {"log_count": "log count", "mean_kl": "mean KL", "entropy": "entropy"}
 
 
 def format_result(result: dict) -> list[str]:
     """Return the table of a result, a line each: rocks against controls first, then every arm by its effect."""
-    lines = [_format_comparison(result["rocks_against_controls"]), _format_baseline(result), ""]
-    lines.append(
+    lines = [
+        _format_comparison(result["rocks_against_controls"]),
+        _format_baseline(result),
+        "",
         f"{'effect':>7}  {'95 % interval':<18}{'+':>4}{'-':>5}  {'p':>8}  {'BH':>8}  {'Holm':>8}  {'label':<10}"
-        f"{'as published':<14}arm"
-    )
-    lines += [_format_arm(arm) for arm in result["arms"]]
+        f"{'as published':<14}arm",
+    ]
+    lines += map(_format_arm, result["arms"])
     for name, found in result["correlations"].items():
         if found is not None:
             lines.append(
@@ -62,23 +70,30 @@ def _format_baseline(result: dict) -> str:
 
 
 def _format_arm(arm: dict) -> str:
-    interval = "" if arm["ci95"] is None else interval_text(arm["ci95"], "+.3f")
-    p_bh = _format_number(arm["p_bh"])
-    p_holm = _format_number(arm["p_holm"])
-    label = arm["label"] or ""
-    published = arm["label_as_published"] or ""
-    return (
-        f"{arm['effect']:>+7.3f}  {interval:<18}{arm['better']:>4}{arm['worse']:>5}  {arm['p']:>8.2g}  {p_bh:>8}  "
-        f"{p_holm:>8}  {label:<10}{published:<14}{_name_arm(arm)}"
-    )
+    interval = ""
+    if arm["ci95"] is not None:
+        interval = interval_text(arm["ci95"], "+.3f")
+    cells = {
+        "interval": interval,
+        "p_bh": _format_number(arm["p_bh"]),
+        "p_holm": _format_number(arm["p_holm"]),
+        "label": arm["label"] or "",
+        "published": arm["label_as_published"] or "",
+        "name": _name_arm(arm),
+    }
+    return ROW.format_map(arm | cells)
 
 
 def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+    if value is None:
+        return ""
+    return f"{value:.2g}"
 
 
 def _name_arm(arm: dict) -> str:
-    if len(arm["ids"]) > 1:
-        return f"all {len(arm['ids'])} {arm['kind']}"
-    text = arm["texts"][0]
-    return f"{arm['kind']} {repr(text) if text.isprintable() else ascii(text)} ({arm['ids'][0]})"
+    kind = arm["kind"]
+    ids = arm["ids"]
+    if len(ids) > 1:
+        return f"all {len(ids)} {kind}"
+    text = show_token(arm["texts"][0])
+    return f"{kind} {text} ({ids[0]})"

@@ -81,7 +81,11 @@ def load_prompts(source: PromptSource):
 
 
 def take_prompts(source: PromptSource, count: int | None):
-    """Return the first `count` rows of the dataset, or all rows if `count` is `None`."""
+    """Return the first `count` rows of the dataset, or all rows if `count` is `None`.
+
+    Raises:
+        `ValueError` or `OSError`: if the dataset cannot be read, has fewer rows, or is a stream and `count` is `None`.
+    """
     from datasets import Dataset
 
     dataset, _ = load_prompts(source)
@@ -89,9 +93,13 @@ def take_prompts(source: PromptSource, count: int | None):
         if count is None:
             raise ValueError("A streaming dataset has an unknown number of rows: set --num_prompts.")
         dataset = Dataset.from_list(list(dataset.take(count)))
-    if count is not None and count > len(dataset):
-        raise ValueError(f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset.")
-    return dataset if count is None else dataset.select(range(count))
+    if count is None:
+        return dataset
+    if count > len(dataset):
+        raise ValueError(
+            f"--num_prompts {count} is more than the {len(dataset)} rows of the dataset: take fewer, or leave it out."
+        )
+    return dataset.select(range(count))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .options import format_options, options_of
-from .parsing import parse
+from .parsing import is_text, parse
 
 
 @dataclass
@@ -39,12 +39,15 @@ def run(argv: list[str]) -> None:
     parser = TrlParser((ReportArguments,), prog="trl-opd report")
     parser.add_argument("folder", help="output folder of a run")
     args, given = parse(parser, argv)
-    if args.output is not None and (not isinstance(args.output, str) or not args.output.strip()):
+    if args.output is not None and not is_text(args.output):
         raise ValueError(f"--output takes a path, got {args.output!r}.")
 
     from ..artefacts.run_files import REPORT_FILE
     from ..report.build import write_report
 
-    output = Path(given.folder) / REPORT_FILE if args.output is None else Path(args.output)
+    output = Path(given.folder, REPORT_FILE)
+    if args.output is not None:
+        output = Path(args.output)
     parts = write_report(given.folder, output)
-    print(f"{', '.join(parts)}: the report is in {output} ({output.stat().st_size / 2**20:.1f} MB)")
+    size = output.stat().st_size / 2**20
+    print(f"{', '.join(parts)}: the report is in {output} ({size:.1f} MB)")

@@ -1,4 +1,4 @@
-"""The reward that a command is given by name: a built-in one, or the user's own function."""
+"""Loads the reward that `--reward` names: a built-in one, or a function of the user."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 
 def load_reward(name: str) -> Callable:
-    """Return a built-in reward, or the function of a dotted path such as `my_package.rewards.exact`.
+    """Return a built-in reward, or the function at a dotted path such as `my_package.rewards.exact`.
 
-    Modules of the working directory can be named, too.
+    The path may also start at the working directory.
 
     Raises:
         `ValueError`: if there is no such function.
@@ -33,5 +33,5 @@ def load_reward(name: str) -> Callable:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The reward {name} cannot be imported: {error}") from error
     if not callable(reward):
-        raise ValueError(f"The reward {name} is no function.")
+        raise ValueError(f"--reward {name} is not a function: name one with the signature of TRL's rewards.")
     return reward

@@ -1,4 +1,4 @@
-"""The tokenizer that names the tokens of a file: one that the user names, or the file's own."""
+"""Finds the tokenizer that names the tokens of a file: the one of `--tokenizer`, or the one recorded in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def find_tokenizer(path: str | None, section: Any) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer at a path; without one that of a file, or `None` where it is not on this machine.
+    """Return the tokenizer at a path, or without a path the one that a file names, if it is on this machine.
+
+    Returns `None` if the file names none, or one that is not on this machine.
 
     Args:
         path (`str`, *optional*): A folder, or a name on the Hub.
@@ -22,7 +24,9 @@ def find_tokenizer(path: str | None, section: Any) -> PreTrainedTokenizerBase | 
         `ValueError` or `OSError`: if there is no tokenizer at the path.
     """
     if path is None:
-        return load_tokenizer(section.get("name"), section.get("fingerprint")) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            return None
+        return load_tokenizer(section.get("name"), section.get("fingerprint"))
     if path.startswith((".", "/", "~")) and not Path(path).exists():
         raise FileNotFoundError(f"There is no tokenizer in {path}: no such folder.")
 

@@ -90,7 +90,7 @@ def train(script_args, training_args, model_args, dataset_args) -> None:
         with read_errors("The checkpoint to resume from"):
             trainer.train(resume_from_checkpoint=resume)
 
-    if training_args.push_to_hub:  # saves the student, too
+    if training_args.push_to_hub:  # also saves the student
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     else:
         trainer.save_model(training_args.output_dir)
@@ -109,7 +109,11 @@ def format_run(state: TrainerState, output_dir: str) -> str:
     from ..artefacts.run_files import REPORT_FILE
 
     means = [line["kl/mean"] for line in state.log_history if "kl/mean" in line]
-    divergence = f", divergence {means[0]:.3f} -> {means[-1]:.3f} nats per token" if means else ""
-    text = f"Trained {state.global_step} steps{divergence}. The student is in {output_dir}"
-    report = Path(output_dir) / REPORT_FILE
-    return f"{text}\nOpen {report} in a browser: the report" if report.is_file() else text
+    text = f"Trained {state.global_step} steps"
+    if means:
+        text += f", divergence {means[0]:.3f} -> {means[-1]:.3f} nats per token"
+    text += f". The student is in {output_dir}"
+    report = Path(output_dir, REPORT_FILE)
+    if report.is_file():
+        text += f"\nOpen {report} in a browser: the report"
+    return text

@@ -275,7 +275,7 @@ class _Check:
         parameters = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         devices = [self._device] if self._device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad(), self._autocast():
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
                 self._model.eval()
                 yield
         finally:
@@ -386,7 +386,9 @@ class _Check:
         """
         ids = torch.tensor(rows, device=self._device)
         try:
-            output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            # Autocast keeps its copies of weights until it ends, so each forward has its own.
+            with self._autocast():
+                output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception as error:  # model classes raise errors of many types
             raise ValueError(
                 f"{self._subject()} cannot be run on token ids alone: {type(error).__name__}: {error}. Use a causal "
@@ -404,7 +406,8 @@ class _Check:
             ids[place, columns[place]] = torch.tensor(row)
             mask[place, columns[place]] = 1
         try:
-            hidden = self._last_hidden_state(self._model, ids.to(self._device), mask.to(self._device), longest - 1)
+            with self._autocast():
+                hidden = self._last_hidden_state(self._model, ids.to(self._device), mask.to(self._device), longest - 1)
         except Exception as error:  # model classes raise errors of many types
             raise ValueError(
                 f"The backbone of {self._subject(start=False)} cannot be run by itself: {type(error).__name__}: "
@@ -433,9 +436,10 @@ class _Check:
             eos_token_id=None,
         )
         emit = LogitsProcessorList([_Emit(self._forced, longest)])
-        output = self._model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=emit
-        )
+        with self._autocast():
+            output = self._model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=emit
+            )
         return torch.stack([logits[0].float() for logits in output.logits])
 
     def _require_equal(self, right: torch.Tensor, found: torch.Tensor, what: str, limit: float | None = None) -> None:

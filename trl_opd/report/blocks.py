@@ -80,6 +80,15 @@ class ShownRollout:
     student_top: tuple[np.ndarray, np.ndarray] | None = None
     teacher_top: tuple[np.ndarray, np.ndarray] | None = None
 
+    def shown_ids(self) -> set[int]:
+        """Return the ids of all tokens that are shown: the emitted ones, and the likeliest ones of either model."""
+        ids = set(self.token_ids.tolist())
+        for top in (self.student_top, self.teacher_top):
+            if top is not None:
+                top_ids, _ = top
+                ids.update(np.ravel(top_ids).tolist())
+        return ids
+
 
 @dataclass(frozen=True)
 class Rollouts:

@@ -14,9 +14,10 @@ from .._trl import distillation_paper
 from ..artefacts.run_files import SUMMARY_FILE, read_summary
 from ..rocks.families import family_of
 from ..statistics import interval_text
-from .contents import Contents, Run, read_contents
+from .contents import Contents, Run, accuracy_in, read_contents
+from .plots.runs import Estimate
 from .sections.evidence import arm_results
-from .sections.run import DIVERGENCES, model_name, run_facts
+from .sections.run import divergence_name, model_name, run_facts
 from .text import named, visible
 
 TAGS = ("generated_from_trainer", "trl", "distillation", "trl-opd", "on-policy-distillation")
@@ -30,7 +31,9 @@ WEIGHTINGS = {
     "control": "its mass-matched control types",
     "random": "as many random positions as the rocks have",
 }
-SAFE_SIGNS = frozenset(" ,.-+=%()‖")  # never markup in Markdown
+# Every sign that can be markup in Markdown: all but letters, digits and a few others.
+UNSAFE_SIGN = re.compile(r"[^\w ,.+=%()‖-]|_")
+FOUR_BIT = {"4-bit nf4": "nf4", "4-bit fp4": "fp4"}
 
 
 def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Sequence[str] = ()) -> ModelCard:
@@ -54,6 +57,7 @@ def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Se
 
     record = run.record
     student = record["student"]
+    teacher = record["teacher"]
     is_merged = record["arguments"].get("merge_adapter") is True
     is_adapter = student.get("adapter") is not None and not is_merged
     folder_name = folder.resolve().name
@@ -61,11 +65,11 @@ def render_card(folder: Path, *, name: str | None, repo_id: str | None, tags: Se
     text = _template().render(
         card_data=_data(run, name, tags, is_adapter=is_adapter).to_yaml(),
         name=name,
-        teacher=model_name(record["teacher"].get("name")),
-        quantization=record["teacher"].get("quantization"),
+        teacher=model_name(teacher.get("name")),
+        quantization=teacher.get("quantization"),
         is_adapter=is_adapter,
         is_merged=is_merged,
-        four_bit=_four_bit(student.get("quantization")),
+        four_bit=FOUR_BIT.get(str(student.get("quantization"))),  # of the base model
         place=repo_id or folder_name,
         facts=_facts(run),
         effect=_effect(contents),
@@ -114,16 +118,10 @@ def _data(run: Run, name: str, tags: Sequence[str], *, is_adapter: bool) -> Mode
 
 def _is_hub_name(name: Any) -> bool:
     """Return whether a name can be one on the Hub; a path on this machine must not get into a card's metadata."""
-    if not isinstance(name, str) or HUB_NAME.fullmatch(name) is None:
+    if not (isinstance(name, str) and HUB_NAME.fullmatch(name)):
         return False
     path = Path(name)
     return path.suffix not in DATA_FILES and not path.exists()
-
-
-def _four_bit(quantization: Any) -> str | None:
-    """Return the 4-bit data type of the student's base model, `None` if that is not in 4 bits."""
-    found = re.fullmatch(r"4-bit (nf4|fp4)", str(quantization))
-    return found[1] if found else None
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -136,9 +134,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     text = WEIGHTINGS.get(weighting, weighting)
     if weighting != "uniform":
         text += f", weight {arguments.get('rock_weight', 0.0)} in the loss"
-        shares = [line["weight/zero_share"] for line in run.log if "weight/zero_share" in line]
-        if shares:
-            text += f"; {sum(shares) / len(shares):.1%} of the tokens had weight 0 (no interval)"
+        share = run.mean("weight/zero_share")
+        if share is not None:
+            text += f"; {share:.1%} of the tokens had weight 0 (no interval)"
     facts.append(("weighting", text))
     facts.append(("rollouts per prompt", str(arguments.get("num_generations", 1))))
     return facts
@@ -147,20 +145,27 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _effect(contents: Contents) -> dict[str, Any]:
     """Return the accuracies of the run with intervals, its divergence, and a comparison with the other arms if any."""
     run = contents.main_run
-    points = [line for line in run.log if "eval_accuracy" in line]
-    shown = points if len(points) < 3 else [points[0], points[-1]]
+    lines = run.lines_with("eval_accuracy")
+    shown = lines if len(lines) < 3 else [lines[0], lines[-1]]
     accuracy = []
     for line in shown:
-        low = line.get("eval_accuracy_ci95_low")
-        high = line.get("eval_accuracy_ci95_high")
-        accuracy.append((int(line["step"]), _with_interval(line["eval_accuracy"], low, high)))
+        text = _with_interval(accuracy_in(line))
+        accuracy.append((int(line["step"]), text))
+    problems = None
+    if lines:
+        problems = int(lines[-1].get("eval_accuracy_problems", 0))
 
+    ends = None
     divergence = run.curve("kl/mean")
+    if len(divergence) > 1:
+        _, first = divergence[0]
+        _, last = divergence[-1]
+        ends = (first, last)
     return _arms(contents.folder.resolve()) | {
         "accuracy": accuracy,
-        "problems": int(points[-1].get("eval_accuracy_problems", 0)) if points else None,
-        "measure": DIVERGENCES.get(str(run.record["measure"].get("divergence")), "divergence"),
-        "divergence": (divergence[0][1], divergence[-1][1]) if len(divergence) > 1 else None,
+        "problems": problems,
+        "measure": divergence_name(run),
+        "divergence": ends,
     }
 
 
@@ -173,18 +178,21 @@ def _arms(folder: Path) -> dict[str, Any]:
 
     results, differences, _ = arm_results(Contents(folder, summary=summary))
     arms = []
-    for arm, (value, low, high) in results.items():
+    for arm, estimate in results.items():
         difference = "–"
         if arm in differences:
-            estimate, difference_low, difference_high = differences[arm]
-            difference = _with_interval(estimate, difference_low, difference_high, "+")
-        arms.append((arm, _with_interval(value, low, high), difference, summary["arms"][arm]["frozen_token_share"]))
+            difference = _with_interval(differences[arm], "+")
+        share = summary["arms"][arm]["frozen_token_share"]
+        arms.append((arm, _with_interval(estimate), difference, share))
     return {"arms": arms, "arm": folder.name, "task": summary["task"], "arm_problems": summary["eval_problems"]}
 
 
-def _with_interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+def _with_interval(estimate: Estimate, sign: str = "") -> str:
+    value, low, high = estimate
     form = f"{sign}.3f"
-    interval = None if low is None or high is None else (low, high)
+    interval = None
+    if low is not None and high is not None:
+        interval = (low, high)
     return f"{value:{form}} {interval_text(interval, form)}"
 
 
@@ -208,5 +216,6 @@ def _rocks(contents: Contents) -> dict[str, Any] | None:
 
 def _plain(value: Any, limit: int = 300) -> str:
     """Return a value as Markdown that renders as text only: every other sign becomes a character reference."""
-    shown = named("" if value is None else str(value), limit)
-    return "".join(sign if sign.isalnum() or sign in SAFE_SIGNS else f"&#{ord(sign)};" for sign in shown)
+    text = "" if value is None else str(value)
+    shown = named(text, limit)
+    return UNSAFE_SIGN.sub(lambda sign: f"&#{ord(sign[0])};", shown)

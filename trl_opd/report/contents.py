@@ -28,7 +28,7 @@ from ..artefacts.run_files import (
 )
 from ..artefacts.sampled_rollouts import find_sample_files
 from ..rocks.rock_set import RockSet
-from .plots.runs import ARMS
+from .plots.runs import ARMS, Estimate
 
 T = TypeVar("T")
 
@@ -67,8 +67,19 @@ class Run:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Return a metric of the log over steps; of a step that was repeated after a resume, only the last value."""
-        values = {int(line["step"]): line[name] for line in self.log if name in line}
+        values = {int(line["step"]): line[name] for line in self.lines_with(name)}
         return sorted(values.items())
+
+    def lines_with(self, name: str) -> Log:
+        """Return the lines of the log that have a metric."""
+        return [line for line in self.log if name in line]
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of a metric over the lines of the log that have it, `None` without a line."""
+        values = [line[name] for line in self.lines_with(name)]
+        if not values:
+            return None
+        return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,21 @@ class Contents:
     def gradients(self) -> Path | None:
         """Table of a gradient study."""
         path = self.folder / GRADIENTS_FILE
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        return path
+
+    @property
+    def rock_ids(self) -> list[int]:
+        """Ids of the rocks in rank order, empty without a rock set."""
+        if self.rocks is None:
+            return []
+        return [rock.id for rock in self.rocks.rocks]
 
     @property
     def other_rocks(self) -> bool:
         """Whether a run was trained with rocks that differ from the rock set now in this folder."""
-        here = None if self.rocks is None else [rock.id for rock in self.rocks.rocks]
+        here = self.rock_ids if self.rocks else None
         given = [run.record.get("rocks") for run in self.runs.values()]
         return any(ids not in (None, here) for ids in given)
 
@@ -112,7 +132,7 @@ class Contents:
 
     @property
     def main_run(self) -> Run | None:
-        """Run whose tokens the report shows: the first, which is `uniform` where there is one."""
+        """Run whose tokens the report shows: the first one, which is the `uniform` arm if there is one."""
         return next(iter(self.runs.values()), None)
 
     @cached_property
@@ -131,6 +151,7 @@ class Names:
     def __init__(self, contents: Contents):
         self._known = {} if contents.rocks is None else _texts_of(contents.rocks)
         self._tokenizer = _find_tokenizer(contents)
+        self._size = 0 if self._tokenizer is None else len(self._tokenizer)
 
     @property
     def complete(self) -> bool:
@@ -139,16 +160,16 @@ class Names:
 
     def text_of(self, id: int) -> str | None:
         """Return the text of a token, `None` where it is not known."""
-        if id not in self._known and self._tokenizer is not None:
-            self._known[id] = self._tokenizer.decode([id]) if id < len(self._tokenizer) else None
+        if id not in self._known and id < self._size:
+            self._known[id] = self._tokenizer.decode([id])
         return self._known.get(id)
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """Return the text of several tokens, `None` without a tokenizer."""
         if self._tokenizer is None:
             return None
-        size = len(self._tokenizer)
-        return self._tokenizer.decode([id for id in ids if id < size])
+        known = [id for id in ids if id < self._size]
+        return self._tokenizer.decode(known)
 
 
 def _texts_of(rock_set: RockSet) -> dict[int, str]:
@@ -175,7 +196,9 @@ def _find_tokenizer(contents: Contents):
     folders = [contents.folder]
     folders += [run.folder for run in runs]
     for run in runs:
-        folders += [path.parent for _, path in run.windows[-1:]]
+        if run.windows:
+            _, path = run.windows[-1]
+            folders.append(path.parent)
     places = [str(folder) for folder in folders if (folder / TOKENIZER_FILE).is_file()]
     places.append(wanted.get("name"))
     for place in places:
@@ -183,6 +206,13 @@ def _find_tokenizer(contents: Contents):
         if tokenizer:
             return tokenizer
     return None
+
+
+def accuracy_in(line: dict[str, Any]) -> Estimate:
+    """Return the accuracy in a line of a log, and the two ends of its 95 % interval, which may be `None`."""
+    low = line.get("eval_accuracy_ci95_low")
+    high = line.get("eval_accuracy_ci95_high")
+    return line["eval_accuracy"], low, high
 
 
 def _has_fingerprint(recorded: Any) -> bool:
@@ -219,13 +249,16 @@ def read_contents(folder: Path) -> Contents:
 
 
 def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
-    return read(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return read(path)
 
 
 def _read_runs(folder: Path) -> dict[str, Run]:
     """Return the run of a folder, or those of its subfolders: first the arms in their usual order, then the others."""
-    if (folder / RUN_FILE).is_file():
-        record = read_run(folder / RUN_FILE)
+    own = folder / RUN_FILE
+    if own.is_file():
+        record = read_run(own)
         weighting = record["arguments"].get("token_weighting", "uniform")
         return {str(weighting): Run(folder, record)}
 

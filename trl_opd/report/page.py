@@ -129,7 +129,8 @@ def _table(block: Table) -> dict:
     for row in block.rows:
         if len(row) != len(forms):
             raise ValueError(f"A row of the table {block.caption!r} has {len(row)} cells for {len(forms)} columns.")
-        rows.append(list(map(_cell, row, forms)))
+        cells = list(map(_cell, row, forms))
+        rows.append(cells)
 
     heads = []
     for head, form in block.columns.items():
@@ -151,7 +152,8 @@ def _cell(value: str | float | int | None, form: str) -> dict:
         cell["text"] = named(value, CELL)
     elif value is not None and not math.isnan(value):
         cell["text"] = _formatted(value, form)
-        cell["value"] = repr(float(value)).replace("inf", "Infinity")
+        number = repr(float(value))
+        cell["value"] = number.replace("inf", "Infinity")
     return cell
 
 
@@ -166,48 +168,51 @@ def _formatted(value: float, form: str) -> str:
 
 def _rollouts(block: Rollouts) -> dict:
     """Return rollouts by step with shaded tokens, and the metrics of their tokens as JSON."""
-    ids = set()
-    for rollout in block.rollouts:
-        ids.update(rollout.token_ids.tolist())
-    shown = {id_: visible(block.texts[id_], TOKEN, newline="↵\n") for id_ in ids if id_ in block.texts}
-
     steps: dict[int | None, list[dict]] = {}
     for place, rollout in enumerate(block.rollouts):
-        steps.setdefault(rollout.step, []).append(_rollout(rollout, place, shown, block.rocks))
+        of_step = steps.setdefault(rollout.step, [])
+        of_step.append(_rollout(rollout, place, block))
     by_step = [{"step": step, "rollouts": rollouts} for step, rollouts in steps.items()]
     return {"kind": "rollouts", "steps": by_step, "data": _data(block)}
 
 
-def _rollout(rollout: ShownRollout, place: int, shown: dict[int, str], rocks: frozenset[int]) -> dict:
+def _rollout(rollout: ShownRollout, place: int, block: Rollouts) -> dict:
     ids = rollout.token_ids.tolist()
     kl = np.asarray(rollout.kl, dtype=np.float64)
     unmeasured = np.isnan(kl)
     measured = kl[~unmeasured]
     tints = np.searchsorted(EDGES, kl, side="right").astype(str)
     tints[unmeasured] = "x"
-    frozen = [False] * len(ids) if rollout.weight is None else np.equal(rollout.weight, 0).tolist()
+    frozen = [False] * len(ids)
+    if rollout.weight is not None:
+        frozen = np.equal(rollout.weight, 0).tolist()
 
     tokens = []
+    rocks = 0
     for id_, tint, is_frozen in zip(ids, tints.tolist(), frozen, strict=True):
         classes = f"d{tint}"
-        if id_ in rocks:
+        if id_ in block.rocks:
             classes += " rock"
+            rocks += 1
         if is_frozen:
             classes += " frozen"
-        # A special token may decode to an empty text, so we show its id.
-        tokens.append((classes, shown.get(id_) or f"⟨{id_}⟩"))
+        shown = f"⟨{id_}⟩"
+        text = block.texts.get(id_)
+        if text:  # a special token may decode to an empty text, so we show its id
+            shown = visible(text, TOKEN, newline="↵\n")
+        tokens.append((classes, shown))
     return _prompt(rollout.prompt) | {
         "name": f"Rollout {rollout.rollout}",
         "place": place,
         "mean_kl": _formatted(measured.mean(), ".4f") if measured.size else UNKNOWN,
-        "rocks": sum(id_ in rocks for id_ in ids),
+        "rocks": rocks,
         "frozen": sum(frozen),
         "tokens": tokens,
     }
 
 
 def _prompt(prompt: str | None) -> dict:
-    """Return the prompt, the start that stands for it while it is folded, and whether it is long enough to fold."""
+    """Return a prompt, its start, which is shown while it is folded, and whether it is long enough to fold."""
     if prompt is None:
         return {"prompt": None, "start": None, "is_long": False}
     start = visible(prompt[:100], newline=" ")
@@ -220,12 +225,9 @@ def _prompt(prompt: str | None) -> dict:
 
 def _data(block: Rollouts) -> Markup:
     """Return the content of every token's tooltip as JSON that is safe inside a script element."""
-    ids = set()
+    ids: set[int] = set()
     for rollout in block.rollouts:
-        ids.update(rollout.token_ids.tolist())
-        for top in (rollout.student_top, rollout.teacher_top):
-            if top is not None:
-                ids.update(np.ravel(top[0]).tolist())
+        ids |= rollout.shown_ids()
 
     texts = {}
     for id_ in sorted(ids):
@@ -247,7 +249,10 @@ def _columns(rollout: ShownRollout) -> str:
         if top is not None:
             columns[f"{who}_top_id"], columns[f"{who}_top_p"] = top
 
-    members = [f'"{name}":{_array(column)}' for name, column in columns.items() if column is not None]
+    members = []
+    for name, column in columns.items():
+        if column is not None:
+            members.append(f'"{name}":{_array(column)}')
     return f"{{{','.join(members)}}}"
 
 

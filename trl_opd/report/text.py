@@ -78,7 +78,7 @@ def _escaped(text: str, newline: str) -> str:
 
 
 def _marked_spaces(spaces: re.Match) -> str:
-    return "".join("␣" if sign == " " else _escape(sign) for sign in spaces[0])
+    return _escape(spaces[0]).replace(" ", "␣")
 
 
 def _escape(sign: str) -> str:

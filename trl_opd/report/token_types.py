@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,13 @@ class TokenTypes:
         """
         mass = self.mass
         descending = np.sort(mass)[::-1]
-        covered = np.cumsum(descending) / max(mass.sum(), TINY)
+        total = max(mass.sum(), TINY)
+        covered = np.cumsum(descending) / total
+
         most = min(CUTOFFS, np.count_nonzero(mass > 0))
-        cutoffs = list(range(1, most + 1, max(1, most // 60)))
-        if cutoffs and cutoffs[-1] < most:
+        stride = max(1, most // 60)
+        cutoffs = list(range(1, most, stride))
+        if most > 0:
             cutoffs.append(most)
         shares = [float(covered[cutoff - 1]) for cutoff in cutoffs]
         return Sweep(cutoffs=cutoffs, coverage=shares, stability={}, top_k=top_k)
@@ -71,18 +75,20 @@ class TokenTypes:
             text_of (`Callable[[int], str | None]`): Returns the text of a token id, `None` where it is not known.
         """
         mass = self.mass
-        token_share = self.count / max(self.count.sum(), 1.0)
-        kl_share = mass / max(mass.sum(), TINY)
-        shares = np.stack([token_share, kl_share], axis=1)
+        tokens = max(self.count.sum(), 1.0)
+        token_share = self.count / tokens
+        nats = max(mass.sum(), TINY)
+        kl_share = mass / nats
 
-        sums: dict[str, np.ndarray] = {}
+        tokens_of = Counter()
+        kl_of = Counter()
         largest = np.argsort(-mass, kind="stable")[:NAMED_TYPES]
         for id in largest[self.count[largest] > 0].tolist():
             family = family_of(text_of(id))
             if family is not None:
-                sums[family] = sums.get(family, 0.0) + shares[id]
-        by_kl = sorted(sums.items(), key=lambda item: -item[1][1])
-        return {family: tuple(share.tolist()) for family, share in by_kl}
+                tokens_of[family] += float(token_share[id])
+                kl_of[family] += float(kl_share[id])
+        return {family: (tokens_of[family], share) for family, share in kl_of.most_common()}
 
 
 def types_of_last_quarter(windows: list[tuple[int, Path]]) -> TokenTypes:
@@ -147,7 +153,8 @@ def types_of_occurrences(file: Occurrences) -> TokenTypes:
         size = max(size, int(ids.max()) + 1)
         for name, total in sums.items():
             weights = None if name == "count" else batch[name]
-            sums[name] = np.pad(total, (0, size - len(total))) + np.bincount(ids, weights, size)
+            grown = np.pad(total, (0, size - len(total)))
+            sums[name] = grown + np.bincount(ids, weights, size)
 
     with np.errstate(invalid="ignore"):  # a type that never occurs has no mean: 0 / 0 is NaN
         means = {name: sums[name] / sums["count"] for name in divergences}
@@ -185,7 +192,11 @@ def kind_means(
         is_rock = _is_among(rocks, len(seen))
         is_control = _is_among(controls, len(seen))
         is_other = ~(is_rock | is_control)
-        means = [_mean(mass[kind], seen[kind]) for kind in (is_rock, is_control, is_other)]
+        means = []
+        for kind in (is_rock, is_control, is_other):
+            count = seen[kind].sum()
+            mean = float(mass[kind].sum() / count) if count > 0 else None
+            means.append(mean)
         points.append((step, *means))
     return points
 
@@ -193,10 +204,7 @@ def kind_means(
 def _is_among(ids: list[int], size: int) -> np.ndarray:
     """Return which of the ids 0 to size - 1 are in a list; larger ids are ignored."""
     found = np.zeros(size, dtype=bool)
-    found[[id for id in ids if id < size]] = True
+    for id in ids:
+        if id < size:
+            found[id] = True
     return found
-
-
-def _mean(mass: np.ndarray, seen: np.ndarray) -> float | None:
-    count = seen.sum()
-    return float(mass.sum() / count) if count > 0 else None

@@ -1,1 +1,1 @@
-"""Token statistics or occurrences -> rock sets."""
+"""Rock sets: their detection in token statistics or occurrences, their controls, and the families of tokens."""

@@ -1,4 +1,4 @@
-"""In-memory occurrences of the prompts that select the rocks, and the rocks' shares on the other prompts."""
+"""Occurrences in memory: those of the prompts that select the rocks, and the rocks' shares on the held-out prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ..artefacts.occurrences import Occurrences
 from ..statistics import ratio_interval
 
-# Value of a missing neighbour, because a window ends with its completion.
+# Token id in a window where the completion has no token.
 NO_TOKEN = -1
 
 
@@ -37,23 +37,23 @@ class Corpus:
     @property
     def starts(self) -> np.ndarray:
         """First row of every rollout, `(rollouts,)`."""
-        if len(self.rollout) == 0:
-            return np.empty(0, dtype=np.int64)
-        is_new = self.rollout[1:] != self.rollout[:-1]
-        return np.flatnonzero(np.append(True, is_new))
+        # Indices of rollouts are at least 0, so the first row differs from the -1 before it.
+        steps = np.diff(self.rollout, prepend=np.int32(-1))
+        return np.flatnonzero(steps)
 
     def take(self, places: np.ndarray) -> Corpus:
-        """Return the corpus of the rollouts at `places` (0 for the first rollout), in ascending order."""
-        places = np.sort(places)
-        starts = self.starts
-        ends = np.append(starts[1:], len(self.rollout))
-        rows = np.concatenate([np.arange(starts[place], ends[place]) for place in places])
+        """Return the corpus of the rollouts at `places` (0 for the first rollout), in the order of this corpus."""
+        chosen = self.rollout[self.starts[places]]
+        rows = np.flatnonzero(np.isin(self.rollout, chosen))
+        kl_pre = self.kl_pre
+        if kl_pre is not None:
+            kl_pre = kl_pre[rows]
         return Corpus(
             rollout=self.rollout[rows],
             position=self.position[rows],
             token_id=self.token_id[rows],
             kl=self.kl[rows],
-            kl_pre=None if self.kl_pre is None else self.kl_pre[rows],
+            kl_pre=kl_pre,
         )
 
     def windows(self, rows: np.ndarray, width: int) -> np.ndarray:
@@ -61,27 +61,30 @@ class Corpus:
 
         An entry is `NO_TOKEN` beyond the ends of the completion and across a missing position.
         """
-        found = np.full((len(rows), 2 * width), NO_TOKEN, dtype=np.int32)
+        rollout = self.rollout[rows]
+        position = self.position[rows]
+        found = np.empty((len(rows), 2 * width), dtype=np.int32)
         for place, offset in enumerate(window_offsets(width)):
-            other = rows + offset
-            inside = (other >= 0) & (other < len(self.token_id))
-            # A neighbour outside the arrays is replaced by the row itself, which the test of the position drops.
-            other = np.where(inside, other, rows)
-            inside &= self.rollout[other] == self.rollout[rows]
-            inside &= self.position[other] == self.position[rows] + offset
-            found[inside, place] = self.token_id[other[inside]]
+            neighbour = rows + offset
+            is_row = (neighbour >= 0) & (neighbour < len(self.token_id))
+            # A neighbour outside the corpus is replaced by the row itself, whose position is never the right one.
+            neighbour = np.where(is_row, neighbour, rows)
+            same_rollout = self.rollout[neighbour] == rollout
+            right_position = self.position[neighbour] == position + offset
+            found[:, place] = np.where(same_rollout & right_position, self.token_id[neighbour], NO_TOKEN)
         return found
 
 
-def window_offsets(width: int) -> list[int]:
-    """Return the offsets of a window in the order of its columns: -1, -2, ..., 1, 2, ..."""
-    return [*range(-1, -width - 1, -1), *range(1, width + 1)]
+def window_offsets(width: int) -> np.ndarray:
+    """Return the offsets of a window in the order of its columns, `(2 * width,)`: -1, -2, ..., 1, 2, ..."""
+    distances = np.arange(1, width + 1)
+    return np.concatenate([-distances, distances])
 
 
 def split_units(occurrences: Occurrences) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompts that select rocks and those that judge them; rollouts if the file has no prompts.
+    """Return the prompts that select rocks and the held-out prompts; rollouts if the file has no prompts.
 
-    The prompts are numbered from 0 in ascending order: the even ones select, the odd ones judge.
+    In ascending order, the first, third, ... prompt selects, and the second, fourth, ... is held out.
     """
     units = occurrences.units()
     return units[::2], units[1::2]
@@ -100,18 +103,19 @@ def read_selection(occurrences: Occurrences, units: np.ndarray) -> Corpus:
     columns = {name: np.empty(occurrences.rows, type) for name, type in types.items()}
 
     first = None
-    several = False
+    last = None
     count = 0
     for batch in occurrences.batches():
+        rollout = batch["rollout"]
+        last = rollout[-1]
         if first is None:
-            first = batch["rollout"][0]
-        several |= bool(batch["rollout"][-1] != first)
-        chosen = is_among(batch["unit"], units)
-        end = count + int(chosen.sum())
+            first = rollout[0]
+        chosen = np.isin(batch["unit"], units)
+        end = count + np.count_nonzero(chosen)
         for name, column in columns.items():
             column[count:end] = batch[name][chosen]
         count = end
-    if not several:
+    if first == last:
         raise ValueError(
             f"{occurrences.path} has one rollout only, so rocks cannot be distinguished from chance. Collect more "
             "prompts."
@@ -124,21 +128,22 @@ def heldout_shares(occurrences: Occurrences, units: np.ndarray, rocks: np.ndarra
 
     The intervals come from a bootstrap over the prompts.
     """
-    if len(units) == 0:
+    prompts = len(units)
+    if prompts == 0:
         return None
-    rock_tokens = np.zeros(len(units))
-    tokens = np.zeros(len(units))
-    rock_kl = np.zeros(len(units))
-    all_kl = np.zeros(len(units))
+    tokens = np.zeros(prompts)
+    rock_tokens = np.zeros(prompts)
+    all_kl = np.zeros(prompts)
+    rock_kl = np.zeros(prompts)
     for batch in occurrences.batches():
-        chosen = is_among(batch["unit"], units)
+        chosen = np.isin(batch["unit"], units)
         place = np.searchsorted(units, batch["unit"][chosen])
         is_rock = np.isin(batch["token_id"][chosen], rocks)
-        kl = batch["kl"][chosen].astype(np.float64)
-        rock_tokens += np.bincount(place, is_rock, len(units))
-        tokens += np.bincount(place, minlength=len(units))
-        rock_kl += np.bincount(place, is_rock * kl, len(units))
-        all_kl += np.bincount(place, kl, len(units))
+        kl = batch["kl"][chosen]
+        tokens += np.bincount(place, minlength=prompts)
+        rock_tokens += np.bincount(place, is_rock, prompts)
+        all_kl += np.bincount(place, kl, prompts)
+        rock_kl += np.bincount(place, is_rock * kl, prompts)
 
     token_share, token_interval = _share(rock_tokens, tokens, seed)
     kl_share, kl_interval = _share(rock_kl, all_kl, seed)
@@ -147,21 +152,17 @@ def heldout_shares(occurrences: Occurrences, units: np.ndarray, rocks: np.ndarra
         "token_share_ci95": token_interval,
         "kl_share": kl_share,
         "kl_share_ci95": kl_interval,
-        "prompts": len(units),
+        "prompts": prompts,
     }
 
 
 def _share(parts: np.ndarray, wholes: np.ndarray, seed: int) -> tuple[float, list[float] | None]:
-    """Return `sum(parts) / sum(wholes)`, 0 for an empty whole, and its bootstrap interval."""
+    """Return `sum(parts) / sum(wholes)`, or 0 if the wholes sum to 0, and its bootstrap interval."""
     total = wholes.sum()
-    share = float(parts.sum() / total) if total > 0 else 0.0
+    if total <= 0:
+        return 0.0, None
+    share = float(parts.sum() / total)
     interval = ratio_interval(parts, wholes, seed=seed)
-    return share, interval and list(interval)
-
-
-def is_among(values: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return which values are in the sorted array `units`, bool, shape of `values`."""
-    if len(units) == 0:
-        return np.zeros(len(values), dtype=bool)
-    places = np.searchsorted(units, values).clip(max=len(units) - 1)
-    return units[places] == values
+    if interval is None:
+        return share, None
+    return share, list(interval)

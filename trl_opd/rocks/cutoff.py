@@ -1,7 +1,8 @@
-"""Number of rocks: ranks of the types, and the sweep of the cutoff K over coverage and stability."""
+"""Choice of the number of rocks: ranks of the types, and the coverage and stability of each cutoff K."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,15 @@ import numpy as np
 
 from .corpus import Corpus
 
-# The sweep tries K = 10, 20, ... up to 300, or up to a fifth of the types.
+# The sweep tries K = 10, 20, ... up to 300, or up to a fifth of the types, which must then be at least 50.
 STEP = 10
 MOST = 300
-# Numbers of rollouts in each of the two draws that are compared, and the number of draws for each.
+LEAST_TYPES = 5 * STEP
+# Sizes of the two draws of rollouts that are compared, and the number of such comparisons for each size.
 SIZES = (50, 100, 200)
 DRAWS = 10
-# A cutoff is stable when the lists of two draws overlap by at least this much.
+LEAST_ROLLOUTS = 2 * SIZES[0]
+# A cutoff is stable if the lists of two draws overlap by at least this much.
 LEAST_JACCARD = 0.7
 
 # Function from corpora to the score of every type, `(V,)`.
@@ -52,14 +55,16 @@ def rank_ids(score: np.ndarray) -> np.ndarray:
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     """Return the share of the ids in either list that are in both; 0 for two empty lists."""
     both = len(np.intersect1d(one, other))
-    either = len(one) + len(other) - both
+    either = len(np.union1d(one, other))
     return both / max(either, 1)
 
 
 def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Sweep:
-    """Return the sweep over K: n rollouts against n others of the same corpus, ten draws for each n that is available.
+    """Return the coverage and the stability of each cutoff K.
 
-    A list from n rollouts is never compared with the list from all rollouts, because these contain the n.
+    For the stability, the top K types of n rollouts are compared with those of n other rollouts of the same corpus, in
+    ten draws for each n for which there are enough rollouts. A list from n rollouts is never compared with the list
+    from all rollouts, because these contain the n.
 
     Args:
         corpora (`Sequence[Corpus]`): The selection half of each file; the coverage is that of the first one.
@@ -70,17 +75,12 @@ def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Swee
         `ValueError`: if there are fewer than 100 rollouts, or fewer than 50 types.
     """
     rollouts = min(corpus.rollouts for corpus in corpora)
-    if rollouts < 2 * SIZES[0]:
+    if rollouts < LEAST_ROLLOUTS:
         raise ValueError(
             f"--top_k auto compares {SIZES[0]} rollouts with {SIZES[0]} others, and the half that selects has "
             f"{rollouts}: collect more prompts, or pass a number as --top_k."
         )
-    types = len(np.unique(corpora[0].token_id))
-    cutoffs = list(range(STEP, min(MOST, types // 5) + 1, STEP))
-    if not cutoffs:
-        raise ValueError(
-            f"--top_k auto needs at least {5 * STEP} token types, and there are {types}: pass a number as --top_k."
-        )
+    cutoffs = _cutoffs(corpora[0])
 
     rng = np.random.default_rng(seed)
     stability = {}
@@ -89,31 +89,53 @@ def sweep_cutoffs(corpora: Sequence[Corpus], score: Score, *, seed: int) -> Swee
             draws = [_overlaps(corpora, score, size, cutoffs, rng) for _ in range(DRAWS)]
             stability[size] = np.mean(draws, axis=0).tolist()
 
-    coverage = _coverage(corpora[0], rank_ids(score(corpora)), cutoffs)
+    order = rank_ids(score(corpora))
     largest = max(stability)
-    top_k = None
-    for cutoff, overlap in zip(cutoffs, stability[largest], strict=True):
+    return Sweep(
+        cutoffs=cutoffs,
+        coverage=_coverage(corpora[0], order, cutoffs),
+        stability=stability,
+        top_k=_largest_stable(cutoffs, stability[largest]),
+    )
+
+
+def _cutoffs(corpus: Corpus) -> list[int]:
+    """Return the values of K to try, or raise `ValueError` if the corpus has too few types for one."""
+    types = len(np.unique(corpus.token_id))
+    if types < LEAST_TYPES:
+        raise ValueError(
+            f"--top_k auto needs at least {LEAST_TYPES} token types, and there are {types}: pass a number as --top_k."
+        )
+    most = min(MOST, types // 5)
+    return list(range(STEP, most + 1, STEP))
+
+
+def _largest_stable(cutoffs: list[int], overlaps: list[float]) -> int | None:
+    """Return the last cutoff before the first overlap that is too small, or `None` if the first one is."""
+    stable = None
+    for cutoff, overlap in zip(cutoffs, overlaps, strict=True):
         if overlap < LEAST_JACCARD:
             break
-        top_k = cutoff
-    return Sweep(cutoffs=cutoffs, coverage=coverage, stability=stability, top_k=top_k)
+        stable = cutoff
+    return stable
 
 
 def _coverage(corpus: Corpus, order: np.ndarray, cutoffs: list[int]) -> list[float]:
     """Return the share of the corpus's divergence that falls on the first K types in order, for each K."""
-    if len(order) == 0:
-        return [0.0] * len(cutoffs)
     total = np.bincount(corpus.token_id, corpus.kl)
-    # The floor avoids 0 / 0 where no token diverges.
-    covered = np.cumsum(total[order]) / max(total.sum(), np.finfo(float).tiny)
-    last = np.minimum(cutoffs, len(order)) - 1
-    return covered[last].tolist()
+    # Entry K is the divergence of the first K types.
+    covered = np.append(0.0, total[order]).cumsum()
+    ranks = np.minimum(cutoffs, len(order))
+    # The lower limit avoids 0 / 0 if no token diverges.
+    divergence = max(total.sum(), sys.float_info.min)
+    shares = covered[ranks] / divergence
+    return shares.tolist()
 
 
 def _overlaps(
     corpora: Sequence[Corpus], score: Score, size: int, cutoffs: list[int], rng: np.random.Generator
 ) -> list[float]:
-    """Return the overlap, at each cutoff, of the ranked lists from two disjoint draws of rollouts."""
+    """Return the overlap (Jaccard) of the ranked lists from two disjoint draws of rollouts, for each cutoff."""
     one = []
     other = []
     for corpus in corpora:

@@ -1,4 +1,4 @@
-"""Families of tokens by their text, for any tokenizer: the first rule of a table that matches decides."""
+"""Families of tokens by their text, for any tokenizer: the first rule that matches decides."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ _MARKDOWN = re.compile(r"\s*|(?:[*~`#]+|_+|-|•|\||[-=]{3,}|\|[-:|\s]+\||\[[ xX
 _COMMAND = re.compile(r"\s*\\[a-zA-Z]+|(?:frac|sqrt|boxed|cdot|text|left|right|times|pm|circ|theta|pi|mathrm|mathbf)")
 
 
+FAMILIES = ("markdown", "math", "digit", "punctuation", "discourse", "function_word", "other")
+
+
 def family_of(text: str | None) -> str | None:
     """Return the family of a token, one of `FAMILIES`; `None` if the text is not known.
 
@@ -39,36 +42,30 @@ def family_of(text: str | None) -> str | None:
     """
     if text is None:
         return None
-    return next(family for family, fits in RULES if fits(text, text.strip()))
+    # An empty text has no family, and U+FFFD means that the token is a part of a character.
+    if text == "" or "\ufffd" in text:
+        return "other"
+
+    # No rule but that of LaTeX commands looks at the white space around a token.
+    core = text.strip()
+    word = core.casefold()
+    categories = {unicodedata.category(sign) for sign in core}
+    only_signs = all(category[0] in "PS" for category in categories)
+    if _MARKDOWN.fullmatch(core):
+        return "markdown"
+    if _COMMAND.fullmatch(text) or (only_signs and _has_math(core, categories)):
+        return "math"
+    if categories <= {"Nd", "No", "Nl"}:
+        return "digit"
+    if only_signs:
+        return "punctuation"
+    if word in DISCOURSE:
+        return "discourse"
+    if word in FUNCTION_WORDS:
+        return "function_word"
+    return "other"
 
 
-def _is_digit(text: str, core: str) -> bool:
-    return bool(core) and all(unicodedata.category(sign) in ("Nd", "No", "Nl") for sign in core)
-
-
-def _is_math(text: str, core: str) -> bool:
-    if _COMMAND.fullmatch(text):
-        return True
-    categories = [unicodedata.category(sign) for sign in core]
-    # The text has punctuation and symbols only, and at least one belongs to mathematics (+ = < → ∑) or to LaTeX.
-    if any(category[0] not in "PS" for category in categories):
-        return False
+def _has_math(core: str, categories: set[str]) -> bool:
+    """Return whether a sign belongs to mathematics (+ = < → ∑) or to LaTeX."""
     return "Sm" in categories or not set(core).isdisjoint("$\\^{}")
-
-
-def _is_punctuation(text: str, core: str) -> bool:
-    return bool(core) and all(unicodedata.category(sign)[0] in "PS" for sign in core)
-
-
-# The rules in order. The text is what the tokenizer decodes; its core is the text without the white space around it.
-RULES = (
-    ("other", lambda text, core: not text or "\ufffd" in text),  # an empty text, or a part of a character
-    ("markdown", lambda text, core: bool(_MARKDOWN.fullmatch(core))),
-    ("math", _is_math),
-    ("digit", _is_digit),
-    ("punctuation", _is_punctuation),
-    ("discourse", lambda text, core: core.casefold() in DISCOURSE),
-    ("function_word", lambda text, core: core.casefold() in FUNCTION_WORDS),
-    ("other", lambda text, core: True),
-)
-FAMILIES = tuple(family for family, _ in RULES[1:])

@@ -1,11 +1,11 @@
-"""Context filter: which occurrences of a token diverge strongly again and again in the same surroundings.
+"""Context filter: it finds the occurrences of a token that diverge strongly in surroundings that recur.
 
-This is stage B of arXiv:2605.09253, with its O_PH, rho and CCR. An occurrence is persistently high (in O_PH) when its
+This is stage B of arXiv:2605.09253, with its O_PH, rho and CCR. An occurrence is persistently high (in O_PH) if its
 divergence reaches a threshold under the student and another one under the reference student. Its surroundings are the
 tokens at the offsets -w..-1 and 1..w, as a normalised vector with an entry `1 / |offset|` for each pair (offset,
-token). Two occurrences of one type are similar when the dot product of their vectors reaches gamma. rho is the share of
-the type's other persistently high occurrences that are similar, and an occurrence whose rho reaches eta is a rock
-occurrence. CCR is the number of rock occurrences over the number of all occurrences of the type.
+token). Two occurrences of one type are similar if the dot product of their vectors is at least gamma. rho is the share
+of the type's other persistently high occurrences that are similar. An occurrence whose rho is at least eta is a rock
+occurrence. CCR is the number of rock occurrences divided by the number of all occurrences of the type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from .corpus import NO_TOKEN, Corpus, window_offsets
 
-# Pairs of occurrences that are compared at once: the three temporary arrays then fit in the processor's cache.
+# Number of pairs of occurrences that are compared at once, so that three temporary arrays fit in the processor's cache.
 BLOCK = 2**18
 # Float32 products that are equal in exact arithmetic differ by at most this much.
 ROUNDING = 1e-6
@@ -26,7 +26,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Parameters of the context filter; docs/detection.md has the measurements behind the defaults.
+    """Parameters of the context filter; docs/detection.md shows how the defaults were chosen.
 
     Args:
         tau_pre, tau_post (`float` or `str`):
@@ -37,7 +37,7 @@ class ContextSettings:
         eta (`float`): Smallest share of similar occurrences, in [0, 1].
         max_occurrences (`int`):
             Largest number of persistently high occurrences of a type that are compared; if there are more, a seeded
-            sample of this size is.
+            sample of this size is compared.
         seed (`int`): Seed of the sample, and of every other random draw of a detection.
     """
 
@@ -83,7 +83,7 @@ class TypeStatistics:
     @cached_property
     def ccr(self) -> np.ndarray:
         """Share of a type's occurrences that are rock occurrences, `(V,)`."""
-        return np.minimum(self.rock_occurrences / np.maximum(self.count, 1), 1.0)
+        return self.rock_occurrences / np.maximum(self.count, 1)
 
     @cached_property
     def context_score(self) -> np.ndarray:
@@ -103,13 +103,12 @@ def measure_types(
         context (`bool`, *optional*, defaults to `True`):
             Whether surroundings are compared. Otherwise `persistent` and `rock_occurrences` are 0.
     """
-    count = _sums(corpus.token_id, vocab_size).astype(np.int64)
-    kl_sum = _sums(corpus.token_id, vocab_size, corpus.kl)
-    kl_pre_sum = None if corpus.kl_pre is None else _sums(corpus.token_id, vocab_size, corpus.kl_pre)
+    ids = corpus.token_id
+    count = _sums(ids, vocab_size)
     statistics = TypeStatistics(
-        count=count,
-        kl_sum=kl_sum,
-        kl_pre_sum=kl_pre_sum,
+        count=count.astype(np.int64),
+        kl_sum=_sums(ids, vocab_size, corpus.kl),
+        kl_pre_sum=None if corpus.kl_pre is None else _sums(ids, vocab_size, corpus.kl_pre),
         persistent=np.zeros(vocab_size, dtype=np.int64),
         rock_occurrences=np.zeros(vocab_size),
         sampled=np.empty(0, dtype=np.int64),
@@ -127,7 +126,7 @@ def measure_types(
         is_high &= corpus.kl_pre >= tau_pre
 
     rows = np.flatnonzero(is_high)
-    persistent = np.bincount(corpus.token_id[rows], minlength=vocab_size)
+    persistent = np.bincount(ids[rows], minlength=vocab_size)
     counted, sampled = rock_occurrences(corpus, rows, persistent, settings)
     return replace(
         statistics,
@@ -143,7 +142,7 @@ def _sums(ids: np.ndarray, vocab_size: int, values: np.ndarray | None = None) ->
     """Return the sum of the values of every id, or its number of occurrences without values, float64, `(V,)`."""
     total = np.zeros(vocab_size)
     step = max(2**16, vocab_size)
-    # The sum goes over parts of the rows, because NumPy copies its inputs to 64 bits.
+    # Only a part of the rows is summed at a time, because NumPy converts a copy of them to 64 bits.
     for first in range(0, len(ids), step):
         part = slice(first, first + step)
         weights = None if values is None else values[part]
@@ -153,8 +152,10 @@ def _sums(ids: np.ndarray, vocab_size: int, values: np.ndarray | None = None) ->
 
 def threshold(value: float | str, divergences: np.ndarray) -> float:
     """Return a threshold in nats; "q0.8" means the quantile 0.8 of the divergences."""
-    if isinstance(value, str) and value.startswith("q"):
-        return float(np.quantile(divergences, float(value[1:])))
+    text = str(value)
+    if text.startswith("q"):
+        level = float(text[1:])
+        return float(np.quantile(divergences, level))
     return float(value)
 
 
@@ -174,31 +175,37 @@ def rock_occurrences(
     ends = np.cumsum(persistent)
     starts = ends - persistent
 
-    several = np.flatnonzero(persistent > 1)
-    sampled = several[persistent[several] > settings.max_occurrences]
-
-    # Types of similar size share a block, so that little of it is padding.
-    by_size = np.argsort(persistent[several], kind="stable")
-    several = several[by_size]
-    totals = persistent[several]
+    # An occurrence is compared with others, so a type needs at least two. Types of similar size share a block, so that
+    # little of it is padding.
+    by_size = np.argsort(persistent, kind="stable")
+    types = by_size[persistent[by_size] > 1]
+    totals = persistent[types]
     sizes = np.minimum(totals, settings.max_occurrences)
 
     found = np.zeros(len(persistent))
     for block in _blocks(sizes):
         members = []
-        for type in several[block]:
+        for type in types[block]:
             own = rows[starts[type] : ends[type]]
             members.append(_members(own, type, settings))
         kept = _kept(corpus, members, settings)
-        found[several[block]] = kept * totals[block] / sizes[block]
+        # The count in a sample is scaled to all occurrences of the type.
+        found[types[block]] = kept * totals[block] / sizes[block]
+    sampled = np.flatnonzero(persistent > settings.max_occurrences)
     return found, sampled
 
 
 def _blocks(sizes: np.ndarray) -> Iterator[slice]:
-    """Yield slices of types whose comparisons fit in a block, padded to the largest type; `sizes` ascends."""
+    """Yield slices of types whose comparisons fit in a block.
+
+    Args:
+        sizes (`np.ndarray`): Number of occurrences of each type, ascending. A block is padded to its largest type.
+    """
     start = 0
     for stop in range(1, len(sizes)):
-        if (stop + 1 - start) * int(sizes[stop]) ** 2 > BLOCK:
+        largest = int(sizes[stop])
+        types = stop + 1 - start
+        if types * largest**2 > BLOCK:
             yield slice(start, stop)
             start = stop
     if len(sizes):
@@ -206,7 +213,7 @@ def _blocks(sizes: np.ndarray) -> Iterator[slice]:
 
 
 def _members(rows: np.ndarray, type: int, settings: ContextSettings) -> np.ndarray:
-    """Return the rows of a type that are compared: all, or a seeded sample that does not depend on other types."""
+    """Return the rows of a type to compare: all of them, or a seeded sample that does not depend on other types."""
     if len(rows) <= settings.max_occurrences:
         return rows
     rng = np.random.default_rng([settings.seed, int(type)])
@@ -215,28 +222,30 @@ def _members(rows: np.ndarray, type: int, settings: ContextSettings) -> np.ndarr
 
 
 def _kept(corpus: Corpus, members: list[np.ndarray], settings: ContextSettings) -> np.ndarray:
-    """Return how many rows of each type have a rho of at least eta, `(T,)`."""
-    offsets = np.array(window_offsets(settings.window))
+    """Return the number of rock occurrences among the rows of each type: those whose rho is at least eta, `(T,)`."""
+    offsets = window_offsets(settings.window)
     squares = (1.0 / offsets**2).astype(np.float32)
-    sizes = np.array([len(rows) for rows in members])
+    sizes = np.array([len(rows) for rows in members])[:, None]
     longest = sizes.max()
     windows = np.full((len(members), len(offsets), longest), NO_TOKEN, dtype=np.int32)
     for place, rows in enumerate(members):
         around = corpus.windows(rows, settings.window)
         windows[place, :, : len(rows)] = around.T
 
-    norms = np.sqrt(np.einsum("tsn,s->tn", windows != NO_TOKEN, squares))
+    squared_norms = np.einsum("tsn,s->tn", windows != NO_TOKEN, squares)
     # An infinite norm makes an empty window, and padding, similar to nothing.
-    norms = np.where(norms == 0, np.inf, norms).astype(np.float32)
+    squared_norms[squared_norms == 0] = np.inf
+    norms = np.sqrt(squared_norms)
     similar = _similar(windows, norms, squares, settings.gamma - ROUNDING)
     # Each window that is not empty was found similar to itself.
     similar -= np.isfinite(norms)
 
-    others = (sizes - 1)[:, None]
     # This is rho = similar / others >= eta without the division, which could round to the wrong side of eta.
+    others = sizes - 1
     reaches_eta = similar >= settings.eta * others - ROUNDING
-    is_row = np.arange(longest) < sizes[:, None]
-    return (is_row & reaches_eta).sum(axis=1)
+    is_row = np.arange(longest) < sizes
+    kept = is_row & reaches_eta
+    return kept.sum(axis=1)
 
 
 def _similar(windows: np.ndarray, norms: np.ndarray, squares: np.ndarray, least: float) -> np.ndarray:
@@ -245,11 +254,11 @@ def _similar(windows: np.ndarray, norms: np.ndarray, squares: np.ndarray, least:
     Args:
         windows (`np.ndarray`): Tokens `(T, slots, n)`.
         norms (`np.ndarray`): Norm of every window's vector, `(T, n)`.
-        squares (`np.ndarray`): What an equal token adds to the dot product, `(slots,)`.
+        squares (`np.ndarray`): Contribution of an equal token in each slot to the dot product, `(slots,)`.
         least (`float`): Smallest similarity.
     """
     types, slots, count = windows.shape
-    # Another number for a missing token on one side makes it unequal to a missing token on the other side.
+    # A missing token has a different number on each side, so that two missing tokens are not equal.
     others = np.where(windows == NO_TOKEN, NO_TOKEN - 1, windows)
     step = max(1, BLOCK // (types * count))
     shape = (types, step, count)
@@ -271,7 +280,7 @@ def _similar(windows: np.ndarray, norms: np.ndarray, squares: np.ndarray, least:
             np.multiply(same, squares[slot], out=term)
             block += term
 
-        # Cosine >= least, multiplied by both norms.
+        # This is cosine >= least, with both sides multiplied by the two norms.
         np.multiply(norm, np.float32(least) * norms[:, None, :], out=term)
         np.greater_equal(block, term, out=same)
         found[:, rows] = same.sum(axis=2)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 from ..artefacts import json_checks
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "trl_opd.rock_set"
 VERSION = 1
-# Far above any rock set (300 types are 100 kB): a larger file is a mistake and raises an error before it is read.
+# A larger file raises an error before it is read: it is a mistake, because a rock set of 300 types has 100 kB.
 MAX_BYTES = 64 * 2**20
 
 
@@ -65,12 +65,13 @@ class RockSet:
 
     Args:
         rocks (`list[Rock]`): The rocks, highest score first.
-        tokenizer (`dict`): `name`, `vocab_size`, `fingerprint` of the tokenizer whose ids these are; null if unknown.
+        tokenizer (`dict`):
+            `name`, `vocab_size` and `fingerprint` of the tokenizer that the ids belong to; `None` if unknown.
         measure (`dict`): `divergence` and `temperature` that the rocks were measured with.
-        method (`dict`): `score`, `top_k` and the thresholds that chose them.
-        corpus (`dict`): `rollouts`, `tokens`, `kl_sum` of the rollouts that chose them.
+        method (`dict`): `score`, `top_k` and the thresholds that the rocks were chosen by.
+        corpus (`dict`): `rollouts`, `tokens` and `kl_sum` of the rollouts that the rocks were chosen from.
         controls (`Controls`, *optional*): Mass-matched controls.
-        heldout (`dict`, *optional*): `token_share` and `kl_share` on rollouts that did not choose them.
+        heldout (`dict`, *optional*): `token_share` and `kl_share` on rollouts that the rocks were not chosen from.
     """
 
     rocks: list[Rock]
@@ -79,7 +80,7 @@ class RockSet:
     method: dict[str, Any]
     corpus: dict[str, Any]
     controls: Controls | None = None
-    heldout: dict[str, float] | None = field(default=None)
+    heldout: dict[str, float] | None = None
 
     @property
     def ids(self) -> torch.Tensor:
@@ -91,11 +92,12 @@ class RockSet:
     @property
     def token_share(self) -> float:
         """Share of the corpus's tokens that are rocks: the sum of their `count` / `corpus.tokens`."""
-        return sum(rock.count for rock in self.rocks) / max(self.corpus["tokens"], 1)
+        rock_tokens = sum(rock.count for rock in self.rocks)
+        return rock_tokens / max(self.corpus["tokens"], 1)
 
     @classmethod
     def load(cls, path_or_repo: str | os.PathLike) -> RockSet:
-        """Return the rock set in a file, in a folder's `rock_set.json`, or in a Hub repository's.
+        """Return the rock set in a file, or in the `rock_set.json` of a folder or of a Hub repository.
 
         Raises:
             `ValueError`: if the file is not a rock set of a known version; the message names the file and the reason.
@@ -121,13 +123,13 @@ class RockSet:
         """Upload the rock set to a Hub repository, from which `load` reads it, and return the client's commit.
 
         Args:
-            repo_id (`str`): `"user/name"`: a model repository, which is created if there is none.
-            private (`bool`, *optional*): Whether a repository that is created is private.
+            repo_id (`str`): `"user/name"` of a model repository, which is created if it does not exist.
+            private (`bool`, *optional*): Whether a new repository is private.
             token (`str`, *optional*): Token with write access; defaults to HF_TOKEN or the one of `hf auth login`.
-            commit_message (`str`, *optional*): Defaults to the client's, which names the file.
+            commit_message (`str`, *optional*): Defaults to the client's message, which names the file.
 
         Raises:
-            `ValueError`: if `load` could not read the set; nothing is uploaded then.
+            `ValueError`: if `load` could not read the set; in this case nothing is uploaded.
             `OSError`: if the Hub rejects the upload or cannot be reached.
         """
         content = self._json().encode()
@@ -135,16 +137,18 @@ class RockSet:
 
         with hub_errors(f"push the rock set to {repo_id}"):
             api = HfApi(token=token, library_name="trl_opd")
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # a bare name gets the user's
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            # The id that the Hub returns also has the user's name if `repo_id` does not.
             return api.upload_file(
-                path_or_fileobj=content, path_in_repo=ROCK_SET_FILE, repo_id=repo, commit_message=commit_message
+                path_or_fileobj=content, path_in_repo=ROCK_SET_FILE, repo_id=repo.repo_id, commit_message=commit_message
             )
 
     def _json(self) -> str:
-        content = {"format": FORMAT, "version": VERSION} | {f.name: getattr(self, f.name) for f in fields(self)}
-        content["rocks"] = [asdict(rock) for rock in self.rocks]
-        if self.controls is not None:  # an unknown seed or unknown texts are left out
-            content["controls"] = {key: value for key, value in asdict(self.controls).items() if value is not None}
+        content = {"format": FORMAT, "version": VERSION} | asdict(self)
+        controls = content["controls"]
+        if controls is not None:
+            # An unknown seed and unknown texts are left out of the file; its format has no null for them.
+            content["controls"] = {key: value for key, value in controls.items() if value is not None}
         _parse(content)
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -156,60 +160,86 @@ class RockSet:
 
         Args:
             tokenizer (`transformers.PreTrainedTokenizerBase`): The student's tokenizer.
-            vocab_size (`int`): The range of ids that student and teacher share; ids at or above it are an error.
+            vocab_size (`int`): Number of ids that student and teacher share; a larger or equal id is an error.
         """
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        texts = {rock.id: rock.text for rock in self.rocks}
-        if self.controls is not None:
-            texts |= dict(zip(self.controls.ids, self.controls.texts or [None] * len(self.controls.ids), strict=True))
-        if outside := [id for id in texts if id >= vocab_size]:
+        texts = self._texts()
+        outside = [id for id in texts if id >= vocab_size]
+        if outside:
             raise ValueError(
-                f"The rock set holds token id {outside[0]}, but student and teacher share only {vocab_size} ids."
+                f"The rock set contains token id {outside[0]}, but student and teacher share only {vocab_size} ids. "
+                "Detect rocks with this student and teacher."
             )
+
+        name = tokenizer_name(tokenizer)
         known = self.tokenizer.get("fingerprint")
         size = self.tokenizer.get("vocab_size")
         source = f"tokenizer {self.tokenizer.get('name') or '(unnamed)'} of {size} tokens"
+        both = f"The rock set was made with {source}, but the student has {name} of {len(tokenizer)} tokens"
         if known is None and size in (None, len(tokenizer)):
             warnings.warn(
-                f"The rock set does not say which tokenizer its ids belong to ({source}): they are taken as those of "
-                f"{name}.",
+                f"The rock set does not record which tokenizer its ids belong to ({source}): they are taken as those "
+                f"of {name}.",
                 stacklevel=2,
             )
         elif known is None or known != fingerprint(tokenizer):
             if known is None or not _only_tokens_added(texts, size, tokenizer):
-                raise ValueError(
-                    f"The rock set was made with {source}, the student has {name} of {len(tokenizer)} tokens: the ids "
-                    "name other tokens. Detect rocks with the student's tokenizer."
-                )
+                raise ValueError(f"{both}, so the ids name other tokens. Detect rocks with the student's tokenizer.")
             warnings.warn(
-                f"The rock set was made with {source}, the student has {name} of {len(tokenizer)} tokens; they differ "
-                "by added tokens only, so the rocks are taken over.",
-                stacklevel=2,
+                f"{both}; the tokenizers differ only by added tokens, so the rocks are used as they are.", stacklevel=2
             )
+
+    def _texts(self) -> dict[int, str | None]:
+        """Return the text of every rock and control by its id; `None` if it is not known."""
+        texts = {rock.id: rock.text for rock in self.rocks}
+        if self.controls is not None:
+            texts |= dict.fromkeys(self.controls.ids)
+            if self.controls.texts:
+                texts |= zip(self.controls.ids, self.controls.texts, strict=True)
+        return texts
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name or path that a tokenizer was loaded from, or the name of its class."""
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 def _only_tokens_added(texts: dict[int, str | None], size: int | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer has at least `size` tokens and all these ids have the same known texts in it."""
     if size is None or size > len(tokenizer):
         return False
-    return all(
-        text is not None and text in (tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id))
-        for id, text in texts.items()
-    )
+    for id, text in texts.items():
+        # A text is decoded, or written as in the vocabulary.
+        spellings = (tokenizer.decode([id]), tokenizer.convert_ids_to_tokens(id))
+        if text is None or text not in spellings:
+            return False
+    return True
 
 
 def _find(path_or_repo: str | os.PathLike) -> Path:
+    """Return the path of the file, which is downloaded if the argument is the name of a Hub repository."""
     path = Path(path_or_repo)
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         path = path / ROCK_SET_FILE
     if path.is_file():
         return path
-    owner, _, name = str(path_or_repo).partition("/")
-    if path.name == ROCK_SET_FILE or owner in ("", ".", "..") or not name or "/" in name or name.endswith(".json"):
-        raise FileNotFoundError(f"No rock set at {path}: no such file, and not the name of a Hub repository.")
+    if is_folder or not _names_repository(str(path_or_repo)):
+        raise FileNotFoundError(
+            f"No rock set at {path}: there is no such file, and it is not the name of a Hub repository."
+        )
     from huggingface_hub import hf_hub_download
 
     with hub_errors(f"load the rock set {path_or_repo}, which is no file or folder here, from the Hub"):
-        return Path(hf_hub_download(str(path_or_repo), ROCK_SET_FILE))
+        downloaded = hf_hub_download(str(path_or_repo), ROCK_SET_FILE)
+        return Path(downloaded)
+
+
+def _names_repository(text: str) -> bool:
+    """Return whether a text has the form of a Hub repository's name, "user/name", and not that of a path."""
+    owner, _, name = text.partition("/")
+    if owner in ("", ".", "..") or name == "":
+        return False
+    return "/" not in name and not name.endswith(".json")
 
 
 def _parse(content: dict[str, Any]) -> RockSet:
@@ -223,6 +253,7 @@ def _parse(content: dict[str, Any]) -> RockSet:
     rocks = [_rock(entry, place) for place, entry in enumerate(json_checks.entries(content, "rocks"))]
     controls = _controls(content.get("controls"))
     _check_ids([rock.id for rock in rocks], controls.ids if controls else [], tokenizer["vocab_size"])
+
     heldout = content.get("heldout")
     if heldout is not None:
         heldout = json_checks.section(
@@ -236,38 +267,45 @@ def _parse(content: dict[str, Any]) -> RockSet:
     json_checks.require(method, dict.fromkeys(thresholds, json_checks.number), "method", null=True)
     corpus = json_checks.section(content, "corpus", {"tokens": json_checks.whole, "kl_sum": json_checks.number})
     corpus.setdefault("rollouts", None)
-    if corpus["rollouts"] is not None:
-        json_checks.whole(corpus["rollouts"], "corpus.rollouts")
-    return RockSet(rocks, tokenizer, measure, method, corpus, controls, heldout)
+    json_checks.require(corpus, {"rollouts": json_checks.whole}, "corpus", null=True)
+    return RockSet(
+        rocks=rocks,
+        tokenizer=tokenizer,
+        measure=measure,
+        method=method,
+        corpus=corpus,
+        controls=controls,
+        heldout=heldout,
+    )
 
 
 def _rock(entry: Any, place: int) -> Rock:
     where = f"rocks[{place}]"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is not an object")
-    kinds = {
+    required = {
         "id": json_checks.whole,
         "count": json_checks.whole,
         "mean_kl": json_checks.number,
         "score": json_checks.number,
     }
-    json_checks.require(entry, kinds, where)
+    json_checks.require(entry, required, where)
     optional = {
         "text": json_checks.text,
         "mean_kl_pre": json_checks.number,
         "ccr": json_checks.number,
         "context_score": json_checks.number,
         "family": json_checks.text,
+        "role": json_checks.text,
+        "role_uncorrected": json_checks.text,
     }
-    json_checks.require(
-        entry, optional | {"role": json_checks.text, "role_uncorrected": json_checks.text}, where, null=True
-    )
+    json_checks.require(entry, optional, where, null=True)
     for name in ("role", "role_uncorrected"):
         if entry.get(name) not in (None, *LABELS):
             raise ValueError(
                 f"{where}.{name} is {json_checks.short(entry[name])}, known are {', '.join(LABELS)} and null"
             )
-    return Rock(**({"text": None} | {f.name: entry[f.name] for f in fields(Rock) if f.name in entry}))
+    return Rock(**{f.name: entry.get(f.name) for f in fields(Rock)})
 
 
 def _controls(section: Any) -> Controls | None:
@@ -278,26 +316,38 @@ def _controls(section: Any) -> Controls | None:
     json_checks.require(section, {"mass_ratio": json_checks.number, "matched": json_checks.truth}, "controls")
     json_checks.require(section, {"seed": json_checks.whole}, "controls", null=True)
     ids = json_checks.entries(section, "ids", "controls.")
-    texts = section.get("texts")
     for place, id in enumerate(ids):
         json_checks.whole(id, f"controls.ids[{place}]")
+
+    texts = section.get("texts")
     if texts is not None:
         if not isinstance(texts, list) or len(texts) != len(ids):
             raise ValueError("controls.texts is not a list as long as controls.ids")
         for place, text in enumerate(texts):
             if text is not None:
                 json_checks.text(text, f"controls.texts[{place}]")
-    return Controls(list(ids), section["mass_ratio"], section["matched"], section.get("seed"), texts)
+    return Controls(
+        ids=list(ids),
+        mass_ratio=section["mass_ratio"],
+        matched=section["matched"],
+        seed=section.get("seed"),
+        texts=texts,
+    )
 
 
 def _check_ids(rocks: Sequence[int], controls: Sequence[int], vocab_size: int | None) -> None:
-    for ids, where in ((rocks, "rocks"), (controls, "controls")):
-        if len(set(ids)) < len(ids):
-            twice = Counter(ids).most_common(1)[0][0]
-            raise ValueError(f"token id {twice} occurs twice in {where}")
-        # Without a vocabulary size the bound is what an id can be at all: int32 in every file of this project.
-        limit = 2**31 if vocab_size is None else vocab_size
-        if outside := [id for id in ids if id >= limit]:
-            raise ValueError(f"token id {outside[0]} in {where} is outside the vocabulary of {limit}")
-    if both := set(rocks) & set(controls):
+    # Ids of an unknown vocabulary must fit in the int32 columns of this project's files.
+    limit = 2**31 if vocab_size is None else vocab_size
+    _check_list(rocks, "rocks", limit)
+    _check_list(controls, "controls", limit)
+    both = set(rocks).intersection(controls)
+    if both:
         raise ValueError(f"token id {min(both)} is a rock and a control")
+
+
+def _check_list(ids: Sequence[int], where: str, limit: int) -> None:
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"token id {mode(ids)} occurs twice in {where}")
+    outside = [id for id in ids if id >= limit]
+    if outside:
+        raise ValueError(f"token id {outside[0]} in {where} is outside the vocabulary of {limit}")

@@ -1,1 +1,1 @@
-"""Which prompts when, how completions are sampled, and how they are batched."""
+"""Order and checks of the prompts, sampling of the completions, and their batches."""

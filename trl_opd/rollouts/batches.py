@@ -1,5 +1,11 @@
-"""Functions on a batch of rollouts: positions of the loss, truncated rollouts, micro-batches with little padding."""
+"""Functions on a batch of rollouts: loss positions, truncated rollouts, padding, micro-batches with little padding.
 
+A batch is a dictionary of tensors as TRL's trainers have it: prompts `(B, P)` are padded on the left, completions
+`(B, C)` and their per-token tensors on the right.
+"""
+
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +15,7 @@ PROMPT_KEYS = ("prompt_ids", "prompt_mask")
 
 
 def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the positions of the loss, bool, shape `(B, C)`: tokens of the completion that no tool wrote."""
+    """Return which positions are in the loss, bool, `(B, C)`: tokens of the completions that no tool wrote."""
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
@@ -17,44 +23,51 @@ def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def completions_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    """Return the token ids, without padding, of the completions of a batch that have a position of the loss."""
-    counts = loss_mask(batch).any(1)
-    ids = batch["completion_ids"][counts].tolist()
-    lengths = batch["completion_mask"][counts].sum(1).tolist()
-    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    """Return the token ids, without padding, of the completions that have a position in the loss."""
+    has_loss = loss_mask(batch).any(1)
+    rows = batch["completion_ids"][has_loss].tolist()
+    lengths = batch["completion_mask"][has_loss].sum(1).tolist()
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def is_truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, stop_ids: Sequence[int]) -> torch.Tensor:
-    """Return which rollouts were cut at the length limit, bool, shape `(B,)`: those whose last token is no stop token.
+    """Return which rollouts were cut at the length limit, bool, `(B,)`: those that do not end in a stop token.
 
     Args:
-        completion_ids (`torch.Tensor`): Right-padded completions, int64, shape `(B, C)`.
-        completion_mask (`torch.Tensor`): 1 on tokens, 0 on padding, shape `(B, C)`.
-        stop_ids (`Sequence[int]`): End-of-sequence ids and the padding id (TRL's rule).
+        completion_ids (`torch.Tensor`): Right-padded completions, int64, `(B, C)`.
+        completion_mask (`torch.Tensor`): 1 on tokens, 0 on padding, `(B, C)`.
+        stop_ids (`Sequence[int]`): End-of-sequence ids and the padding id, as in TRL's rule.
     """
-    last = completion_mask.sum(dim=1, keepdim=True).clamp(min=1) - 1
-    last_ids = completion_ids.gather(1, last.long()).squeeze(1)
-    return ~torch.isin(last_ids, torch.tensor(list(stop_ids), device=completion_ids.device))
+    lengths = completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    last_places = lengths.long() - 1
+    last_ids = completion_ids.gather(1, last_places).squeeze(1)
+    stops = torch.tensor(list(stop_ids), device=completion_ids.device)
+    return torch.isin(last_ids, stops, invert=True)
 
 
 def tight_micro_batches(
     batches: list[dict[str, torch.Tensor]], multiple: int | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the rollouts of micro-batches, regrouped by length into micro-batches of the same number and size.
+    """Return the same rollouts, regrouped by length into as many micro-batches of the same size.
 
     Rollouts are sorted by the length of prompt plus completion, the longest first, so a run that lacks memory fails in
-    its first micro-batch. Each micro-batch is trimmed to its own longest prompt and its own longest completion.
+    its first micro-batch. Each micro-batch is trimmed to its longest prompt and its longest completion.
 
     Args:
-        batches (`list[dict[str, torch.Tensor]]`):
-            Micro-batches with the same padding: prompts on the left, completions and their per-token tensors on the
-            right.
-        multiple (`int`, *optional*): Lengths are rounded up to a multiple of this.
+        batches (`list[dict[str, torch.Tensor]]`): Micro-batches whose tensors have the same widths.
+        multiple (`int`, *optional*): If given, lengths are rounded up to a multiple of it.
     """
-    whole = {key: _join([batch[key] for batch in batches]) for key in batches[0]}
+    whole = {}
+    for key in batches[0]:
+        parts = [batch[key] for batch in batches]
+        whole[key] = _join(parts)
+
     # One copy to the host, because every group reads its lengths there.
-    lengths = torch.stack([whole["prompt_mask"].sum(1), whole["completion_mask"].sum(1)]).cpu()
+    prompt_lengths = whole["prompt_mask"].sum(1)
+    completion_lengths = whole["completion_mask"].sum(1)
+    lengths = torch.stack([prompt_lengths, completion_lengths]).cpu()
     order = lengths.sum(0).argsort(descending=True, stable=True)
+
     tight = []
     for rows in order.chunk(len(batches)):
         prompt, completion = lengths[:, rows].amax(1).tolist()
@@ -66,7 +79,7 @@ def take_rollouts(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[st
     """Return some rollouts of a batch, trimmed to their longest prompt and completion.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): Rollouts.
+        batch (`dict[str, torch.Tensor]`): Rollouts to choose from.
         rows (`torch.Tensor`): Indices of the rollouts to return, int64, `(b,)`, on the host.
     """
     prompt = _longest(batch["prompt_mask"], rows)
@@ -75,19 +88,21 @@ def take_rollouts(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[st
 
 
 def _longest(mask: torch.Tensor, rows: torch.Tensor) -> int:
-    return int(mask[rows.to(mask.device)].sum(1).amax())
+    lengths = mask.sum(1).cpu()
+    return int(lengths[rows].amax())
 
 
 def _round_up(length: int, multiple: int) -> int:
     """Return a length rounded up to a multiple, at least one multiple, because a model cannot run on no columns."""
-    return max(1, -(-length // multiple)) * multiple
+    blocks = math.ceil(length / multiple)
+    return max(1, blocks) * multiple
 
 
 def _join(parts: list) -> torch.Tensor | list:
-    """Return the parts of all micro-batches as one; a scalar is the same in every micro-batch."""
+    """Return the parts of all micro-batches as one part; a scalar is the same in every micro-batch."""
     first = parts[0]
     if isinstance(first, list):
-        return [entry for part in parts for entry in part]
+        return list(itertools.chain.from_iterable(parts))
     return torch.cat(parts) if first.ndim else first
 
 
@@ -100,6 +115,7 @@ def _trim(
     """
     prompt = _round_up(prompt, multiple)
     completion = _round_up(completion, multiple)
+
     completion_ids = whole["completion_ids"]
     width = completion_ids.shape[1]
     rows_on_device = rows.to(completion_ids.device)
@@ -122,35 +138,39 @@ def _trim(
 def locate_loss_positions(
     batch: dict[str, torch.Tensor], *, width: int | None = None, multiple: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return a batch with the positions of the loss, their weights, and the inputs of a forward.
+    """Return a batch with the positions in the loss, their weights, and the inputs of a forward.
 
-    Adds `positions`, int64, `(N,)`, the indices of the loss mask in the flattened completions, in order, and
-    `position_weights`, float32, `(N,)`. The weights stay on the host, so the host knows which rows to project without
-    waiting for the device in the middle of a step.
+    `positions`, int64, `(N,)`, are indices in the flattened completions, in order. `position_weights`, float32, `(N,)`,
+    stay on the host, so the host knows which rows to project without waiting for the device in the middle of a step.
 
     A forward sees every rollout from its first token on, with all padding on the right, so that its positions are
     0, 1, 2 ... for every model: `rollout_ids` and `rollout_mask`, `(B, L)`. The state that predicts the n-th position
     is at `[state_rows[n], state_columns[n]]`, int64, `(N,)` each.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): Prompts `(B, P)`, padded left, and completions `(B, C)`, padded right.
+        batch (`dict[str, torch.Tensor]`): Rollouts.
         width (`int`, *optional*): L; by default the length of the longest rollout.
-        multiple (`int`, *optional*): L is rounded up to a multiple of this.
+        multiple (`int`, *optional*): If given, L is rounded up to a multiple of it.
     """
-    positions = loss_mask(batch).flatten().cpu().nonzero().squeeze(1)
-    weights = batch["weights"].flatten().cpu()[positions] if "weights" in batch else torch.ones(len(positions))
+    mask = loss_mask(batch).flatten().cpu()
+    positions = mask.nonzero().squeeze(1)
+    weights = torch.ones(len(positions))
+    if "weights" in batch:
+        weights = batch["weights"].flatten().cpu()[positions]
 
     prompt_lengths = batch["prompt_mask"].sum(1)
     if width is None:
-        width = int((prompt_lengths + batch["completion_mask"].sum(1)).amax())
+        lengths = prompt_lengths + batch["completion_mask"].sum(1)
+        width = int(lengths.amax())
     width = _round_up(max(width, 2), multiple or 1)  # TRL leaves out the last state, so that a forward needs two
     rollout_ids, rollout_mask = left_aligned(batch, range(len(prompt_lengths)), width)
 
     completion_ids = batch["completion_ids"]
+    completion_width = completion_ids.shape[1]
     positions = positions.to(completion_ids.device)
-    rows = positions // completion_ids.shape[1]
+    rows = positions // completion_width
     # A token is predicted at the position of the token before it.
-    columns = prompt_lengths[rows] + positions % completion_ids.shape[1] - 1
+    columns = prompt_lengths[rows] + positions % completion_width - 1
     return {
         **batch,
         "positions": positions,
@@ -163,18 +183,26 @@ def locate_loss_positions(
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Return the rows in groups of similar length, the longest first, each of at most `tokens` tokens with padding.
+    """Return row numbers in groups of similar length, the longest first.
 
-    A row that alone is longer than `tokens` gets its own group.
+    A group has at most `tokens` tokens, padding included, unless a single row has more.
+
+    Args:
+        lengths (`Sequence[int]`): Length of each row, in tokens.
+        tokens (`int`): Maximum number of tokens in a group.
     """
+    # Python's sort is stable also in reverse, so rows of the same length keep their order.
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     groups = []
+    group = []
     longest = 0
-    # The sort is stable in reverse, too, so rows of one length keep their order.
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * longest > tokens:
-            groups.append([])
+    for row in longest_first:
+        padded = longest * (len(group) + 1)
+        if not groups or padded > tokens:
+            group = []
+            groups.append(group)
             longest = lengths[row]
-        groups[-1].append(row)
+        group.append(row)
     return groups
 
 
@@ -188,10 +216,11 @@ def left_aligned(
     ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
     mask = torch.cat([prompt_mask, batch["completion_mask"][rows]], dim=1)
 
-    # Prompts are padded on the left and completions on the right, so the tokens of a rollout are contiguous.
+    # The tokens of a rollout are contiguous: prompts are padded on the left, completions on the right.
     start = prompt_mask.shape[1] - prompt_mask.sum(1, keepdim=True)
     columns = torch.arange(longest, device=device)
-    places = (start + columns).clamp(max=ids.shape[1] - 1)
+    places = start + columns
+    places = places.clamp(max=ids.shape[1] - 1)
     inside = columns < mask.sum(1, keepdim=True)
     return ids.gather(1, places), inside.to(mask.dtype)
 
@@ -213,18 +242,19 @@ def at_loss_positions(hidden: torch.Tensor, batch: dict[str, torch.Tensor], devi
 def pad_token_ids(
     rows: Sequence[Sequence[int]], pad_id: int, *, side: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask of lists of token ids, padded to the longest one, int64, `(B, length)` each.
+    """Return ids and attention mask of lists of token ids, padded to the longest list, int64, `(B, length)` each.
 
     Args:
         rows (`Sequence[Sequence[int]]`): Lists of token ids.
         pad_id (`int`): Id that fills shorter rows.
         side (`str`): Side of the padding, "left" or "right".
-        device (`torch.device`): Where the tensors are made.
+        device (`torch.device`): Device of the two tensors.
     """
     ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
     ones = [torch.ones_like(row) for row in ids]
+    padded_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
     mask = pad_sequence(ones, batch_first=True, padding_side=side)
-    return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side), mask
+    return padded_ids, mask
 
 
 def forward_inputs(batch: dict[str, torch.Tensor], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:

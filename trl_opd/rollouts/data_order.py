@@ -1,4 +1,4 @@
-"""Order of the prompts: TRL's order, also after a resume, with several rollouts per prompt, and for streams."""
+"""Order of the prompts: as in TRL, but right also after a resume and for streams with several rollouts per prompt."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .._trl import RepeatSampler, repeat_iterable_dataset
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with the permutation chosen by the number of the epoch.
+    """TRL's sampler, with a permutation that depends on the number of the epoch.
 
-    TRL's own draws permutation after permutation from one generator, so a run that is resumed in epoch 3 sees the
-    prompts of epoch 1 again. Uninterrupted, the two are the same.
+    TRL's sampler draws one permutation after another from a generator that starts over on resume, so a run that is
+    resumed in its third epoch gets the order of its first. In a run that is not interrupted both samplers are the same.
 
     Args:
-        epoch (`Callable[[], int]`): Returns the number of epochs that are complete when the first one is drawn.
-        **kwargs: As [`trl.trainer.utils.RepeatSampler`] has them.
+        epoch (`Callable[[], int]`): Returns how many epochs are complete when the first permutation is drawn.
+        **kwargs: Arguments of [`trl.trainer.utils.RepeatSampler`].
     """
 
     def __init__(self, *, epoch: Callable[[], int], **kwargs):
@@ -33,8 +33,10 @@ class EpochRepeatSampler(RepeatSampler):
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            # After the first call, count one up each time, also after an epoch that was cut short.
-            self._epoch = self._complete() if self._epoch is None else self._epoch + 1
+            if self._epoch is None:
+                self._epoch = self._complete()
+            else:
+                self._epoch += 1  # also after an epoch that was cut short
             self.generator.manual_seed(self.seed)
             for _ in range(self._epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
@@ -53,51 +55,58 @@ def place_after_resume(
 ) -> tuple[int, int]:
     """Return the number of epochs that a resumed run has completed, and of batches done in the current epoch.
 
-    Corrects transformers' Trainer in two places. It would train one extra step when a finished run is resumed. And a
-    streaming dataset is one epoch of `max_steps` steps to it, so it would look for the next prompt beyond the stream's
-    end: in the state of a checkpoint `epoch` counts as the run went, passes and batches of the last one.
+    Fixes two bugs of transformers' Trainer. When a finished run is resumed, the Trainer trains one extra step. And it
+    takes a streaming dataset for one epoch of `max_steps` steps, so it would look for the next prompt beyond the end of
+    the stream. We read the place from `epoch` in the checkpoint's state, which counts the passes over the stream, with
+    the batches of the last one as a fraction.
 
     Args:
-        place (`tuple[int, int]`): The two numbers as the Trainer has them.
+        place (`tuple[int, int]`): The two numbers as the Trainer computes them.
         checkpoint (`str`, *optional*): Folder of the checkpoint that the run resumes from.
-        state (`transformers.TrainerState`): The state that was read from it.
+        state (`transformers.TrainerState`): The trainer's state, read from that checkpoint.
         args (`transformers.TrainingArguments`): The configuration.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training prompts.
         max_steps (`int`): Optimizer steps of the whole run.
         num_train_epochs (`int`): Epochs of the whole run.
     """
-    if checkpoint is None or not (path := Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+    if checkpoint is None:
+        return place
+    state_file = Path(checkpoint) / TRAINER_STATE_NAME
+    if not state_file.is_file():
         return place
     if state.global_step >= max_steps:
         return num_train_epochs, 0
     if args.ignore_data_skip or not isinstance(dataset, IterableDataset):
         return place
-    before = TrainerState.load_from_json(path)  # `max_steps` may have changed since
-    epochs = int(before.epoch)
-    batches = (before.epoch - epochs) * before.max_steps * args.gradient_accumulation_steps
+
+    # `max_steps` of this run may differ from that of the run which wrote the checkpoint.
+    saved = TrainerState.load_from_json(state_file)
+    epochs = int(saved.epoch)
+    batches = (saved.epoch - epochs) * saved.max_steps * args.gradient_accumulation_steps
     return epochs, round(batches)
 
 
 @contextmanager
 def grouped_stream(trainer: DistillationTrainer, *, prompts: int, rollouts: int) -> Iterator[None]:
-    """Let TRL's `get_train_dataloader` read a streaming dataset with each prompt repeated `rollouts` times.
+    """Make TRL's `get_train_dataloader` read a streaming dataset with each prompt repeated `rollouts` times.
 
-    TRL repeats a stream itself, once per accumulation step, but each prompt once. Repeating the records first gives the
-    order that the sampler has for indexed datasets; the shuffle has to come before that. Other datasets and single
-    rollouts are left alone.
+    TRL repeats the batches of a stream for its accumulation steps, but takes each prompt once. Repeating the rows of
+    the stream gives the order that the sampler gives to other datasets. The stream must be shuffled before that, so it
+    is shuffled here and not by TRL. Other datasets, and runs with one rollout per prompt, are left alone.
 
     Args:
-        trainer (`trl.DistillationTrainer`): The trainer, changed inside and restored after.
-        prompts (`int`): Different prompts of a generation batch.
-        rollouts (`int`): Rollouts of each.
+        trainer (`trl.DistillationTrainer`): The trainer, whose dataset is replaced inside this block only.
+        prompts (`int`): Number of different prompts in a generation batch.
+        rollouts (`int`): Number of rollouts per prompt.
     """
     stream = trainer.train_dataset
     shuffle = trainer.shuffle_dataset
     if rollouts == 1 or not isinstance(stream, IterableDataset):
         yield
         return
-    shuffled = stream.shuffle(seed=trainer.args.seed) if shuffle else stream
-    trainer.train_dataset = repeat_iterable_dataset(shuffled, rollouts, batch_size=prompts)
+
+    ordered = stream.shuffle(seed=trainer.args.seed) if shuffle else stream
+    trainer.train_dataset = repeat_iterable_dataset(ordered, rollouts, batch_size=prompts)
     trainer.shuffle_dataset = False
     try:
         yield

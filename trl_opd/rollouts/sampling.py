@@ -1,6 +1,6 @@
-"""How completions are sampled: random streams, eval mode, prompts of one length, and what `generate` would apply.
+"""Sampling of completions: random state, eval mode, prompts of the same length, and what `generate` would apply.
 
-A seam: two functions here read private methods of transformers' generation.
+The last two functions call private methods of transformers' generation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,23 @@ from .batches import loss_mask
 def mask_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
     """Remove from the loss mask the rows that Accelerate repeats to fill the last evaluation batch of every process.
 
-    So an evaluation set that the number of processes does not divide counts every prompt once. Accelerate's `remainder`
-    is the number of real rows of that batch over all processes, in order of rank.
+    Every prompt then counts once, also where the number of processes does not divide the evaluation set. Accelerate's
+    `remainder` is the number of real rows in that batch over all processes, in order of rank.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): Rollouts of this process; gets a new `tool_mask`.
+        accelerator (`accelerate.Accelerator`): The accelerator whose dataloader is read.
     """
     state = accelerator.gradient_state
     rows = len(batch["completion_mask"])
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return
-    place = accelerator.process_index * rows + torch.arange(rows, device=batch["completion_mask"].device)
-    batch["tool_mask"] = loss_mask(batch).long() * (place < state.remainder)[:, None]
+
+    mask = loss_mask(batch)
+    first = accelerator.process_index * rows
+    places = torch.arange(first, first + rows, device=mask.device)
+    is_real = places < state.remainder
+    batch["tool_mask"] = mask.long() * is_real[:, None]
 
 
 @contextmanager
@@ -50,10 +58,10 @@ def own_random_stream(seed: int):
 
 @contextmanager
 def sampling_mode(model: torch.nn.Module):
-    """Keep the model in eval mode, because with dropout the rollouts would come from another model than we score.
+    """Keep the model in eval mode inside this block: with dropout, the model that samples is not the one we score.
 
     A mixture of experts that returns its router logits computes a load-balancing loss from them, with an attention mask
-    that does not fit while tokens are generated, so inside this block it does not return them.
+    that does not fit while tokens are generated. So inside this block it does not return them.
     """
     training = model.training
     config = model.config.get_text_config()
@@ -70,9 +78,9 @@ def sampling_mode(model: torch.nn.Module):
 
 
 def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:
-    """Return one completion per prompt, in order, from calls that each get prompts of one length.
+    """Return one completion per prompt, in order, from calls that each get prompts of the same length.
 
-    So no prompt is padded, for students whose state or positions padding would change.
+    This way no prompt is padded, for students whose state or positions padding would change.
 
     Args:
         generate (`Callable`): Returns the completions of prompts.
@@ -112,7 +120,7 @@ def resolve_generation_config(model: PreTrainedModel, given: GenerationConfig) -
 
 
 def logits_processor_names(model: PreTrainedModel, settings: GenerationConfig) -> set[str]:
-    """Return the class names of the logits processors that `generate` would apply with some settings."""
+    """Return the class names of the logits processors that `generate` would apply with these resolved settings."""
     model._prepare_special_tokens(settings, device=model.device)  # some processors need them
     processors = model._get_logits_processor(settings, input_ids_seq_length=1)
     return {type(processor).__name__ for processor in processors}

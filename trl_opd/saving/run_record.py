@@ -1,10 +1,11 @@
-"""opd_run.json: what was run. Models, data, versions, command, hardware, arguments and the log, for report and card."""
+"""Writes `opd_run.json`, the record of a run, from which the report and the model card are made."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import warnings
@@ -29,21 +30,34 @@ from ..artefacts.token_stats import TokenStats
 from ..opd_config import OPDConfig
 from ..rocks.rock_set import RockSet
 
+# Their versions are in the record, where they are installed.
 PACKAGES = ("trl_opd", "trl", "transformers", "torch", "peft", "accelerate", "bitsandbytes", "datasets")
+# Endings of the names of arguments that hold a credential.
 CREDENTIALS = ("auth_token", "hub_token", "access_token", "password", "secret", "api_key")
-# Arguments that say nothing about the result, or are told elsewhere.
-UNTOLD = {"output_dir", "hub_token", "logging_dir", "run_name", "local_rank", "push_to_hub", "hub_model_id"}
-UNTOLD |= {"accelerator_config", "report_to", "debug", "disable_tqdm", "dataloader_pin_memory", "pad_to_multiple_of"}
+# Arguments that do not affect the result, or that are elsewhere in the record.
+LEFT_OUT = {
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "debug",
+    "disable_tqdm",
+    "hub_model_id",
+    "hub_token",
+    "local_rank",
+    "logging_dir",
+    "output_dir",
+    "pad_to_multiple_of",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+}
 
 
 class RunRecord:
-    """The record of a run: models, data, settings, hardware and log; no secret is in it.
-
-    Only the main process of a run writes.
+    """The record of a run: models, data, command, versions, hardware, settings and log, without any credential.
 
     Args:
         args (`OPDConfig`): The configuration.
-        accelerator (`accelerate.Accelerator`): Knows the hardware.
+        accelerator (`accelerate.Accelerator`): The accelerator, for the device and the number of processes.
         student (`torch.nn.Module`): The student, unwrapped.
         teacher (`torch.nn.Module`): The teacher, unwrapped, and not yet parked.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): The training prompts.
@@ -52,7 +66,7 @@ class RunRecord:
         starts_at_base (`bool`): Whether the student with its adapter switched off is the student as the run began.
 
     Attributes:
-        dataset_name (`str` or `None`): Name of the training data; known to whoever loaded it.
+        dataset_name (`str` or `None`): Name of the training data, which whoever loads them may set.
     """
 
     def __init__(
@@ -80,29 +94,33 @@ class RunRecord:
         self.dataset_name: str | None = None
 
     def start(self) -> None:
-        """Note the time at which a training begins, and save its rock set in the output folder."""
+        """Note the time at which the training begins, and have the main process save the rock set."""
         self._started = _now()
         if self._args.process_index == 0:
             with self._errors_as_warnings():
                 self._keep_rock_set()
 
     def write(self, state: TrainerState) -> None:
-        """Write the record as the run stands to `output_dir/opd_run.json`; it appears only when it is complete."""
+        """Write the current record to `output_dir/opd_run.json`, which appears only when it is complete.
+
+        Raises:
+            `OSError`: if the file cannot be written.
+        """
         path = self._folder / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.describe(state))
 
     def write_or_warn(self, state: TrainerState) -> None:
-        """Write the record as [`RunRecord.write`] does; no run ends because that fails."""
+        """Write the record; if that fails, warn, because the run itself can go ahead without it."""
         try:
             self.write(state)
         except OSError as error:
             warnings.warn(f"The record of the run cannot be written: {error}", stacklevel=3)
 
     def write_results(self, state: TrainerState, stats: TokenStats | None) -> None:
-        """Write record, rock set and statistics to the output folder.
+        """Write the record, the statistics and the rock set to the output folder, in the main process only.
 
-        What cannot be written is a warning: the student is still to be saved.
+        If that fails, it warns, because the student is still to be saved.
 
         Args:
             state (`transformers.TrainerState`): The state of the run.
@@ -112,12 +130,12 @@ class RunRecord:
             return
         with self._errors_as_warnings():
             self.write(state)
-            if stats is not None and bool(stats.seen.any()):
+            if stats is not None and stats.seen.any():
                 stats.save(self._folder / TOKEN_STATS_FILE)
             self._keep_rock_set()
 
     def describe(self, state: TrainerState) -> dict[str, Any]:
-        """Return the record as it is written."""
+        """Return the record as it is written: a dictionary that JSON can hold."""
         content = {
             "format": RUN_FORMAT,
             "version": RUN_VERSION,
@@ -146,15 +164,19 @@ class RunRecord:
             warnings.warn(f"The record of the run cannot be written to {self._folder}: {error}", stacklevel=4)
 
     def _keep_rock_set(self) -> None:
-        """Put the rock set of the run beside its student, unless another one lies there."""
-        path = self._folder / ROCK_SET_FILE
+        """Save the rock set of the run in the output folder, unless there is one already."""
         if self._rock_set is None:
             return
-        if path.is_file() and RockSet.load(path) != self._rock_set:
-            warnings.warn(f"{path} is another rock set than this run's, and is left as it is.", stacklevel=4)
-        elif not path.is_file():
+        path = self._folder / ROCK_SET_FILE
+        if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._rock_set.save(path)
+        elif RockSet.load(path) != self._rock_set:
+            warnings.warn(
+                f"{path} is not the rock set of this run, and is kept: to save this run's rock set there, move that "
+                "file away, or choose another output_dir.",
+                stacklevel=4,
+            )
 
 
 def _now() -> str:
@@ -162,9 +184,12 @@ def _now() -> str:
 
 
 def _command() -> str:
+    """Return the command line that started this process, without the folder of the program."""
     program = Path(sys.argv[0]).name
-    words = [program] if program == "trl-opd" else ["python", program]
-    return shlex.join([*words, *sys.argv[1:]])
+    words = [program, *sys.argv[1:]]
+    if program != "trl-opd":
+        words.insert(0, "python")
+    return shlex.join(words)
 
 
 def _versions() -> dict[str, str]:
@@ -184,23 +209,25 @@ def _hardware(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name and its number of cores that this process may use."""
+    """Return the processor's name and the number of its cores that this process may use."""
     name = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model_name = re.search(r"^model name.*?:(.*)", info, re.MULTILINE)
+        if model_name:
+            name = model_name[1].strip()
         cores = len(os.sched_getaffinity(0))
-    except (OSError, AttributeError):  # no Linux
+    except (OSError, AttributeError):  # not on Linux
         cores = os.cpu_count()
     return f"{name}, {cores} cores"
 
 
 def _model(model: torch.nn.Module) -> dict[str, Any]:
-    quantization = getattr(model.config, "quantization_config", None)
-    parameters = list(model.parameters())
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()}
+    config = model.config
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    quantization = getattr(config, "quantization_config", None)
     return {
-        "name": model.config.name_or_path or None,
+        "name": config.name_or_path or None,
         "parameters": model.num_parameters() or None,
         "dtype": ", ".join(sorted(dtypes)) or None,
         "quantization": None if quantization is None else _quantization(quantization),
@@ -208,12 +235,14 @@ def _model(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _quantization(config: Any) -> str:
-    content = config if isinstance(config, dict) else config.to_dict()
-    if content.get("load_in_4bit"):
-        return f"4-bit {content.get('bnb_4bit_quant_type', '')}".strip()
-    if content.get("load_in_8bit"):
+    settings = config if isinstance(config, dict) else config.to_dict()
+    if settings.get("load_in_4bit"):
+        kind = settings.get("bnb_4bit_quant_type", "")
+        return f"4-bit {kind}".strip()
+    if settings.get("load_in_8bit"):
         return "8-bit"
-    return str(content.get("quant_method", "quantised")).rsplit(".", 1)[-1].lower()
+    method = str(settings.get("quant_method", "quantised"))  # an enum's name begins with its class
+    return method.rpartition(".")[2].lower()
 
 
 def _student(model: torch.nn.Module, starts_at_base: bool) -> dict[str, Any]:
@@ -221,8 +250,10 @@ def _student(model: torch.nn.Module, starts_at_base: bool) -> dict[str, Any]:
     found["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found["adapter"] = None
     if is_peft_model(model):
-        config = model.peft_config[model.active_adapters[0]]
-        rank, kind = getattr(config, "r", None), str(config.peft_type).rsplit(".", 1)[-1]
+        name = model.active_adapters[0]
+        config = model.peft_config[name]
+        kind = str(config.peft_type).rpartition(".")[2]
+        rank = getattr(config, "r", None)
         found["adapter"] = kind if rank is None else f"{kind} of rank {rank}"
         found["name"] = config.base_model_name_or_path or found["name"]
         found["starts_at_base"] = starts_at_base
@@ -231,30 +262,35 @@ def _student(model: torch.nn.Module, starts_at_base: bool) -> dict[str, Any]:
 
 def _dataset(dataset: Any, name: str | None) -> dict[str, Any]:
     info = getattr(dataset, "info", None)
-    rows = len(dataset) if isinstance(dataset, Dataset) else None
+    rows = len(dataset) if isinstance(dataset, Dataset) else None  # a stream does not know its length
     return {"name": name or getattr(info, "dataset_name", None), "rows": rows}
 
 
-def _arguments(args) -> dict[str, Any]:
+def _arguments(args: OPDConfig) -> dict[str, Any]:
     """Return the arguments that are not at their default."""
     content = args.to_dict()
-    told = {}
+    changed = {}
     for field in fields(args):
+        if not field.init or field.name in LEFT_OUT:
+            continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.init and field.name not in UNTOLD and getattr(args, field.name) not in (default, None):
-            told[field.name] = content.get(field.name)
-    return told
+        if getattr(args, field.name) not in (default, None):
+            changed[field.name] = content.get(field.name)
+    return changed
 
 
 def _clean(value: Any, secret: str | None) -> Any:
-    """Return a value as JSON has it: no token, no number that is not finite, no object."""
+    """Return a value as JSON can hold it: without credentials, infinite or NaN numbers, and other objects."""
     if isinstance(value, dict):
-        return {str(key): _clean("<TOKEN>" if _is_secret(key, part) else part, secret) for key, part in value.items()}
+        cleaned = {}
+        for key, part in value.items():
+            cleaned[str(key)] = "<TOKEN>" if _is_secret(key, part) else _clean(part, secret)
+        return cleaned
     if isinstance(value, (list, tuple, set)):
         return [_clean(part, secret) for part in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int)):
+    if value is None or isinstance(value, int):
         return value
     text = redact(str(value))
     return text.replace(secret, "<TOKEN>") if secret else text
@@ -262,5 +298,7 @@ def _clean(value: Any, secret: str | None) -> Any:
 
 def _is_secret(key: Any, value: Any) -> bool:
     """Return whether an argument of this name holds a credential: `hub_token`, but not `eos_token`."""
+    if not isinstance(value, str):
+        return False
     name = str(key).lower()
-    return isinstance(value, str) and (name == "token" or name.endswith(CREDENTIALS))
+    return name == "token" or name.endswith(CREDENTIALS)

@@ -1,4 +1,4 @@
-"""What a run's folder gets for others to see: its student, the card of it, and the report."""
+"""Saves the student of a run, its model card and its report, and warns of pushes to the Hub that failed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .merging import remove_adapter, replace_by_merged
 
 
 def save_student(folder: str | os.PathLike, save: Callable[[str], None], *, merge: PeftModel | None = None) -> None:
-    """Save the student to a folder that changes only when every file is written.
+    """Save the student to a folder whose files change only once all new ones are written.
 
     Args:
-        folder (`str` or `os.PathLike`): Where the student is to lie.
-        save (`Callable[[str], None]`): Saves it to a folder, as the Trainer does.
-        merge (`peft.PeftModel`, *optional*): The student, when it is to be saved as a whole model instead of as its
-            adapter.
+        folder (`str` or `os.PathLike`): Folder to save the student to.
+        save (`Callable[[str], None]`): Saves the student to the folder that it is given, as the Trainer does.
+        merge (`peft.PeftModel`, *optional*): The student with its adapter, to save it as one merged model instead.
 
     Raises:
         `OSError`: if a file cannot be written.
-        `ValueError`: if the merged model would compute something else than the student; its adapter is saved then.
+        `ValueError`: if the merged model would not compute what the student computes; its adapter is saved then.
     """
     folder = Path(folder)
+    card = folder / CARD_FILE
     with write_errors(folder, folder):
         with complete_files(folder) as part:
-            if (folder / CARD_FILE).is_file():  # PEFT adds to it
-                shutil.copy(folder / CARD_FILE, part)
+            if card.is_file():
+                shutil.copy(card, part)  # PEFT adds to the card that it finds
             save(str(part))
             refusal = None
             if merge is not None:
@@ -56,39 +56,43 @@ def write_card(
     repo_id: str | None = None,
     tags: str | Sequence[str] | None = None,
 ) -> None:
-    """Write the card of the student in a folder, `README.md`, from what its run left there.
+    """Write the model card of a run, `README.md`, from the files in its output folder; if that fails, warn.
 
     Args:
         folder (`str` or `os.PathLike`): The run's output folder.
-        name (`str`, *optional*): Name of the student; the folder's when omitted.
-        repo_id (`str`, *optional*): Where it lies on the Hub.
-        tags (`str` or `Sequence[str]`, *optional*): Tags beside those that every student of this package has.
+        name (`str`, *optional*): Name of the student; the name of the folder by default.
+        repo_id (`str`, *optional*): Name of the student's repository on the Hub.
+        tags (`str` or `Sequence[str]`, *optional*): Tags to add to those that every student of this package has.
     """
-    # Matplotlib and Jinja2 are for those who look at a run, not for those who train.
+    # Imported here because training needs neither Matplotlib nor Jinja2, which the report imports.
     from ..report.card import render_card
 
+    folder = Path(folder)
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     try:
-        card = render_card(Path(folder), name=name, repo_id=repo_id, tags=tags)
-        with complete_file(Path(folder) / CARD_FILE) as part:
+        card = render_card(folder, name=name, repo_id=repo_id, tags=tags)
+        with complete_file(folder / CARD_FILE) as part:
             part.write_text(card.content, encoding="utf-8")
     except (ValueError, OSError) as error:
-        # Cards are written with checkpoints, and no run ends for one.
+        # A card is written with every checkpoint, so an error here would end the training.
         warnings.warn(f"The card of {folder} cannot be written: {error}", stacklevel=3)
 
 
 def add_report(folder: str | os.PathLike, *, show_progress: bool = True) -> None:
-    """Write the report of a run into its folder; if that fails, warn and leave the folder without one."""
+    """Write the report of a run into its folder; if that fails, warn and leave the folder without a new one."""
     from ..report.build import write_report
 
+    folder = Path(folder)
     try:
-        write_report(Path(folder), Path(folder) / REPORT_FILE, show_progress=show_progress)
+        write_report(folder, folder / REPORT_FILE, show_progress=show_progress)
     except (ValueError, OSError) as error:
         warnings.warn(f"The report of {folder} cannot be written: {error}", stacklevel=3)
 
 
 def warn_of_failed_pushes(in_progress) -> None:
-    """Warn of pushes of checkpoints that failed, because transformers runs them in a thread and ignores their errors.
+    """Warn of each push of a checkpoint that failed.
+
+    transformers pushes checkpoints in threads and ignores their errors.
 
     Args:
         in_progress (`transformers.utils.PushInProgress`, *optional*): The pushes, all of which have ended.
@@ -99,7 +103,7 @@ def warn_of_failed_pushes(in_progress) -> None:
             with hub_errors(what):
                 job.result()
         except HubError as error:
-            warnings.warn(f"{error} `trainer.push_to_hub()` pushes again.", stacklevel=3)
-        except Exception as error:  # whatever it was, the training has not failed
-            reason = f"{type(error).__name__}: {redact(str(error))}"
-            warnings.warn(f"Could not {what}: {reason} `trainer.push_to_hub()` pushes again.", stacklevel=3)
+            warnings.warn(f"{error} Call `trainer.push_to_hub()` to push again.", stacklevel=3)
+        except Exception as error:  # of any class, because a failed push must not end the training
+            reason = redact(f"{type(error).__name__}: {error}").rstrip(".")
+            warnings.warn(f"Could not {what}: {reason}. Call `trainer.push_to_hub()` to push again.", stacklevel=3)

@@ -14,6 +14,8 @@ from tests.helpers.report_folders import gradients, knockout
 from tests.helpers.report_sections import of_kind, table
 from tests.helpers.rock_sets import rock_file
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_evidence_shows_the_results_of_probe_and_gradients(copy):
     (copy / "knockout.json").write_text(json.dumps(knockout()))

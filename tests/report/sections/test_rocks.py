@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from trl_opd import RockSet
-from trl_opd.report.blocks import Plot, Table
+from trl_opd.report.blocks import Plot
 from trl_opd.report.contents import read_contents
 from trl_opd.report.sections.rocks import rocks
 
-from tests.helpers.report_folders import ROCKS
 from tests.helpers.report_sections import of_kind, table
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SWEEP = {"cutoffs": [10, 20], "coverage": [0.25, 0.5], "stability": {"50": [0.875, 0.75]}}
 
@@ -35,19 +35,6 @@ def has_overlap(contents) -> bool:
     return any("overlap (Jaccard) of 50 rollouts" in plot.svg for plot in of_kind(rocks(contents), Plot))
 
 
-@pytest.mark.slow
-def test_table_of_rocks_is_the_rock_set(run_folder, tokenizer):
-    section = rocks(read_contents(run_folder))
-    rows = table(section)
-    expected = enumerate(RockSet.load(run_folder).rocks, 1)
-    assert [(row["rank"], row["id"], row["count"], row["mean KL"]) for row in rows] == [
-        (rank, rock.id, rock.count, rock.mean_kl) for rank, rock in expected
-    ]
-    assert [row["token"] for row in rows] == [tokenizer.decode([id]) for id in ROCKS]
-    assert of_kind(section, Table)[0].tool
-
-
-@pytest.mark.slow
 def test_without_a_stored_sweep_coverage_is_shown_alone(collection):
     contents = read_contents(collection)
     notes = " ".join(plot.note for plot in of_kind(rocks(contents), Plot))

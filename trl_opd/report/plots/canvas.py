@@ -22,7 +22,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
 from ...artefacts.atomic import complete_file
 from ..text import named
@@ -98,10 +98,15 @@ class Look(NamedTuple):
 
 def look_of(place: int) -> Look:
     """Return the look of the series with this index, from 0; the first 25 looks all differ."""
-    size = len(COLOURS)
     # Every fifth series repeats a colour, and then takes another marker, dash and hatch.
-    other = (place + place // size) % size
-    return Look(colour=COLOURS[place % size], marker=MARKERS[other], dash=DASHES[other], hatch=HATCHES[other])
+    repeats, colour = divmod(place, len(COLOURS))
+    other = (place + repeats) % len(COLOURS)
+    return Look(
+        colour=COLOURS[colour],
+        marker=MARKERS[other],
+        dash=DASHES[other],
+        hatch=HATCHES[other],
+    )
 
 
 @house_style
@@ -206,27 +211,33 @@ def say_empty(axes: Axes, text: str) -> None:
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows 0, 1, ... of the y axis, with row 0 at the top."""
-    axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
-    axes.yaxis.set_major_formatter(FixedFormatter(list(names)))
+    count = len(names)
+    locator = FixedLocator(range(count))
+    formatter = FixedFormatter(list(names))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter(formatter)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_ylim(count - 0.4, -0.6)
 
 
 def log_axis(axes: Axes, *names: str) -> None:
     """Make axes ("x", "y") logarithmic, with plain text as numbers."""
     for name in names:
-        getattr(axes, f"set_{name}scale")("log")
+        set_scale = getattr(axes, f"set_{name}scale")
+        set_scale("log")
         axis = getattr(axes, f"{name}axis")
-        axis.set_major_formatter(FuncFormatter(plain_number))
-        axis.set_minor_formatter(FuncFormatter(partial(_minor_number, axis)))
+        minor = partial(_minor_number, axis)
+        axis.set_major_formatter(plain_number)
+        axis.set_minor_formatter(minor)
 
 
 def nats_axis(axes: Axes, *names: str) -> None:
     """Make axes ("x", "y") of nats logarithmic above 0.001 nats, and linear around zero."""
     for name in names:
-        getattr(axes, f"set_{name}scale")("symlog", linthresh=LINEAR_NATS, linscale=0.4)
+        set_scale = getattr(axes, f"set_{name}scale")
+        set_scale("symlog", linthresh=LINEAR_NATS, linscale=0.4)
         axis = getattr(axes, f"{name}axis")
-        axis.set_major_formatter(FuncFormatter(plain_number))
+        axis.set_major_formatter(plain_number)
         axis.set_minor_formatter(NullFormatter())
 
 
@@ -239,13 +250,16 @@ def limit_nats(set_limits: Callable, values: np.ndarray) -> tuple[float, float]:
     """
     near_zero = 10 * LINEAR_NATS
     low = values.min()
-    high = 1.4 * max(values.max(), near_zero)
+    most = max(values.max(), near_zero)
+    high = 1.4 * most
     if low < 0:
-        return set_limits(1.4 * low, high)
-    if low < near_zero:
-        return set_limits(0.0, high)
-    # The axis spans at least a decade, so that it has two numbers.
-    return set_limits(min(low / 1.4, high / 20), high)
+        bottom = 1.4 * low
+    elif low < near_zero:
+        bottom = 0.0
+    else:
+        # The axis spans at least a decade, so that it has two numbers.
+        bottom = min(low / 1.4, high / 20)
+    return set_limits(bottom, high)
 
 
 def limit_both(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -284,7 +298,8 @@ def label(text: str) -> str:
 def _minor_number(axis: Axis, value: float, _) -> str:
     """Return the number of a tick between two powers of ten: only 2 and 5 have one, and only where there is room."""
     low, high = sorted(axis.get_view_interval())
-    if high < 30 * low and f"{value:.0e}"[0] in "25":
+    has_room = high < 30 * low
+    if has_room and f"{value:.0e}".startswith(("2", "5")):
         return plain_number(value)
     return ""
 
@@ -318,10 +333,11 @@ def _writable(text: str) -> str:
     font = get_font(findfont("DejaVu Sans"))
     escapes = {}
     for character in text:
-        if character != "\n" and not font.get_char_index(ord(character)):
-            escapes[character] = ascii(character)[1:-1]
+        code = ord(character)
+        if character != "\n" and not font.get_char_index(code):
+            escapes[code] = ascii(character)[1:-1]
 
-    written = text.translate(str.maketrans(escapes))
+    written = text.translate(escapes)
     if escapes and len(written) > MOST_ESCAPED:
         return f"{written[: MOST_ESCAPED - 1]}…"
     return written

@@ -38,7 +38,9 @@ def both_ends(items: list[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return items
     half = most // 2
-    return items[:half] + items[-half:]
+    start = items[:half]
+    end = items[-half:]
+    return start + end
 
 
 @canvas.house_style
@@ -74,7 +76,7 @@ def plot_forest(result: dict) -> Figure:
         axes.plot(effects, rows, marker, color=colour, markersize=5, label=KIND_NAMES.get(kind, kind))
 
     axes.axvline(0.0, color=canvas.INK, linewidth=0.8)
-    canvas.name_rows(axes, [_row_name(arm) for arm in arms])
+    canvas.name_rows(axes, list(map(_row_name, arms)))
     axes.tick_params(axis="y", labelsize="x-small")
     if arms:
         canvas.add_legend(figure, axes, columns=5)
@@ -104,11 +106,13 @@ def plot_gradients(found: Study) -> Figure:
 
 
 def _row_name(arm: dict) -> str:
-    if arm["kind"] in KIND_NAMES:
-        return KIND_NAMES[arm["kind"]]
+    name = KIND_NAMES.get(arm["kind"])
+    if name is not None:
+        return name
     # The id keeps tokens apart whose texts look alike: many are only a part of a character, and all shown as "�".
-    text = canvas.label("".join(arm["texts"]))
-    return f"{text} ({arm['ids'][0]})"
+    text = "".join(arm["texts"])
+    id = arm["ids"][0]
+    return f"{canvas.label(text)} ({id})"
 
 
 def _draw_norms(axes: Axes, found: Study) -> None:
@@ -127,7 +131,8 @@ def _draw_norms(axes: Axes, found: Study) -> None:
     # The norm of a mean of n random gradients falls with 1/√n; the line runs through the median type.
     count = count[shown]
     edge = np.array([count.min(), count.max()])
-    noise = np.median(norm[shown] * np.sqrt(count)) / np.sqrt(edge)
+    of_one = np.median(norm[shown] * np.sqrt(count))
+    noise = of_one / np.sqrt(edge)
     axes.plot(edge, noise, "--", color=canvas.INK, linewidth=1.2)
 
 
@@ -175,7 +180,15 @@ def _draw_groups(axes: Axes, found: Study, x: np.ndarray, y: np.ndarray, shown: 
     """Draw the types that are `shown`, bool, `(T,)`, as a series for each group."""
     for group, (colour, marker, _) in GROUP_LOOKS.items():
         chosen = shown & (found.columns["group"] == group)
-        canvas.add_points(axes, x[chosen], y[chosen], colour=colour, marker=marker, size=4, label=GROUPS[group])
+        canvas.add_points(
+            axes,
+            x[chosen],
+            y[chosen],
+            colour=colour,
+            marker=marker,
+            size=4,
+            label=GROUPS[group],
+        )
 
 
 def _add_group_legend(figure: Figure) -> None:

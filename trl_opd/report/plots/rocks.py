@@ -92,9 +92,10 @@ def count_band(count: np.ndarray, mean_kl: np.ndarray) -> tuple[np.ndarray, np.n
     for place in np.unique(bins):
         members = bins == place
         if members.sum() >= LEAST_TYPES:
-            log_counts = np.log(count[members])
-            centres.append(np.exp(log_counts.mean()))
-            band.append(np.quantile(mean_kl[members], QUANTILES))
+            log_count = np.log(count[members]).mean()
+            centres.append(np.exp(log_count))
+            quantiles = np.quantile(mean_kl[members], QUANTILES)
+            band.append(quantiles)
 
     # Without bins, the band is still of the shape (3, 0).
     percentiles = np.array(band).reshape(-1, len(QUANTILES))

@@ -44,16 +44,20 @@ def plot_accuracy(
             Points of each arm: step, accuracy, and the two ends of its 95 % interval, which may be `None`.
         problems (`int`, *optional*): Number of problems behind each point.
     """
-    y = "accuracy" if problems is None else f"accuracy on {problems} problems"
+    y = "accuracy"
+    if problems is not None:
+        y += f" on {problems} problems"
     title = "Accuracy by arm while distilling"
     figure, axes = canvas.new_figure(title, "optimizer step", y)
 
     has_intervals = False
     for arm, (colour, marker, dash, _) in _looks(curves).items():
         # A long line is thinned and not averaged, because a mean of several intervals is not an interval.
-        every = _stride(len(curves[arm]), MOST_POINTS)
-        steps, values, lows, highs = _columns(curves[arm][::every], 4)
-        axes.plot(steps, values, color=colour, ls=dash, label=_name(arm), **_markers(marker, len(steps)))
+        points = curves[arm]
+        every = _stride(len(points), MOST_POINTS)
+        steps, values, lows, highs = _columns(points[::every], 4)
+        look = _markers(marker, len(steps))
+        axes.plot(steps, values, color=colour, ls=dash, label=_name(arm), **look)
         if np.isfinite(lows + highs).any():
             has_intervals = True
             axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
@@ -84,11 +88,13 @@ def plot_divergence(
     every = _window(curves)
     shown = set()
     for arm, (colour, marker, _, _) in looks.items():
-        steps, *kinds = _means(_columns(curves[arm], 4), every)
+        columns = _columns(curves[arm], 4)
+        steps, *kinds = _means(columns, every)
+        look = _markers(marker, len(steps))
         for (kind, dash), values in zip(DASHES.items(), kinds, strict=True):
             if np.isfinite(values).any():
                 shown.add(kind)
-                axes.plot(steps, values, color=colour, ls=dash, **_markers(marker, len(steps)))
+                axes.plot(steps, values, color=colour, ls=dash, **look)
 
     # The legend has an entry for each arm and for each kind, which are fewer than their combinations.
     for arm, (colour, marker, _, _) in looks.items():
@@ -115,8 +121,10 @@ def plot_curves(
     figure, axes = canvas.new_figure(title, "optimizer step", y)
     every = _window(curves)
     for arm, (colour, marker, dash, _) in _looks(curves).items():
-        steps, values = _means(_columns(curves[arm], 2), every)
-        axes.plot(steps, values, color=colour, ls=dash, label=_name(arm), **_markers(marker, len(steps)))
+        columns = _columns(curves[arm], 2)
+        steps, values = _means(columns, every)
+        look = _markers(marker, len(steps))
+        axes.plot(steps, values, color=colour, ls=dash, label=_name(arm), **look)
     _finish(figure, axes, every=every, share=share)
     return figure
 
@@ -218,11 +226,12 @@ def _percentage_points(value: float, _) -> str:
 def _looks(arms: Iterable[str]) -> dict[str, canvas.Look]:
     """Return the look of each arm; our arms look the same in every plot, and others take the looks that are free."""
     arms = list(arms)
-    fixed = {arm: place for place, arm in enumerate(ARMS) if arm in arms}
-    free = (place for place in itertools.count() if place not in fixed.values())
+    free = [place for place, arm in enumerate(ARMS) if arm not in arms]
+    free += range(len(ARMS), len(ARMS) + len(arms))
+    free.reverse()
     looks = {}
     for arm in arms:
-        place = fixed[arm] if arm in fixed else next(free)
+        place = ARMS.index(arm) if arm in ARMS else free.pop()
         looks[arm] = canvas.look_of(place)
     return looks
 
@@ -259,20 +268,23 @@ def _means(columns: np.ndarray, every: int) -> np.ndarray:
         return columns
 
     starts = np.arange(0, points, every)
-    last = np.minimum(starts + every, points) - 1
+    ends = np.minimum(starts + every, points)
     values = columns[1:]
     known = np.isfinite(values)
+    filled = np.where(known, values, 0.0)
     counts = np.add.reduceat(known.astype(int), starts, axis=1)
-    sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
+    sums = np.add.reduceat(filled, starts, axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: a window without a known value has no mean
         means = sums / counts
-    return np.concatenate([columns[:1, last], means])
+    steps = columns[:1, ends - 1]
+    return np.concatenate([steps, means])
 
 
 def _markers(marker: str, points: int) -> dict:
     """Return marker and width of a line with so many points; a line with few markers is thinner."""
     every = _stride(points, MOST_MARKERS)
-    return {"marker": marker, "markevery": every, "linewidth": 1.0 if every > 4 else 1.5}
+    width = 1.0 if every > 4 else 1.5
+    return {"marker": marker, "markevery": every, "linewidth": width}
 
 
 def _finish(figure: Figure, axes: Axes, *, every: int = 1, share: bool = False, from_zero: bool = False) -> None:

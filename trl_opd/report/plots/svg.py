@@ -96,8 +96,9 @@ def _rounded(text: str) -> str:
 
 
 def _rounded_number(match: re.Match) -> str:
-    number = round(float(match[0]), 2) + 0.0  # adding zero turns -0.0 to 0.0
-    return f"{number:.2f}".rstrip("0").rstrip(".")
+    number = round(float(match[0]), 2)
+    text = f"{number + 0.0:.2f}"  # adding zero turns -0.0 to 0.0
+    return text.rstrip("0").rstrip(".")
 
 
 def _share_look(group: ElementTree.Element) -> None:
@@ -120,7 +121,9 @@ def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
     for element in root.iter():
         for attribute, value in element.items():
             form = _REFERENCES.get(attribute)
-            match = form.fullmatch(value) if form else None
+            if form is None:
+                continue
+            match = form.fullmatch(value)
             if match:
                 before, id, after = match.groups()
                 name = names.setdefault(id, f"{prefix}-{len(names)}")

@@ -9,7 +9,7 @@ import numpy as np
 from ...artefacts.gradient_table import GROUPS, MEDIANS, Study, read_gradients
 from ...statistics import interval_text
 from ..blocks import Block, Facts, Note, Plot, Section, Table
-from ..contents import Contents
+from ..contents import Contents, accuracy_in
 from ..plots.canvas import to_svg
 from ..plots.evidence import both_ends, plot_forest, plot_gradients
 from ..plots.runs import Estimate, plot_arms
@@ -26,10 +26,14 @@ def evidence(contents: Contents) -> Section | None:
     Raises:
         `ValueError`: if the table of gradients is damaged or from another program.
     """
-    blocks = _arms(contents) + _knockout(contents.knockout)
+    blocks = _arms(contents)
+    blocks += _knockout(contents.knockout)
     if contents.gradients is not None:
-        blocks += _gradients(read_gradients(contents.gradients))
-    return Section("evidence", "Evidence", blocks) if blocks else None
+        found = read_gradients(contents.gradients)
+        blocks += _gradients(found)
+    if not blocks:
+        return None
+    return Section("evidence", "Evidence", blocks)
 
 
 def arm_results(contents: Contents) -> tuple[dict[str, Estimate], dict[str, Estimate], int | None]:
@@ -48,13 +52,10 @@ def arm_results(contents: Contents) -> tuple[dict[str, Estimate], dict[str, Esti
 
     problems = None
     for arm, run in contents.runs.items():
-        for line in reversed(run.log):
-            if "eval_accuracy" in line:
-                low = line.get("eval_accuracy_ci95_low")
-                high = line.get("eval_accuracy_ci95_high")
-                results[arm] = (line["eval_accuracy"], low, high)
-                problems = int(line.get("eval_accuracy_problems", 0)) or None
-                break
+        lines = run.lines_with("eval_accuracy")
+        if lines:
+            results[arm] = accuracy_in(lines[-1])
+            problems = int(lines[-1].get("eval_accuracy_problems", 0)) or None
     return results, differences, problems
 
 
@@ -67,7 +68,9 @@ def _arms(contents: Contents) -> list[Block]:
         "95 % intervals: Wilson for accuracies, a paired bootstrap over problems for differences. They cover the "
         "choice of problems but not the training seed, because each arm was run once."
     )
-    what = "accuracy" if problems is None else f"accuracy on {problems} problems"
+    what = "accuracy"
+    if problems is not None:
+        what += f" on {problems} problems"
     ends = "; ".join(f"{arm} {accuracy:.3f}" for arm, (accuracy, _, _) in results.items())
     figure = plot_arms(results, differences, what)
     plot = Plot(to_svg(figure, "a-"), f"Accuracy by arm and difference to uniform: {ends}")
@@ -144,18 +147,18 @@ def _effects(arms: list[dict[str, Any]]) -> Table:
 def _gradients(found: Study) -> list[Block]:
     rows = []
     for group, name in GROUPS.items():
-        number = int((found.columns["group"] == group).sum())
-        row = [name, number]
+        is_member = found.columns["group"] == group
+        row = [name, int(is_member.sum())]
         for column in MEDIANS:
             values = found.of(group, column)
-            row.append(float(np.median(values)) if len(values) else None)
+            median = float(np.median(values)) if len(values) else None
+            row.append(median)
         rows.append(row)
 
     columns = {"types": "", "number": "d"} | dict.fromkeys(MEDIANS.values(), ".4g")
-    caption = (
-        "Medians over types: norm of the mean gradient of the logits, and its cosine to G_balanced. No intervals, "
-    )
-    caption += "because positions of a rollout depend on each other. A frequent type has a small norm already because "
-    caption += "it is averaged over many positions."
+    caption = "Medians over types: norm of the mean gradient of the logits, and its cosine to G_balanced. No "
+    caption += "intervals, because positions of a rollout depend on each other. A frequent type has a small norm "
+    caption += "already because it is averaged over many positions."
     label = "Gradients of the logits by token type: norms, cosines, early and late"
-    return [Plot(to_svg(plot_gradients(found), "d-"), label), Table(caption, columns, rows)]
+    figure = plot_gradients(found)
+    return [Plot(to_svg(figure, "d-"), label), Table(caption, columns, rows)]

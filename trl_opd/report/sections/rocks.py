@@ -36,21 +36,21 @@ def rocks(contents: Contents) -> Section | None:
     types = find_types(contents)
     blocks: list[Block] = []
     if contents.other_rocks:
-        blocks.append(
-            Note(
-                "A run in this folder was trained with other rocks than those of the rock set that is here now, if any."
-            )
-        )
+        note = "A run in this folder was trained with other rocks than those of the rock set that is here now, if any."
+        blocks.append(Note(note))
     if contents.rocks is not None:
-        blocks.append(Facts(_facts(contents.rocks)))
+        facts = _facts(contents.rocks)
+        blocks.append(Facts(facts))
         blocks.append(_rock_table(contents))
     elif types is not None:
         blocks.append(Note("This folder has no rock set; `trl-opd detect` makes one."))
         blocks.append(_type_table(types, contents))
     if types is not None:
         blocks += _plots(types, contents)
+    if not blocks:
+        return None
     title = "Rocks" if contents.rocks else "Token types"
-    return Section("rocks", title, blocks) if blocks else None
+    return Section("rocks", title, blocks)
 
 
 def find_types(contents: Contents) -> TokenTypes | None:
@@ -101,11 +101,13 @@ def _facts(found: RockSet) -> list[tuple[str, str]]:
 
 
 def _share(held: dict[str, Any], name: str) -> str:
-    interval = held.get(f"{name}_ci95")
     # A rock set can come from another program, and its additional keys are not checked when it is read.
-    if not (isinstance(interval, list) and [type(end) for end in interval] == [float, float]):
-        interval = None
-    return f"{held[name]:.1%} {interval_text(interval, '.1%')}"
+    match held.get(f"{name}_ci95"):
+        case [float() as low, float() as high]:
+            interval = interval_text([low, high], ".1%")
+        case _:
+            interval = interval_text(None, ".1%")
+    return f"{held[name]:.1%} {interval}"
 
 
 def _rock_table(contents: Contents) -> Table:
@@ -134,7 +136,8 @@ def _rock_table(contents: Contents) -> Table:
         text = contents.names.text_of(rock.id)
         family = rock.family or family_of(text)
         measured = (rock.count, rock.mean_kl, rock.mean_kl_pre, rock.ccr, rock.score)
-        rows.append((rank, text, rock.id, family, *measured, roles.get(rock.id)))
+        role = roles.get(rock.id)
+        rows.append((rank, text, rock.id, family, *measured, role))
 
     # Columns without any value are left out.
     forms = {}
@@ -156,10 +159,14 @@ def _type_table(types: TokenTypes, contents: Contents) -> Table:
     total = max(float(mass.sum()), np.finfo(float).tiny)
     order = np.argsort(-mass, kind="stable")[:MOST_TYPES]
     rows = []
-    for rank, id in enumerate(order[mass[order] > 0].tolist(), 1):
+    shown = order[mass[order] > 0]
+    for rank, id in enumerate(shown.tolist(), 1):
+        text = contents.names.text_of(id)
+        count = int(types.count[id])
+        mean_kl = float(types.mean_kl[id])
         before = None if types.before is None else float(types.before[id])
-        measured = (int(types.count[id]), float(types.mean_kl[id]), before, float(mass[id]) / total)
-        rows.append((rank, contents.names.text_of(id), id, *measured))
+        share = float(mass[id]) / total
+        rows.append((rank, text, id, count, mean_kl, before, share))
 
     columns = {
         "rank": "d",
@@ -176,7 +183,7 @@ def _type_table(types: TokenTypes, contents: Contents) -> Table:
 
 
 def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
-    ids = [rock.id for rock in contents.rocks.rocks] if contents.rocks else []
+    ids = contents.rock_ids
     is_rock = types.is_rock(ids)
     blocks: list[Block] = [_funnel(types, contents, ids, is_rock)]
     if types.before is not None:
@@ -189,9 +196,9 @@ def _plots(types: TokenTypes, contents: Contents) -> list[Block]:
     note = ""
     if not sweep.stability:
         note = "The stability of this list was not measured; `trl-opd detect --top_k auto` measures it."
-    blocks.append(
-        Plot(to_svg(plot_sweep(sweep), "k-"), "Share of the divergence that the top K types carry, over K", note)
-    )
+    figure = plot_sweep(sweep)
+    label = "Share of the divergence that the top K types carry, over K"
+    blocks.append(Plot(to_svg(figure, "k-"), label, note))
 
     families = types.families(contents.names.text_of)
     if families:
@@ -206,11 +213,9 @@ def _funnel(types: TokenTypes, contents: Contents, ids: list[int], is_rock: np.n
         if text is not None:
             texts[id] = text
     figure = plot_funnel(types.count, types.mean_kl, is_rock, texts=texts or None)
-    occurring = int((types.count > 0).sum())
-    label = (
-        f"Mean KL over count of {occurring} token types, with the rocks marked and a band for 10 to 90 % of the types "
-    )
-    label += "of similar count"
+    occurring = np.count_nonzero(types.count)
+    label = f"Mean KL over count of {occurring} token types, with the rocks marked and a band for 10 to 90 % of the "
+    label += "types of similar count"
     return Plot(to_svg(figure, "f-"), label, f"From {types.source}.")
 
 
@@ -232,14 +237,15 @@ def _families(families: dict[str, tuple[float, float]], *, is_complete: bool) ->
 
 def _stored_sweep(found: RockSet | None) -> Sweep | None:
     """Return the sweep that `detect --top_k auto` left in the rock set; `None` if there is none or it is not valid."""
-    stored = found.method.get("sweep") if found is not None else None
-    if not isinstance(stored, dict):
+    if found is None:
         return None
-
     try:
+        stored = found.method["sweep"]
         cutoffs = list(map(int, stored["cutoffs"]))
         coverage = list(map(float, stored["coverage"]))
-        stability = {int(size): list(map(float, values)) for size, values in stored["stability"].items()}
+        stability = {}
+        for size, values in stored["stability"].items():
+            stability[int(size)] = list(map(float, values))
         top_k = found.method["top_k"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
@@ -247,7 +253,8 @@ def _stored_sweep(found: RockSet | None) -> Sweep | None:
     if not cutoffs or min(cutoffs) <= 0 or max(cutoffs) >= MAX_VOCABULARY:
         return None
     for values in chain([coverage], stability.values()):
-        # A share may exceed 1 by rounding.
-        if len(values) != len(cutoffs) or not all(0.0 <= value <= 1.0001 for value in values):
+        if len(values) != len(cutoffs):
+            return None
+        if not all(0.0 <= value <= 1.0001 for value in values):  # a share may exceed 1 by rounding
             return None
     return Sweep(cutoffs, coverage, stability, top_k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -46,17 +47,28 @@ def rollouts(contents: Contents) -> Section | None:
     Raises:
         `ValueError`: if a file of rollouts is damaged or holds values that are not valid.
     """
-    rocks = frozenset(rock.id for rock in contents.rocks.rocks) if contents.rocks else frozenset()
+    rocks = frozenset(contents.rock_ids)
     blocks: list[Block] = []
-    sampled = {name: run.samples for name, run in contents.runs.items() if run.samples}
+    decode = contents.names.decode
+    sampled = {}
+    for name, run in contents.runs.items():
+        files = run.samples
+        if files:
+            sampled[name] = files
+
+    arms = len(sampled)
     for name, files in sampled.items():
-        shown = shown_of_run(files, contents.names.decode, most_tokens=MOST_TOKENS // len(sampled))
-        title = f"Rollouts of the arm {name}. " if len(sampled) > 1 else ""
-        blocks += _viewer(shown.rollouts, title + shown.note, contents, rocks)
+        shown = shown_of_run(files, decode, most_tokens=MOST_TOKENS // arms)
+        note = shown.note
+        if arms > 1:
+            note = f"Rollouts of the arm {name}. {note}"
+        blocks += _viewer(shown.rollouts, note, contents, rocks)
     if contents.occurrences is not None and not sampled:
-        shown = shown_of_collection(contents.occurrences.path, contents.prompts, contents.names.decode)
+        shown = shown_of_collection(contents.occurrences.path, contents.prompts, decode)
         blocks += _viewer(shown.rollouts, shown.note, contents, rocks)
-    return Section("rollouts", "Rollouts", blocks) if blocks else None
+    if not blocks:
+        return None
+    return Section("rollouts", "Rollouts", blocks)
 
 
 def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MOST_TOKENS) -> Shown:
@@ -79,15 +91,16 @@ def shown_of_run(files: Sequence[Path], decode: Decode, *, most_tokens: int = MO
         if path not in prompts:
             prompts[path] = read_metadata(path).get("prompts")
         columns = read_rollout(path, span, names, most_tokens=MOST_OF_ONE)
-        ids = None
+        prompt = None
         if "prompt" in columns and isinstance(prompts[path], dict):
             ids = prompts[path].get(f"{span.step}/{columns['prompt'][0]}")
-        prompt = decode(ids) if _are_ids(ids) else None
+            prompt = _decoded(ids, decode)
         shown.append(_shown_rollout(span, columns, prompt, step=span.step))
 
-    steps = len({span.step for _, span in picked})
-    all_steps = len({span.step for _, span in places})
-    return Shown(shown, _note(picked, len(places), f" from {steps} of the {all_steps} steps that were kept"))
+    steps = {span.step for _, span in picked}
+    all_steps = {span.step for _, span in places}
+    note = _note(picked, len(places), f" from {len(steps)} of the {len(all_steps)} steps that were kept")
+    return Shown(shown, note)
 
 
 def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
@@ -109,16 +122,21 @@ def shown_of_collection(path: Path, prompts: Path, decode: Decode) -> Shown:
     shown = []
     for _, span in picked:
         columns = read_rollout(path, span, names, most_tokens=MOST_OF_ONE)
-        prompt = prompt_text(int(columns["prompt"][0])) if "prompt" in columns else None
+        prompt = None
+        if "prompt" in columns:
+            first = columns["prompt"][0]
+            prompt = prompt_text(int(first))
         shown.append(_shown_rollout(span, columns, prompt, step=None))
-    return Shown(shown, _note(picked, len(places), ""))
+    note = _note(picked, len(places), "")
+    return Shown(shown, note)
 
 
 def _pick_from_steps(places: list[Place], tokens: int) -> list[Place]:
     """Return rollouts of evenly spaced steps: of the most steps, but at least two, that fit into `tokens` tokens."""
     by_step: dict[int, list[Place]] = {}
     for path, span in places:
-        by_step.setdefault(span.step, []).append((path, span))
+        of_step = by_step.setdefault(span.step, [])
+        of_step.append((path, span))
     steps = sorted(by_step)
 
     for most in range(MOST_STEPS, 1, -1):
@@ -145,8 +163,8 @@ def _spread(items: list, most: int) -> list:
     count = len(items)
     if count <= most:
         return items
-    places = np.linspace(0, count - 1, most).round().astype(int)
-    return [items[place] for place in places.tolist()]
+    places = np.linspace(0, count - 1, most).round()
+    return [items[int(place)] for place in places]
 
 
 def _shown_tokens(picked: list[Place]) -> int:
@@ -154,7 +172,10 @@ def _shown_tokens(picked: list[Place]) -> int:
 
 
 def _note(picked: list[Place], total: int, steps: str) -> str:
-    cut = sum(span.end - span.first > MOST_OF_ONE for _, span in picked)
+    cut = 0
+    for _, span in picked:
+        if span.end - span.first > MOST_OF_ONE:
+            cut += 1
     texts = []
     if len(picked) < total:
         texts.append(f"A sample: {len(picked)} of {total} rollouts{steps}, evenly spaced.")
@@ -184,14 +205,19 @@ def _prompt_texts(path: Path, decode: Decode) -> Callable[[int], str | None]:
     ids_of = read_prompts(path)
 
     def text_of(prompt: int) -> str | None:
-        ids = ids_of(prompt)
-        return decode(ids) if _are_ids(ids) else None
+        return _decoded(ids_of(prompt), decode)
 
     return text_of
 
 
-def _are_ids(value) -> bool:
-    return isinstance(value, list) and all(type(id) is int and 0 <= id < MAX_VOCABULARY for id in value)
+def _decoded(ids: Any, decode: Decode) -> str | None:
+    """Return the text of token ids from a file, `None` if they are not a list of ids, or not known."""
+    if not isinstance(ids, list):
+        return None
+    for id in ids:
+        if type(id) is not int or not 0 <= id < MAX_VOCABULARY:
+            return None
+    return decode(ids)
 
 
 def _viewer(shown: list[ShownRollout], note: str, contents: Contents, rocks: frozenset[int]) -> list[Block]:
@@ -200,10 +226,7 @@ def _viewer(shown: list[ShownRollout], note: str, contents: Contents, rocks: fro
         return []
     ids: set[int] = set()
     for rollout in shown:
-        ids.update(rollout.token_ids.tolist())
-        for top in (rollout.student_top, rollout.teacher_top):
-            if top is not None:
-                ids.update(top[0].ravel().tolist())
+        ids |= rollout.shown_ids()
     texts = {}
     for id in sorted(ids):
         text = contents.names.text_of(id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,9 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ...artefacts.run_files import Log
 from ..blocks import Block, Facts, Note, Plot, Section, Table
-from ..contents import Contents, Run
+from ..contents import Contents, Run, accuracy_in
 from ..plots.canvas import to_svg
 from ..plots.runs import plot_accuracy, plot_curves, plot_divergence, plot_phases
 from ..token_types import kind_means
@@ -30,7 +30,7 @@ CURVES = {
     ),
     "batch/padding_share": ("Padding in the student's forward passes", "share of the positions", True),
 }
-# Arguments that are not among the other settings: teacher and seed have facts of their own.
+# Arguments that are not among the other settings: teacher and seed have their own facts.
 SHOWN_ELSEWHERE = {"teacher_model_name_or_path", "seed", "teacher_quantization"}
 # Names of the three kinds of tokens in the log.
 KINDS = ("rock", "control", "other")
@@ -46,20 +46,26 @@ def what_was_run(contents: Contents) -> Section | None:
     blocks: list[Block] = []
     summary = contents.summary
     if summary is not None:
+        teacher = summary["teacher"]["accuracy"]
+        start = summary["start"]["accuracy"]
         text = f"{summary['task']}: {summary['eval_problems']} held-out problems, greedy. "
-        text += f"Teacher {summary['teacher']['accuracy']:.3f}, "
-        text += f"student at the start {summary['start']['accuracy']:.3f} (no intervals)."
+        text += f"Teacher {teacher:.3f}, student at the start {start:.3f} (no intervals)."
         blocks.append(Note(text))
 
     run = contents.main_run
     if run is not None:
         blocks.append(Facts(run_facts(run)))
         if len(contents.runs) > 1:
-            blocks.append(_arms(contents))
+            table = _arms(contents)
+            blocks.append(table)
         blocks += _phases(contents)
-    if contents.occurrences is not None:
-        blocks.append(Facts(_collection_facts(contents.occurrences.metadata, contents.occurrences.rows)))
-    return Section("run", "What was run", blocks) if blocks else None
+    collected = contents.occurrences
+    if collected is not None:
+        facts = _collection_facts(collected.metadata, collected.rows)
+        blocks.append(Facts(facts))
+    if not blocks:
+        return None
+    return Section("run", "What was run", blocks)
 
 
 def training(contents: Contents) -> Section | None:
@@ -68,49 +74,63 @@ def training(contents: Contents) -> Section | None:
     Raises:
         `ValueError`: if the statistics of a checkpoint are damaged.
     """
+    plots = _divergence_plot(contents)
+    plots += _accuracy_plot(contents)
+    plots += _metric_plots(contents)
+    if not plots:
+        return None
+
     note = "Metrics from the log, each over a window of steps: means over the tokens of the rollouts, and shares. Only "
     note += "accuracies have intervals, which cover the choice of problems but not the training seed."
     blocks: list[Block] = [Note(note)]
-    plots = _divergence_plot(contents) + _accuracy_plot(contents) + _metric_plots(contents)
     for place, (figure, label) in enumerate(plots):
-        blocks.append(Plot(to_svg(figure, f"t{place}-"), label))
-    return Section("training", "Training", blocks) if plots else None
+        svg = to_svg(figure, f"t{place}-")
+        blocks.append(Plot(svg, label))
+    return Section("training", "Training", blocks)
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
     """Return the facts that the record of a run holds, as pairs of a name and a text; unknown ones are left out."""
     record = run.record
-    data = record["dataset"]
-    rows = data.get("rows")
-    data_text = _joined([data.get("name"), None if rows is None else f"{rows} rows"])
+    data = [record["dataset"].get("name")]
+    rows = record["dataset"].get("rows")
+    if rows is not None:
+        data.append(f"{rows} rows")
 
-    hardware = record["hardware"]
-    processes = hardware.get("processes")
-    several = isinstance(processes, int) and processes > 1
-    hardware_text = _joined([hardware.get("name"), f"{processes} processes" if several else None])
+    hardware = [record["hardware"].get("name")]
+    processes = record["hardware"].get("processes")
+    if isinstance(processes, int) and processes > 1:
+        hardware.append(f"{processes} processes")
 
     arguments = record["arguments"]
     settings = []
     for name, value in arguments.items():
         if name not in SHOWN_ELSEWHERE:
-            text = shlex.quote(value) if isinstance(value, str) else value
-            settings.append(f"{name} {text}")
+            if isinstance(value, str):
+                value = shlex.quote(value)
+            settings.append(f"{name} {value}")
+    versions = [f"{name} {version}" for name, version in record["versions"].items()]
 
-    divergence = str(record["measure"].get("divergence"))
     facts = [
         ("command", record["command"]),
         ("student", _model(record["student"])),
         ("teacher", _model(record["teacher"])),
-        ("divergence", DIVERGENCES.get(divergence, "?")),
-        ("data", data_text or "not named"),
+        ("divergence", divergence_name(run, unknown="?")),
+        ("data", _joined(data) or "not named"),
         ("steps", f"{record.get('steps')} of {record.get('max_steps')}"),
         ("started (or resumed), and time since", _time(record)),
         ("seed", str(arguments.get("seed", 42))),
-        ("hardware", hardware_text),
-        ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
-        ("other settings", ", ".join(settings)),
+        ("hardware", _joined(hardware)),
+        ("versions", _joined(versions)),
+        ("other settings", _joined(settings)),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def divergence_name(run: Run, *, unknown: str = "divergence") -> str:
+    """Return the divergence that a run minimises as a formula, or a text for one that is not known."""
+    name = run.record["measure"].get("divergence")
+    return DIVERGENCES.get(str(name), unknown)
 
 
 def model_name(name: Any) -> str:
@@ -118,7 +138,9 @@ def model_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         return "not named"
     path = Path(name)
-    return path.name if path.is_absolute() else name
+    if path.is_absolute():
+        return path.name
+    return name
 
 
 def _model(model: dict[str, Any]) -> str:
@@ -133,7 +155,8 @@ def _model(model: dict[str, Any]) -> str:
         trained = model.get("trainable_parameters")
         if adapter is not None and isinstance(trained, int) and parameters:
             adapter = f"{adapter} ({trained / parameters:.2%} trained)"
-    return _joined([model_name(model.get("name")), size, model.get("dtype"), model.get("quantization"), adapter])
+    name = model_name(model.get("name"))
+    return _joined([name, size, model.get("dtype"), model.get("quantization"), adapter])
 
 
 def _joined(parts: Sequence[Any]) -> str:
@@ -144,16 +167,19 @@ def _time(record: dict[str, Any]) -> str:
     """Return the time at which a run started and its duration; empty if the record has no valid times."""
     started = record["started"]
     try:
-        time = datetime.fromisoformat(record["written"]) - datetime.fromisoformat(started)
+        first = datetime.fromisoformat(started)
+        last = datetime.fromisoformat(record["written"])
+        seconds = (last - first).total_seconds()
     except (ValueError, TypeError):
         return ""
-    seconds = time.total_seconds()
     duration = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
     return f"{started}, {duration}"
 
 
 def _collection_facts(metadata: dict[str, Any], rows: int) -> list[tuple[str, str]]:
-    facts = {name: metadata.get(name) for name in ("student", "reference", "teacher", "temperature")}
+    facts = {}
+    for name in ("student", "reference", "teacher", "temperature"):
+        facts[name] = metadata.get(name)
     settings = metadata.get("settings")
     if isinstance(settings, dict):
         facts["data"] = settings.get("dataset_name")
@@ -168,31 +194,26 @@ def _arms(contents: Contents) -> Table:
     for name, run in contents.runs.items():
         record = run.record
         weighting = str(record["arguments"].get("token_weighting", "uniform"))
-        shares = _values(run.log, "weight/zero_share")
-        divergences = _values(run.log, "kl/mean")
-        last = divergences[-1] if divergences else None
-        rows.append((name, weighting, record.get("steps"), _mean(shares), last))
+        frozen = run.mean("weight/zero_share")
+        lines = run.lines_with("kl/mean")
+        last = lines[-1]["kl/mean"] if lines else None
+        rows.append((name, weighting, record.get("steps"), frozen, last))
     columns = {"arm": "", "weighting": "", "steps": "d", "tokens frozen": ".1%", "mean KL at the end (nats)": ".4f"}
     caption = "The arms: which share of the tokens each froze, and its divergence at the end; no intervals"
     return Table(caption, columns, rows)
-
-
-def _values(log: Log, name: str) -> list[float]:
-    return [line[name] for line in log if name in line]
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _phases(contents: Contents) -> list[Block]:
     seconds = {}
     texts = []
     for arm, run in contents.runs.items():
-        names = dict.fromkeys(name for line in run.log for name in line if name.startswith("phase/"))
-        if not names:
+        means = {}
+        for name in dict.fromkeys(itertools.chain.from_iterable(run.log)):
+            if name.startswith("phase/"):
+                phase = name.removeprefix("phase/").removesuffix("_s")
+                means[phase] = run.mean(name)
+        if not means:
             continue
-        means = {name.removeprefix("phase/").removesuffix("_s"): _mean(_values(run.log, name)) for name in names}
         seconds[arm] = means
         phases = ", ".join(f"{phase} {mean:.3g} s" for phase, mean in means.items())
         texts.append(f"{arm}: {phases}")
@@ -207,12 +228,11 @@ def _divergence_plot(contents: Contents) -> list[tuple[Figure, str]]:
     curves = {}
     measure = "divergence"
     for arm, run in contents.runs.items():
-        measure = DIVERGENCES.get(str(run.record["measure"].get("divergence")), "divergence")
+        measure = divergence_name(run)
         points = _logged_by_kind(run)
         if not points and contents.rocks is not None and run.windows:
-            rocks = [rock.id for rock in contents.rocks.rocks]
             controls = contents.rocks.controls.ids if contents.rocks.controls else []
-            points = kind_means(run.windows, rocks, controls)
+            points = kind_means(run.windows, contents.rock_ids, controls)
         if points:
             curves[arm] = points
     if curves:
@@ -233,9 +253,10 @@ def _logged_by_kind(run: Run) -> list[tuple[int, float | None, float | None, flo
     for kind in KINDS:
         for step, mean in run.curve(f"{kind}/mean_kl"):
             points.setdefault(step, {})[kind] = mean
-    return [
-        (step, means.get("rock"), means.get("control"), means.get("other")) for step, means in sorted(points.items())
-    ]
+    logged = []
+    for step, means in sorted(points.items()):
+        logged.append((step, means.get("rock"), means.get("control"), means.get("other")))
+    return logged
 
 
 def _accuracy_plot(contents: Contents) -> list[tuple[Figure, str]]:
@@ -244,14 +265,12 @@ def _accuracy_plot(contents: Contents) -> list[tuple[Figure, str]]:
     problems = set()
     for arm, run in contents.runs.items():
         # A step that was repeated after a resume counts once, with the last accuracy.
-        lines = {int(line["step"]): line for line in run.log if "eval_accuracy" in line}
+        lines = {int(line["step"]): line for line in run.lines_with("eval_accuracy")}
         if not lines:
             continue
         points = []
         for step, line in sorted(lines.items()):
-            accuracy = line["eval_accuracy"]
-            low = line.get("eval_accuracy_ci95_low")
-            high = line.get("eval_accuracy_ci95_high")
+            accuracy, low, high = accuracy_in(line)
             points.append((step, accuracy, low, high))
             problems.add(line.get("eval_accuracy_problems"))
         curves[arm] = points
@@ -260,7 +279,9 @@ def _accuracy_plot(contents: Contents) -> list[tuple[Figure, str]]:
         return []
 
     # The axis names the number of problems only if all accuracies have the same.
-    count = problems.pop() if len(problems) == 1 else None
+    count = None
+    if len(problems) == 1:
+        (count,) = problems
     figure = plot_accuracy(curves, None if count is None else int(count))
     return [(figure, f"Accuracy over steps; at the end: {', '.join(ends)}")]
 
