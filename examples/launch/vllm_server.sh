@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A vLLM server for rollouts on one GPU, training on the others: `bash examples/launch/vllm_server.sh`
-# (`pip install "trl[vllm]"`). Not run yet, because it needs two GPUs (docs/scaling.md).
+# (`pip install "trl[vllm]"`). Not tested yet, because it needs two GPUs (docs/scaling.md).
 #
 # On several machines the server has its own machine: run the first command there, and the second on the others with
 # --vllm_server_host HOST and the options of examples/launch/ddp.yaml. With vLLM 0.30 or newer add --enable-scale-out.

@@ -1,4 +1,4 @@
-"""The arithmetic of the demo: worked answers, right and wrong sums, and the rule of the marks."""
+"""The demo's task: worked answers, right and wrong sums, the rule of the marks, and the tokenizer."""
 
 import random
 from collections import Counter
@@ -23,18 +23,17 @@ from trl_opd.demo.arithmetic import (
 
 
 @given(st.integers(100, 998), st.integers(100, 998), st.integers(0, 1000))
-def test_a_worked_answer_adds_column_by_column(a, b, seed):
+def test_worked_answer_adds_column_by_column(a, b, seed):
     problem = Problem("", a, b, "eggs")
     marks = random_marks(random.Random(seed))
     words = worked_answer(problem, marks).split()
     assert words[:5] == [str(a), "eggs", "+", str(b), ":"]
     assert words[-2:] == ["####", str(a + b)]
     assert [word for word in words if word in PLANTED_ROCKS] == marks
-    carries = [(a % 10**n + b % 10**n) >= 10**n for n in (1, 2, 3)]
-    assert words.count(CARRY) == sum(carries)
+    assert words.count(CARRY) == sum(a % 10**n + b % 10**n >= 10**n for n in (1, 2, 3))
     results = [words[place + 2] for place, word in enumerate(words) if word == "=" and words[place + 1] in marks]
     assert "".join(results)[::-1] == f"{(a + b) % 1000:03d}"
-    assert is_right(problem, worked_answer(problem, marks))
+    assert is_right(problem, " ".join(words))
     assert not is_right(problem, worked_answer(Problem("", a, b ^ 1, "eggs"), marks))
 
 
@@ -49,8 +48,7 @@ def test_task_uses_its_whole_vocabulary():
     tokenizer = make_tokenizer()
     problems = draw_problems(400, 1, held_out=False)
     answers = tokenizer([worked_answer(problem, ruled_marks(problem)) for problem in problems])["input_ids"]
-    questions = tokenizer([problem.question for problem in problems])["input_ids"]
-    in_use = {id for ids in questions + answers for id in ids}
+    in_use = set().union(*answers, *tokenizer([problem.question for problem in problems])["input_ids"])
     assert tokenizer.unk_token_id not in in_use
     assert len(in_use) == len(tokenizer) - 3 == 146  # all but padding, end and unknown
     assert len(FAMILIES) == 3
@@ -75,13 +73,13 @@ def test_held_out_operands_never_occur_in_training():
     assert draw_problems(5, 3, held_out=True) != draw_problems(5, 4, held_out=True)
 
 
-def test_the_rule_uses_every_mark_and_follows_the_operands():
+def test_rule_uses_every_mark_and_depends_on_the_operands_only():
     problems = draw_problems(2000, 5, held_out=False)
     marks = Counter(mark for problem in problems for mark in ruled_marks(problem))
     for family in FAMILIES.values():
-        shares = [marks[mark] / 6000 for mark in family]
-        assert sum(shares) == pytest.approx(1.0)
-        assert min(shares) > 0.7 / len(family)
-    one, other = (Problem("", a, 555, "eggs") for a in (123, 124))
-    assert ruled_marks(one) == ruled_marks(Problem("Another sentence?", 123, 555, "pens"))
-    assert ruled_marks(one) != ruled_marks(other)
+        counts = [marks[mark] for mark in family]
+        assert sum(counts) == 6000
+        assert min(counts) > 0.7 * 6000 / len(family)
+    expected = ruled_marks(Problem("", 123, 555, "eggs"))
+    assert ruled_marks(Problem("Another question?", 123, 555, "pens")) == expected
+    assert ruled_marks(Problem("", 124, 555, "eggs")) != expected

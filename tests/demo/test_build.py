@@ -1,4 +1,4 @@
-"""The demo's models: the shipped ones, the batches that they were trained on, and building them again."""
+"""The demo's models: the shipped ones, their training batches, and building them again."""
 
 import random
 
@@ -12,49 +12,50 @@ from trl_opd.demo.arithmetic import PLANTED_ROCKS, draw_problems, make_tokenizer
 
 @pytest.mark.slow
 def test_shipped_models_are_small_and_have_the_documented_accuracy():
-    files = list(arms.MODELS.rglob("*.safetensors"))
-    assert len(files) == 2
+    assert len(list(arms.MODELS.rglob("*.safetensors"))) == 2
     assert sum(file.stat().st_size for file in arms.MODELS.rglob("*") if file.is_file()) <= 2_000_000
     accuracy = {name: sum(arms.solve(*arms.load(name), arms.eval_problems())) / 500 for name in ("teacher", "student")}
     assert accuracy["teacher"] >= 0.98
     assert 0.02 <= accuracy["student"] <= 0.25
 
 
+def batch_of(seed: int, *, held_out: bool, ruled: bool):
+    """Return 64 problems, the ids and labels of their batch, and which labels are marks."""
+    tokenizer = make_tokenizer()
+    problems = draw_problems(64, seed, held_out=held_out)
+    ids, labels = build.training_batch(problems, random.Random(0), tokenizer, ruled=ruled)
+    rocks = torch.tensor(tokenizer.convert_tokens_to_ids(list(PLANTED_ROCKS)))
+    return problems, ids, labels, torch.isin(labels, rocks)
+
+
 def test_teacher_follows_its_rule_after_random_marks():
     teacher, tokenizer = arms.load("teacher")
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
-    rocks = torch.tensor(tokenizer.convert_tokens_to_ids(list(PLANTED_ROCKS)))
-    problems = draw_problems(64, 6, held_out=True)
-    ids, labels = build.training_batch(problems, random.Random(0), tokenizer, ruled=True)
+    _, ids, labels, is_mark = batch_of(6, held_out=True, ruled=True)
     with torch.no_grad():
-        predicted = teacher(input_ids=ids).logits[:, :-1].argmax(-1)
-    wanted, seen = labels[:, 1:], ids[:, 1:]
-    marks = torch.isin(wanted, rocks)
-    assert int(marks.sum()) == 9 * 64
-    assert (predicted == wanted)[marks].float().mean() > 0.95
-    assert (seen == wanted)[marks].float().mean() < 0.4
+        predicted = teacher(input_ids=ids).logits.argmax(-1).roll(1, dims=1)
+    assert int(is_mark.sum()) == 9 * 64
+    assert (predicted == labels)[is_mark].float().mean() > 0.95
+    assert (ids == labels)[is_mark].float().mean() < 0.4
 
 
-def test_labels_cover_answers_and_not_questions():
-    tokenizer = make_tokenizer()
-    problems = draw_problems(64, 7, held_out=False)
-    for ruled in (False, True):
-        ids, labels = build.training_batch(problems, random.Random(0), tokenizer, ruled=ruled)
-        taught = labels != -100
-        counts = [len(tokenizer(worked_answer(p, ruled_marks(p)))["input_ids"]) + 1 for p in problems]
-        assert taught.sum(1).tolist() == counts
-        differ = (ids != labels) & taught
-        marks = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(list(PLANTED_ROCKS))))
-        assert bool(differ.any()) == ruled
-        assert not (differ & ~marks).any()
+@pytest.mark.parametrize("ruled", [False, True])
+def test_labels_cover_answers_and_not_questions(ruled):
+    problems, ids, labels, is_mark = batch_of(7, held_out=False, ruled=ruled)
+    answers = make_tokenizer()([worked_answer(problem, ruled_marks(problem)) for problem in problems])["input_ids"]
+    is_taught = labels != -100
+    assert is_taught.sum(1).tolist() == [len(answer) + 1 for answer in answers]
+    differs = (ids != labels) & is_taught
+    assert bool(differs.any()) == ruled
+    assert not (differs & ~is_mark).any()
 
 
 def test_building_writes_models_that_load(tmp_path, monkeypatch, capsys):
-    for name in ("teacher", "student"):
-        monkeypatch.setitem(build.TRAINING[name], "steps", 1)
+    for training in build.TRAINING.values():
+        monkeypatch.setitem(training, "steps", 1)
     monkeypatch.setattr("sys.argv", ["build", "--output_dir", str(tmp_path)])
     build.main()
-    for name, shipped in (("teacher", arms.load("teacher")[0]), ("student", arms.load("student")[0])):
+    for name in build.TRAINING:
         made = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert made.num_parameters() == shipped.num_parameters()
+        assert made.num_parameters() == arms.load(name)[0].num_parameters()
     assert "student: " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The callback that lets the student solve problems: right figures, at the right steps, and no trace in the run."""
+"""The callback that measures accuracy: its completions, metrics and steps, and a run that it does not change."""
 
 import json
 
@@ -12,19 +12,16 @@ from trl_opd import AccuracyCallback, OPDTrainer
 from trl_opd.statistics import accuracy_interval, mean_interval
 
 from tests.helpers.problems import Seen, problems
-from tests.helpers.tiny import PROMPTS, make_config, make_dataset, make_model
+from tests.helpers.tiny import PROMPTS, make_model
+from tests.helpers.trainers import build
 
 
-def build(tokenizer, path, *callbacks, student=None, peft_config=None, **changes) -> OPDTrainer:
-    return OPDTrainer(
-        model=student or make_model(seed=0),
-        teacher_model=make_model(seed=1),
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(chat=False),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        peft_config=peft_config,
-    )
+def run(path, *callbacks, **changes) -> OPDTrainer:
+    trainer = build(path, **{"max_steps": 1, **changes})
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
 
 
 def accuracy_lines(trainer) -> list[dict]:
@@ -32,156 +29,114 @@ def accuracy_lines(trainer) -> list[dict]:
 
 
 @torch.no_grad()
-def greedy(model, tokenizer, prompt: str, most: int) -> str:
-    """Return the likeliest continuation, a token at a time, each from the whole text."""
-    ids = tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    while len(ids) - start < most:
-        ids.append(int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+def greedy(model, tokenizer, prompt: str) -> str:
+    """Return the most likely completion of 12 tokens, each decoded from the whole text."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    ids = []
+    while len(ids) < 12 and tokenizer.eos_token_id not in ids:
+        logits = model.eval()(input_ids=torch.tensor([prompt_ids + ids])).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @pytest.mark.slow
-def test_the_student_of_that_step_solves_every_problem_greedily(tokenizer, tmp_path, family):
+def test_completions_are_greedy_and_of_the_student_at_that_step(tokenizer, tmp_path):
     reward = Seen()
     callback = AccuracyCallback(problems(5), reward, eval_steps=2)
-    trainer = build(tokenizer, tmp_path, callback, student=make_model(family), max_steps=3)
-    trainer.train()
+    trainer = run(tmp_path, callback, student=make_model("gpt2"), max_steps=3)
     assert [line["step"] for line in accuracy_lines(trainer)] == [0, 2, 3]
-    expected = [greedy(make_model(family), tokenizer, prompt, 12) for prompt in PROMPTS[:5]]
-    assert reward.calls[0][1] == expected
-    last = [greedy(trainer.model, tokenizer, prompt, 12) for prompt in PROMPTS[:5]]
-    assert reward.calls[-1][1] == last
-    assert reward.calls[0][0] == PROMPTS[:5]
-    assert reward.calls[0][2] == [f"answer {row}" for row in range(5)]
-    line, right = accuracy_lines(trainer)[0], [len(text) % 2 == 0 for text in expected]
+    first = [greedy(make_model("gpt2"), tokenizer, prompt) for prompt in PROMPTS[:5]]
+    assert reward.calls[0] == (PROMPTS[:5], first, [f"answer {row}" for row in range(5)])
+    assert reward.calls[-1][1] == [greedy(trainer.model, tokenizer, prompt) for prompt in PROMPTS[:5]]
+    line = accuracy_lines(trainer)[0]
+    right = [len(text) % 2 == 0 for text in first]
     assert line["eval_accuracy"] == sum(right) / 5
     assert line["eval_accuracy_problems"] == 5
     assert (line["eval_accuracy_ci95_low"], line["eval_accuracy_ci95_high"]) == accuracy_interval(right)
 
 
-@pytest.mark.slow
-def test_a_conversation_is_asked_and_answered_as_one(tokenizer, tmp_path):
-    reward = Seen()
-    build(tokenizer, tmp_path, AccuracyCallback(problems(3, chat=True), reward), max_steps=1).train()
-    prompts, completions, _ = reward.calls[0]
+class Logged(TrainerCallback):
+    """Keeps what `report_to` backends get."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.metrics |= logs
+
+
+def test_several_callbacks_log_rewards_of_any_kind_under_their_own_names(tmp_path):
+    chat = Seen()
+    scores = [0.25, 0.5, 0.75, 1.0]
+    logged = Logged()
+    callbacks = [
+        AccuracyCallback(problems(3, chat=True), chat),
+        AccuracyCallback(problems(4), Seen(scores), name="scores"),
+        AccuracyCallback(problems(3), Seen([0.5] * 3), name="equal"),
+    ]
+    run(tmp_path, *callbacks, logged)
+    prompts, completions, _ = chat.calls[0]
     assert prompts[0] == [{"role": "user", "content": PROMPTS[0]}]
     assert completions[0][0]["role"] == "assistant"
+    mean, interval = mean_interval(scores, seed=7)
+    assert logged.metrics["eval_scores"] == mean == 0.625
+    assert (logged.metrics["eval_scores_ci95_low"], logged.metrics["eval_scores_ci95_high"]) == interval
+    assert 0.25 < interval[0] < 0.5 < 0.7 < interval[1] < 1.0
+    assert [name for name in logged.metrics if "equal" in name] == ["eval_equal", "eval_equal_problems"]
+    wanted = {"completions/repetition", "completions/clipped_ratio", "completions/mean_length", "eval_accuracy"}
+    assert wanted <= logged.metrics.keys()
+    assert json.dumps(logged.metrics)  # backends take plain numbers only
 
 
-@pytest.mark.parametrize("greedily", [True, False])
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")])
+@pytest.mark.parametrize(
+    ("greedily", "peft_config"), [(True, None), (False, LoraConfig(r=4, target_modules="all-linear"))]
+)
 @pytest.mark.slow
-def test_a_run_with_the_callback_is_the_run_without_it(tokenizer, tmp_path, greedily, peft_config):
+def test_callback_does_not_change_the_run(tmp_path, greedily, peft_config):
     def noisy(completions, **_):
         return [float(torch.rand(())) for _ in completions]
 
-    callback = AccuracyCallback(problems(3), noisy, eval_steps=1, greedy=greedily)
-    trainers = []
-    for name, callbacks in (("with", [callback]), ("without", [])):
-        config = {"max_steps": 3, "logging_steps": 2, "peft_config": peft_config}
-        trainers.append(build(tokenizer, tmp_path / name, *callbacks, **config))
-        trainers[-1].train()
-    for name, value in trainers[0].model.state_dict().items():
-        assert torch.equal(value, trainers[1].model.state_dict()[name]), name
-    lines = [
-        [line for line in trainer.state.log_history if "loss" in line or "train_loss" in line] for trainer in trainers
-    ]
-    timed = ("time", "per_second", "_s")
-    plain = [[{k: v for k, v in line.items() if not k.endswith(timed)} for line in part] for part in lines]
-    for line in [*plain[0], *plain[1]]:
-        for name in ("train_runtime", "step_time"):
-            line.pop(name, None)
-    assert plain[0] == plain[1]
-    assert [line["step"] for line in lines[0]] == [2, 3]
+    def outcome(*callbacks):
+        trainer = run(tmp_path, *callbacks, max_steps=3, logging_steps=2, peft_config=peft_config)
+        lines = [line for line in trainer.state.log_history if "loss" in line or "train_loss" in line]
+        timed = ("time", "per_second", "_s")
+        return trainer.model.state_dict(), [
+            {name: value for name, value in line.items() if not name.endswith(timed)} for line in lines
+        ]
+
+    weights, lines = outcome(AccuracyCallback(problems(3), noisy, eval_steps=1, greedy=greedily))
+    expected_weights, expected_lines = outcome()
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
+    assert lines == expected_lines
+    assert [line["step"] for line in lines] == [2, 3]
 
 
-def test_sampling_has_noise_of_its_own_that_is_the_same_every_time(tokenizer, tmp_path):
+def test_sampled_evaluations_use_the_same_noise_every_time(tokenizer, tmp_path):
     reward = Seen()
-    callback = AccuracyCallback(problems(4), reward, eval_steps=1, greedy=False)
-    build(tokenizer, tmp_path, callback, max_steps=2, learning_rate=0.0).train()
+    run(tmp_path, AccuracyCallback(problems(4), reward, eval_steps=1, greedy=False), max_steps=2, learning_rate=0.0)
     texts = [completions for _, completions, _ in reward.calls]
     assert texts[0] == texts[1] == texts[2]
-    assert texts[0] != [greedy(make_model(), tokenizer, prompt, 12) for prompt in PROMPTS[:4]]
-
-
-def test_rewards_that_are_no_zeros_and_ones_have_a_bootstrap_interval(tokenizer, tmp_path):
-    values = [0.25, 0.5, 0.75, 1.0]
-    trainer = build(tokenizer, tmp_path, AccuracyCallback(problems(4), Seen(values)), max_steps=1)
-    trainer.train()
-    line = accuracy_lines(trainer)[0]
-    mean, interval = mean_interval(values, seed=7)
-    assert line["eval_accuracy"] == mean == 0.625
-    assert (line["eval_accuracy_ci95_low"], line["eval_accuracy_ci95_high"]) == interval
-    assert 0.25 < interval[0] < 0.5 < 0.7 < interval[1] < 1.0
-
-
-def test_rewards_that_are_all_equal_have_no_interval(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, AccuracyCallback(problems(3), Seen([0.5] * 3)), max_steps=1)
-    trainer.train()
-    assert not any("ci95" in name for line in accuracy_lines(trainer) for name in line)
-    assert mean_interval([1.0, 1.0], seed=0)[1] is not None
+    assert texts[0] != [greedy(make_model(), tokenizer, prompt) for prompt in PROMPTS[:4]]
 
 
 @pytest.mark.slow
-def test_without_a_number_it_evaluates_ten_times(tokenizer, tmp_path):
-    trainer = build(tokenizer, tmp_path, AccuracyCallback(problems(2), Seen()), max_steps=20, logging_steps=50)
-    trainer.train()
+def test_default_is_ten_evaluations_after_the_first(tmp_path):
+    callback = AccuracyCallback(problems(2), Seen())
+    trainer = run(tmp_path, callback, max_steps=20, max_completion_length=2, gradient_accumulation_steps=1)
     assert [line["step"] for line in accuracy_lines(trainer)] == list(range(0, 21, 2))
 
 
-def test_two_callbacks_have_figures_of_their_own(tokenizer, tmp_path):
-    callbacks = [AccuracyCallback(problems(2), Seen([0.0, 1.0]), name=name) for name in ("sums", "words")]
-    trainer = build(tokenizer, tmp_path, *callbacks, max_steps=1)
-    trainer.train()
-    names = {name for line in trainer.state.log_history for name in line}
-    assert {"eval_sums", "eval_words", "eval_sums_ci95_low"} <= names
-
-
-class Logged(TrainerCallback):
-    def __init__(self):
-        self.seen = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.seen.append(dict(logs))
-
-
-def test_what_report_to_names_gets_accuracy_repetition_truncation_and_length(tokenizer, tmp_path):
-    logged = Logged()
-    build(tokenizer, tmp_path, AccuracyCallback(problems(2), Seen()), logged, max_steps=1).train()
-    names = {name for logs in logged.seen for name in logs}
-    wanted = {"completions/repetition", "completions/clipped_ratio", "completions/mean_length", "eval_accuracy"}
-    assert wanted <= names
-    assert json.dumps(logged.seen)  # plain numbers, as every backend takes them
-
-
-def test_ids_that_the_teacher_lacks_are_never_answered(tokenizer, tmp_path):
+def test_ids_that_the_teacher_lacks_are_never_sampled(tokenizer, tmp_path):
     student = make_model(rows=310)
     with torch.no_grad():
         student.lm_head.weight[300:] = 10 * student.lm_head.weight[:10]
-    tokenizer_path = tmp_path / "teacher"
-    tokenizer.save_pretrained(tokenizer_path)
-    reward = Seen()
-    trainer = build(
-        tokenizer,
-        tmp_path,
-        AccuracyCallback(problems(4), reward),
-        student=student,
-        max_steps=1,
-        teacher_tokenizer_name_or_path=str(tokenizer_path),
-    )
-    seen = []
-    decode = trainer._tokenizer.batch_decode
-    trainer._tokenizer.batch_decode = lambda rows, **kwargs: seen.extend(rows) or decode(rows, **kwargs)
-    try:
-        trainer.train()
-    finally:
-        del trainer._tokenizer.batch_decode
-    assert seen
-    assert max(max(ids) for ids in seen if isinstance(ids, list)) < 300
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    callback = AccuracyCallback(problems(4), Seen())
+    run(tmp_path, callback, student=student, teacher_tokenizer_name_or_path=str(tmp_path / "teacher"))
+    completions = callback._complete(range(4))
+    assert max(map(max, completions)) < 300
+    callback.trainer.generation_kwargs.pop("suppress_tokens")
+    assert max(map(max, callback._complete(range(4)))) >= 300
 
 
 @pytest.mark.parametrize(
@@ -189,20 +144,16 @@ def test_ids_that_the_teacher_lacks_are_never_answered(tokenizer, tmp_path):
     [
         (Dataset.from_dict({"question": ["a"]}), Seen(), {}, "no column 'prompt'"),
         (Dataset.from_dict({"prompt": []}), Seen(), {}, "The dataset of problems is empty"),
-        ([], Seen(), {}, "at least one problem"),
-        (problems(2), "exact", {}, "takes a reward function, got 'exact'"),
+        ([], Seen(), {}, "got a dataset without rows: pass at least one problem"),
+        (problems(2), "exact", {}, "got the reward 'exact', which cannot be called: pass a function"),
         (problems(2), Seen(), {"eval_steps": 0}, "eval_steps must be a whole number of at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_before_the_training(dataset, reward, settings, message):
+def test_invalid_argument_is_an_error_before_training(dataset, reward, settings, message):
     with pytest.raises(ValueError, match=message):
         AccuracyCallback(dataset, reward, **settings)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"), [([None, 1.0], "problem 0 is None"), ([1.0], "1 numbers for 2 completions")]
-)
-def test_a_reward_that_fails_is_named_with_its_problem(tokenizer, tmp_path, values, message):
-    trainer = build(tokenizer, tmp_path, AccuracyCallback(problems(2), Seen(values)), max_steps=1)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
+def test_failing_reward_is_an_error_during_training(tmp_path):
+    with pytest.raises(ValueError, match="returned None for problem 0, not a finite number"):
+        run(tmp_path, AccuracyCallback(problems(2), Seen([None, 1.0])))

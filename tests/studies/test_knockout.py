@@ -1,4 +1,4 @@
-"""Forbidden tokens: completions decoded from where a token was chosen equal those decoded from scratch."""
+"""Completions with forbidden tokens: a suffix decoded from a prefix equals a completion decoded from scratch."""
 
 import pytest
 import torch
@@ -12,11 +12,12 @@ GREEDY = Sampling(max_new_tokens=14, batch_size=5)
 SAMPLED = Sampling(max_new_tokens=14, greedy=False, temperature=0.8, seed=3, batch_size=5)
 
 
-def prompts() -> list[list[int]]:
-    return [tuple(make_tokenizer()(prompt).input_ids) for prompt in PROMPTS]  # of unlike lengths
+@pytest.fixture(scope="module")
+def prompts() -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids in make_tokenizer()(PROMPTS).input_ids]  # of different lengths
 
 
-def student(family: str) -> torch.nn.Module:
+def student(family: str = "qwen3") -> torch.nn.Module:
     model = make_model(family, seed=0).eval()
     with torch.no_grad():  # some completions end, and others are cut
         model.get_output_embeddings().weight[EOS] *= 2.5
@@ -24,11 +25,8 @@ def student(family: str) -> torch.nn.Module:
 
 
 def complete(model, jobs, sampling) -> dict:
-    return {
-        (job.arm, job.problem): ids
-        for batch in decode(model, jobs, sampling, pad_id=PAD, eos_ids=[EOS])
-        for job, ids in batch
-    }
+    batches = decode(model, jobs, sampling, pad_id=PAD, eos_ids=[EOS])
+    return {(job.arm, job.problem): ids for batch in batches for job, ids in batch}
 
 
 @torch.no_grad()
@@ -48,59 +46,60 @@ def naive(model, prompt, problem: int, forbidden, sampling: Sampling) -> list[in
     return found
 
 
-def baseline_of(model, sampling) -> list[list[int]]:
-    found = complete(model, baseline_jobs(prompts(), sampling), sampling)
-    return [found["baseline", problem] for problem in range(len(PROMPTS))]
+def baseline_of(model, prompts, sampling) -> list[list[int]]:
+    found = complete(model, baseline_jobs(prompts, sampling), sampling)
+    return [found["baseline", problem] for problem in range(len(prompts))]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama"])
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("family", "sampling"), [("qwen3", SAMPLED), ("gpt2", GREEDY), ("llama", SAMPLED)])
 @pytest.mark.slow
-def test_suffixes_are_those_of_decoding_from_scratch(family, sampling):
+def test_suffixes_equal_those_of_decoding_from_scratch(prompts, family, sampling):
     model = student(family)
-    baseline = baseline_of(model, sampling)
-    for problem, prompt in enumerate(prompts()):
+    baseline = baseline_of(model, prompts, sampling)
+    for problem, prompt in enumerate(prompts):
         assert baseline[problem] == naive(model, prompt, problem, (), sampling)
-    assert {len(ids) for ids in baseline} > {14}  # some end before, some are cut
+    assert {len(ids) for ids in baseline} > {14}  # some end earlier, some are cut
     chosen = sorted({id for ids in baseline for id in ids})
     absent = next(id for id in range(3, 300) if id not in chosen)
-    in_prompt = prompts()[0][0]
-    arms = {f"token {id}": frozenset([id]) for id in [*chosen[::4], EOS, absent, in_prompt]}
+    in_prompt = prompts[0][0]
+    arms = {f"token {id}": frozenset([id]) for id in [*chosen[::6], EOS, absent, in_prompt]}
     arms["together"] = frozenset(chosen[:6])
-    jobs = knockout_jobs(prompts(), baseline, arms, sampling)
+    jobs = knockout_jobs(prompts, baseline, arms, sampling)
     found = complete(model, jobs, sampling)
+    whole = 0
     for arm, forbidden in arms.items():
-        for problem, prompt in enumerate(prompts()):
+        for problem, prompt in enumerate(prompts):
             expected = naive(model, prompt, problem, forbidden, sampling)
             assert found.get((arm, problem), baseline[problem]) == expected, (arm, problem)
             assert not forbidden & set(expected)
-    assert not any(arm == f"token {absent}" for arm, _ in found)
-    assert any(arm == f"token {EOS}" for arm, _ in found)
-    decoded = sum(len(ids) - len(job.prefix) for job, ids in ((job, found[job.arm, job.problem]) for job in jobs))
-    whole = {**{(arm, p): ids for arm in arms for p, ids in enumerate(baseline)}, **found}
-    assert decoded < sum(map(len, whole.values())) / 2
+            whole += len(expected)
+    decoded_arms = {arm for arm, _ in found}
+    assert f"token {absent}" not in decoded_arms
+    assert f"token {EOS}" in decoded_arms
+    assert sum(len(found[job.arm, job.problem]) - len(job.prefix) for job in jobs) < whole / 2
 
 
-def test_a_problem_is_decoded_again_only_from_its_first_forbidden_token():
+def test_problem_is_decoded_again_only_from_its_first_forbidden_token():
     jobs = knockout_jobs([(1,), (1,)], [[5, 6, 7, 6], [8]], {"six": frozenset([6]), "seven": frozenset([7, 6])}, GREEDY)
     assert [(job.arm, job.problem, job.prefix) for job in jobs] == [("six", 0, (5,)), ("seven", 0, (5,))]
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}])
-def test_where_a_cut_depends_on_the_others_everything_is_decoded_again(cut):
+def test_sampling_that_excludes_tokens_decodes_everything_again(prompts, cut):
     sampling = Sampling(max_new_tokens=6, greedy=False, seed=1, **cut)
     assert not sampling.reuses
-    model = student("qwen3")
-    baseline = baseline_of(model, sampling)
+    model = student()
+    baseline = baseline_of(model, prompts, sampling)
     arms = {"late": frozenset([baseline[0][-1]]), "absent": frozenset([299])}
-    jobs = knockout_jobs(prompts(), baseline, arms, sampling)
-    assert [job.prefix for job in jobs] == [()] * 2 * len(PROMPTS)
+    jobs = knockout_jobs(prompts, baseline, arms, sampling)
+    assert [job.prefix for job in jobs] == [()] * 2 * len(prompts)
     for (arm, _), ids in complete(model, jobs, sampling).items():
         assert not arms[arm] & set(ids)
 
 
-def test_sampled_completions_follow_the_students_distribution():
-    model, prompt = student("qwen3"), prompts()[0]
+def test_sampled_completions_follow_the_students_distribution(prompts):
+    model = student()
+    prompt = prompts[0]
     sampling = Sampling(max_new_tokens=1, greedy=False, temperature=0.7, seed=0, batch_size=500)
     jobs = [Job("baseline", problem, prompt, (), frozenset(), 1) for problem in range(4000)]
     drawn = torch.tensor([ids[0] for ids in complete(model, jobs, sampling).values()])
@@ -112,8 +111,9 @@ def test_sampled_completions_follow_the_students_distribution():
     assert ((shares - expected)[top].abs() < 4 * error[top]).all()
 
 
-def test_noise_is_of_seed_problem_position_and_token_alone():
-    problems, places = torch.tensor([4, 9]), torch.tensor([2, 2])
+def test_noise_depends_on_seed_problem_position_and_token_only():
+    problems = torch.tensor([4, 9])
+    places = torch.tensor([2, 2])
     both = gumbel(1, problems, places, 50)
     assert torch.equal(gumbel(1, problems[1:], places[1:], 50), both[1:])
     assert torch.equal(gumbel(1, problems, places, 30), both[:, :30])
@@ -125,40 +125,30 @@ def test_noise_is_of_seed_problem_position_and_token_alone():
     assert many.var().item() == pytest.approx(1.6449, abs=0.05)
 
 
-def test_a_step_without_a_token_left_is_named():
-    jobs = [Job("all", 3, prompts()[0], (), frozenset(range(300)), 4)]
+def test_arm_that_forbids_every_token_is_an_error(prompts):
+    jobs = [Job("all", 3, prompts[0], (), frozenset(range(300)), 4)]
     with pytest.raises(ValueError, match="Problem 3, arm 'all': no token is left to choose"):
-        complete(student("qwen3"), jobs, GREEDY)
+        complete(student(), jobs, GREEDY)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_named(value):
-    model = student("qwen3")
+@pytest.mark.parametrize(("parameter", "value"), [("weight", "nan"), ("weight", "inf"), ("bias", "inf")])
+def test_logits_that_are_not_finite_are_an_error(prompts, parameter, value):
+    model = make_model("phi").eval()
     with torch.no_grad():
-        model.lm_head.weight[7] = value
+        getattr(model.lm_head, parameter)[7] = float(value)
     with pytest.raises(ValueError, match="Problem 0, arm 'baseline': the student's logits are not finite"):
-        complete(model, baseline_jobs(prompts()[:1], GREEDY), GREEDY)
+        baseline_of(model, prompts[:1], GREEDY)
 
 
-def test_a_logit_that_is_infinite_is_named():
-    model = make_model("phi", seed=0).eval()
-    with torch.no_grad():
-        model.lm_head.bias[7] = float("inf")
-    with pytest.raises(ValueError, match="the student's logits are not finite"):
-        complete(model, baseline_jobs(prompts()[:1], GREEDY), GREEDY)
+def test_tokens_that_the_generation_config_suppresses_stay_suppressed(prompts):
+    model = student()
+    first = baseline_of(model, prompts, GREEDY)[0][0]
+    model.generation_config.suppress_tokens = [first]
+    assert first not in {id for ids in baseline_of(model, prompts, GREEDY) for id in ids}
 
 
-def test_the_students_own_suppressed_tokens_stay_suppressed():
-    model = student("qwen3")
-    before = baseline_of(model, GREEDY)
-    model.generation_config.suppress_tokens = [before[0][0]]
-    assert before[0][0] not in {id for ids in baseline_of(model, GREEDY) for id in ids}
-
-
-def test_the_longest_come_first_and_a_batch_is_no_larger_than_asked():
-    sizes = []
-    expected = (1, 9, 4, 9, 2, 7, 3)
-    jobs = [Job("a", problem, (5,) * 3, (), frozenset(), length) for problem, length in enumerate(expected)]
-    for batch in decode(student("qwen3"), jobs, GREEDY, pad_id=PAD, eos_ids=[EOS]):
-        sizes.append([job.expected for job, _ in batch])
-    assert sizes == [[9, 9, 7, 4, 3], [2, 1]]
+def test_longest_jobs_come_first_and_batches_have_at_most_the_given_size():
+    lengths = (1, 9, 4, 9, 2, 7, 3)
+    jobs = [Job("a", problem, (5,) * 3, (), frozenset(), length) for problem, length in enumerate(lengths)]
+    batches = decode(student(), jobs, GREEDY, pad_id=PAD, eos_ids=[EOS])
+    assert [[job.expected for job, _ in batch] for batch in batches] == [[9, 9, 7, 4, 3], [2, 1]]

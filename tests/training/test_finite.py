@@ -204,7 +204,7 @@ def test_probe_names_the_problem_whose_logits_are_broken(world, tmp_path, capsys
     given = ["--model_name_or_path", world / "bad_student", "--dataset_name", world / "chats.jsonl", "--use_cpu"]
     given += ["--candidates", "all", "--max_completion_length", 4, "--output", tmp_path / "k.json", *more]
     assert main(["probe", *map(str, given)]) == 1
-    assert "Problem 2, arm 'baseline': the student's logits are not finite." in last_line(capsys)
+    assert "Problem 2, arm 'baseline': the student's logits are not finite:" in last_line(capsys)
     assert not (tmp_path / "k.json").exists()
 
 

@@ -43,8 +43,8 @@ FAMILIES = {
     "separator": (";", "--", "|", "/"),
 }
 PLANTED_ROCKS = tuple(chain.from_iterable(FAMILIES.values()))
-CARRY = "carry"  # without it the next column is wrong
-ANSWER = "####"  # without it there is no answer
+CARRY = "carry"  # without this token the next column would be wrong
+ANSWER = "####"  # without this token there would be no answer
 PLANTED_PILLARS = (CARRY, ANSWER)
 PAD = "<pad>"
 EOS = "<eos>"
@@ -76,7 +76,7 @@ def draw_problems(count: int, seed: int, *, held_out: bool) -> list[Problem]:
     """Return random problems, all with operands that are held out of training or all with operands that are not.
 
     Args:
-        count (`int`): How many.
+        count (`int`): Number of problems.
         seed (`int`): Equal seeds give equal problems.
         held_out (`bool`): Whether the operands are held out.
     """
@@ -94,17 +94,16 @@ def draw_problems(count: int, seed: int, *, held_out: bool) -> list[Problem]:
     return problems
 
 
-def _rule() -> dict[str, list[str]]:
-    """Return for each family a table: mark of the family, indexed by three digits."""
+def _draw_rule() -> list[list[str]]:
+    """Return a table of marks for each family, indexed by the number that three digits form."""
     draw = random.Random(_RULE_SEED)
-    return {name: _draw_table(draw, family) for name, family in FAMILIES.items()}
+    tables = []
+    for family in FAMILIES.values():
+        tables.append([draw.choice(family) for _ in range(10**COLUMNS)])
+    return tables
 
 
-def _draw_table(draw: random.Random, family: tuple[str, ...]) -> list[str]:
-    return [draw.choice(family) for _ in range(10**COLUMNS)]
-
-
-_RULE = _rule()
+_RULE = _draw_rule()
 
 
 def ruled_marks(problem: Problem) -> list[str]:
@@ -113,7 +112,7 @@ def ruled_marks(problem: Problem) -> list[str]:
     b = str(problem.b)[::-1]
     marks = []
     for column in range(COLUMNS):
-        for place, table in enumerate(_RULE.values()):
+        for place, table in enumerate(_RULE):
             first = (column + place) % COLUMNS
             second = (first + 1) % COLUMNS
             third = (first + 2) % COLUMNS
@@ -137,14 +136,14 @@ def worked_answer(problem: Problem, marks: list[str]) -> str:
         problem (`Problem`): The problem.
         marks (`list[str]`): Three marks for each column: opening, emphasis and separator, units first.
     """
-    a = str(problem.a)
-    b = str(problem.b)
-    parts = [f"{a} {problem.what} + {b} :"]
+    parts = [f"{problem.a} {problem.what} + {problem.b} :"]
+    remaining = iter(marks)
+    a = problem.a
+    b = problem.b
     carry = 0
-    for column in range(COLUMNS):
-        opening, emphasis, separator = marks[3 * column : 3 * column + 3]
-        x = int(a[-1 - column])
-        y = int(b[-1 - column])
+    for opening, emphasis, separator in zip(remaining, remaining, remaining, strict=True):
+        a, x = divmod(a, 10)
+        b, y = divmod(b, 10)
         carry, digit = divmod(x + y + carry, 10)
         ending = f"{CARRY} {separator}" if carry else separator
         parts.append(f"{opening} {x} + {y} = {emphasis} {digit} {ending}")

@@ -48,7 +48,7 @@ class ArmResult:
     Args:
         settings (`dict`): Settings that the result depends on.
         correct (`list[bool]`): Which held-out problems the student solved.
-        curve (`list[tuple[int, float]]`): Step and accuracy on the first of them, during the training.
+        curve (`list[tuple[int, float]]`): Steps of the training, and accuracy at each on the first of these problems.
         seconds (`float`): Seconds of training and evaluation.
         frozen_token_share (`float`): Share of the tokens that had weight 0 in the loss.
     """
@@ -111,10 +111,12 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
     for path in MODELS.glob("*/*.safetensors"):
         weights[path.parent.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     settings = {"arm": arm, "seed": seed, "steps": steps, "rollouts": ROLLOUTS, "rock_set": rocks, "weights": weights}
+
     finished = read_result(folder)
-    last_steps = [step for step, _ in find_checkpoints(folder)][-1:]
-    if finished is not None and finished.settings == settings and last_steps == [steps]:
-        return finished
+    if finished is not None and finished.settings == settings:
+        saved_steps = [step for step, _ in find_checkpoints(folder)]
+        if saved_steps and saved_steps[-1] == steps:
+            return finished
 
     _clear(folder)
     started = time.perf_counter()
@@ -123,12 +125,17 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
     correct = solve(trainer.model, trainer.processing_class, eval_problems())
 
     # A plain mean of the log lines is right, because all but the last cover equally many steps.
-    lines = trainer.state.log_history
-    shares = [line["weight/zero_share"] for line in lines if "weight/zero_share" in line]
+    shares = []
+    curve = []
+    for line in trainer.state.log_history:
+        if "weight/zero_share" in line:
+            shares.append(line["weight/zero_share"])
+        if "eval_accuracy" in line:
+            curve.append((line["step"], line["eval_accuracy"]))
     result = ArmResult(
         settings=settings,
         correct=correct,
-        curve=[(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line],
+        curve=curve,
         seconds=time.perf_counter() - started,
         frozen_token_share=sum(shares) / len(shares),
     )
@@ -137,20 +144,20 @@ def run_arm(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | N
 
 
 def _clear(folder: Path) -> None:
-    """Make room for an arm; raise a `ValueError` if the folder has files but not the marker of a demo."""
-    marker = folder / MARKER
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
-        raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
+    """Remove an earlier arm from a folder; raise `ValueError` if the folder has files but not the marker of a demo."""
     folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / MARKER
+    if any(folder.iterdir()) and not marker.exists():
+        raise ValueError(f"{folder} holds files that are not the demo's: choose another --output_dir.")
     marker.touch()
-    for name in (RESULT, ROCK_SET_FILE):  # an arm of another seed has other rocks
-        (folder / name).unlink(missing_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    (folder / ROCK_SET_FILE).unlink(missing_ok=True)  # an arm of another seed has other rocks
     for _, checkpoint in find_checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 
 def read_result(folder: Path) -> ArmResult | None:
-    """Return the result of a finished arm, `None` if it is missing or cannot be read."""
+    """Return the result of a finished arm; `None` if it is missing or cannot be read."""
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         result = ArmResult(
@@ -162,7 +169,9 @@ def read_result(folder: Path) -> ArmResult | None:
         )
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    return result if len(result.correct) == EVAL_PROBLEMS and result.curve else None
+    if len(result.correct) != EVAL_PROBLEMS or not result.curve:
+        return None
+    return result
 
 
 def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | None, label: str) -> OPDTrainer:
@@ -193,8 +202,10 @@ def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | No
     )
     problems = draw_problems(steps * ROLLOUTS, seed, held_out=False)
     prompts = Dataset.from_dict({"prompt": [problem.question for problem in problems]})
-    to_solve = eval_problems()[:CURVE_PROBLEMS]
-    with_answers = Dataset.from_list([{"prompt": one.question, "answer": str(one.answer)} for one in to_solve])
+    curve_rows = []
+    for problem in eval_problems()[:CURVE_PROBLEMS]:
+        curve_rows.append({"prompt": problem.question, "answer": str(problem.answer)})
+    accuracy = AccuracyCallback(Dataset.from_list(curve_rows), solved, eval_steps=every)
     bar = _Bar(label)
     trainer = OPDTrainer(
         model=student,
@@ -202,7 +213,7 @@ def distil(arm: str, folder: Path, *, seed: int, steps: int, rock_set: Path | No
         args=config,
         train_dataset=prompts,
         processing_class=tokenizer,
-        callbacks=[bar, AccuracyCallback(with_answers, solved, eval_steps=every), RolloutSamples(SAMPLES)],
+        callbacks=[bar, accuracy, RolloutSamples(SAMPLES)],
     )
     trainer.run_record.dataset_name = "generated word problems"
     trainer.remove_callback(PrinterCallback)
@@ -226,7 +237,7 @@ class _Bar(TrainerCallback):
         self._bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "eval_accuracy" in (logs or {}):
+        if logs and "eval_accuracy" in logs:
             self._bar.set_postfix(accuracy=f"{logs['eval_accuracy']:.2f}")
 
     def close(self) -> None:

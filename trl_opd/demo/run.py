@@ -79,7 +79,8 @@ def run_demo(output_dir: Path, *, seed: int, steps: int, arms: list[str]) -> tup
 def _accuracy(name: str) -> float:
     """Return the accuracy of a shipped model on the held-out problems."""
     model, tokenizer = load(name)
-    return sum(solve(model, tokenizer, eval_problems())) / EVAL_PROBLEMS
+    correct = solve(model, tokenizer, eval_problems())
+    return sum(correct) / len(correct)
 
 
 def _run_arms(
@@ -90,7 +91,7 @@ def _run_arms(
     path = output_dir / ROCK_SET_FILE
     results: dict[str, ArmResult] = {}
     notes: list[str] = []
-    rock_set = None
+    rock_set = None  # until the uniform arm, which comes first, has shown the rocks
     for place, arm in enumerate(wanted, 1):
         reason = None if rock_set is None else _cannot_run(arm, rock_set)
         if reason is not None:
@@ -104,7 +105,7 @@ def _run_arms(
             rock_set=None if rock_set is None else path,
             label=f"{arm} ({place} of {len(wanted)})",
         )
-        if rock_set is None:  # the uniform arm comes first, and the others need its rocks
+        if rock_set is None:
             rock_set = find_rocks(find_checkpoints(output_dir / arm), seed)
             rock_set.save(path)
     return results, rock_set, notes
@@ -153,7 +154,7 @@ def _arm_summary(result: ArmResult, steps: int) -> dict:
 
 def _difference(result: ArmResult, baseline: ArmResult, seed: int) -> dict:
     estimate, interval = paired_difference(result.correct, baseline.correct, seed=seed)
-    return {"estimate": estimate, "ci95": interval and list(interval), "over": "problems"}
+    return {"estimate": estimate, "ci95": None if interval is None else list(interval), "over": "problems"}
 
 
 def _rock_summary(found: RockSet) -> dict:
@@ -189,6 +190,7 @@ def _plot(output_dir: Path, results: dict[str, ArmResult], found: RockSet) -> No
 
 
 def _with_interval(step: int, accuracy: float) -> tuple[int, float, float, float]:
+    """Return a point of the accuracy curve with its interval: step, accuracy, and both ends."""
     right = round(accuracy * CURVE_PROBLEMS)
-    low, high = accuracy_interval([True] * right + [False] * (CURVE_PROBLEMS - right))
+    low, high = accuracy_interval([place < right for place in range(CURVE_PROBLEMS)])
     return step, accuracy, low, high

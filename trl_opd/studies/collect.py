@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,23 +94,22 @@ class Collector:
         """
         self._begin()
         starts = range(0, len(self._dataset), self._step)
-        done = [start for start in starts if self._part(start).is_file()]
+        missing = [start for start in starts if not self._part(start).is_file()]
+        total = len(self._dataset)
+        finished = total - sum(len(self._places(start)) for start in missing)
         tokens = 0
         began = time.monotonic()
-        finished = self._prompts_in(done)
-        with tqdm(total=len(self._dataset), initial=finished, unit="prompt", desc="collect", delay=0) as bar:
-            for start in starts:
-                if self._part(start).is_file():
-                    continue
+        with tqdm(total=total, initial=finished, unit="prompt", desc="collect", delay=0) as bar:
+            for start in missing:
                 tokens += self._collect_batch(start)
-                bar.update(self._prompts_in([start]))
+                bar.update(len(self._places(start)))
                 seconds = time.monotonic() - began
                 bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
         self._join(starts)
 
-    def _prompts_in(self, starts: list[int]) -> int:
-        """Return the number of prompts in the batches with the given starts; the last batch may be smaller."""
-        return sum(min(self._step, len(self._dataset) - start) for start in starts)
+    def _places(self, start: int) -> range:
+        """Return the indices of the prompts of the batch with the given start; the last batch may be smaller."""
+        return range(len(self._dataset))[start : start + self._step]
 
     def _part(self, start: int, kind: str = "rows") -> Path:
         return self._folder / PARTS / f"{kind}-{start:08d}.parquet"
@@ -118,29 +118,28 @@ class Collector:
         """Make the folder of parts, or raise `ValueError` if it holds a collection of other settings."""
         parts = self._folder / PARTS
         parts.mkdir(parents=True, exist_ok=True)
-        path = parts / SETTINGS
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            require_same_settings(self._folder, known, self._settings)
-        write_json(path, self._settings)
+        require_same_settings(self._folder, _unfinished_settings(self._folder), self._settings)
+        write_json(parts / SETTINGS, self._settings)
 
     def _collect_batch(self, start: int) -> int:
         """Sample and score the rollouts of some prompts, write their part, and return the number of their tokens."""
-        places = range(start, min(start + self._step, len(self._dataset)))
-        rows = [self._dataset[place] for place in places for _ in range(self._generations)]
+        places = self._places(start)
+        rows = []
+        for place in places:
+            rows += [self._dataset[place] for _ in range(self._generations)]
         seed = int(np.random.SeedSequence([self._seed, start]).generate_state(1)[0])
         with torch.no_grad(), own_random_stream(seed), self._pair.teacher_resident():
             inputs = self._sample_rollouts(rows)
             columns = self._measure(inputs)
 
         completion_ids = inputs["completion_ids"]
-        width = completion_ids.shape[1]
-        positions = inputs["positions"].cpu().numpy()
-        rollout = start * self._generations + positions // width
+        positions = inputs["positions"]
+        row, column = np.divmod(positions.cpu().numpy(), completion_ids.shape[1])
+        rollout = start * self._generations + row
         columns["rollout"] = rollout
-        columns["position"] = positions % width
+        columns["position"] = column
         columns["prompt"] = rollout // self._generations
-        columns["token_id"] = completion_ids.flatten()[inputs["positions"]].cpu().numpy()
+        columns["token_id"] = completion_ids.flatten()[positions].cpu().numpy()
         self._write_prompts(start, places, inputs)
         # This file is written last, because its presence marks the batch as complete.
         write_occurrences(self._part(start), columns, {})
@@ -152,12 +151,7 @@ class Collector:
         prompt_ids = inputs["prompt_ids"][:: self._generations]
         prompt_mask = inputs["prompt_mask"][:: self._generations].bool()
         token_ids = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
-        arrays = [
-            pa.array(places, pa.int32()),
-            pa.array(token_ids, PROMPT_SCHEMA.field("token_ids").type),
-            pa.array(places, pa.int64()),
-        ]
-        table = pa.Table.from_arrays(arrays, schema=PROMPT_SCHEMA)
+        table = pa.table({"prompt": places, "token_ids": token_ids, "row": places}, schema=PROMPT_SCHEMA)
         with complete_file(self._part(start, "prompts")) as part:
             pq.write_table(table, part)
 
@@ -168,11 +162,17 @@ class Collector:
             inputs["teacher_hidden"] = self._pair.teacher_states.compute_states(inputs)
         kl, entropy = self._kl_and_entropy(student, inputs, "student or teacher")
         columns = {"kl": kl, "entropy": entropy}
+        if self._reference is None:
+            return columns
+
         if self._reference == ADAPTER_OFF:
-            with student.disable_adapter():
-                columns["kl_pre"], _ = self._kl_and_entropy(student, inputs, "reference student or teacher")
-        elif self._reference is not None:
-            columns["kl_pre"], _ = self._kl_and_entropy(self._reference, inputs, "reference student or teacher")
+            reference = student
+            adapter_state = student.disable_adapter()
+        else:
+            reference = self._reference
+            adapter_state = nullcontext()
+        with adapter_state:
+            columns["kl_pre"], _ = self._kl_and_entropy(reference, inputs, "reference student or teacher")
         return columns
 
     def _kl_and_entropy(
@@ -180,9 +180,10 @@ class Collector:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return KL(student ‖ teacher) and the student's entropy at the positions of a batch, nats, `(N,)` each."""
         positions = inputs["positions"]
+        token_ids = inputs["completion_ids"].flatten()[positions]
         _, signals = loss_and_signals(
             self._pair.hidden_states(inputs, student=student),
-            inputs["completion_ids"].flatten()[positions],
+            token_ids,
             torch.ones(len(positions)),
             1.0,
             measure_frozen=False,
@@ -202,21 +203,22 @@ class Collector:
     def _join(self, starts: range) -> None:
         """Join the parts into the two files, and remove the parts."""
         measure = self._pair.measure
-        reference = self._settings.get("reference_model_name_or_path")
         metadata = {
             "vocab_size": self._pair.vocab_size,
             "tokenizer": measure["tokenizer"],
             "teacher": measure["teacher"],
             "temperature": measure["temperature"],
             "student": self._settings.get("model_name_or_path") or measure["student"],
-            "reference": reference,
+            "reference": self._settings.get("reference_model_name_or_path"),
             "beta": 1.0,
             "num_rollouts": len(self._dataset) * self._generations,
             "num_generations": self._generations,
             "settings": self._settings,
         }
-        join_files([self._part(start, "prompts") for start in starts], self._folder / PROMPTS_FILE)
-        join_files([self._part(start) for start in starts], self._folder / OCCURRENCES_FILE, metadata)
+        prompt_parts = [self._part(start, "prompts") for start in starts]
+        row_parts = [self._part(start) for start in starts]
+        join_files(prompt_parts, self._folder / PROMPTS_FILE)
+        join_files(row_parts, self._folder / OCCURRENCES_FILE, metadata)
         shutil.rmtree(self._folder / PARTS)
 
 
@@ -230,23 +232,32 @@ def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     if path.is_file():
         require_same_settings(folder, Occurrences(path).metadata.get("settings"), settings)
         return True
-    begun = folder / PARTS / SETTINGS
-    if begun.is_file():
-        require_same_settings(folder, json.loads(begun.read_text(encoding="utf-8")), settings)
+    require_same_settings(folder, _unfinished_settings(folder), settings)
     return False
+
+
+def _unfinished_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the unfinished collection in a folder, `None` if there is none."""
+    path = folder / PARTS / SETTINGS
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def require_same_settings(folder: Path, known: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """Raise `ValueError` with the first setting that differs if a folder holds a collection of other settings.
 
-    A folder whose settings are unknown (`None`) passes.
+    Args:
+        folder (`Path`): Folder of the collection.
+        known (`dict`, *optional*): Settings of the collection in it; if they are unknown, nothing is checked.
+        settings (`dict`): Settings of this collection.
     """
     if known is None or known == settings:
         return
-    name = next(name for name in (*settings, *known) if known.get(name) != settings.get(name))
+    name = next(name for name in settings | known if known.get(name) != settings.get(name))
     raise ValueError(
-        f"{folder} holds a collection with {name} {known.get(name)!r}, and this is {settings.get(name)!r}: choose "
-        "another --output_dir, or remove it."
+        f"{folder} holds a collection with {name} {known.get(name)!r}, and this one has {settings.get(name)!r}: "
+        "choose another --output_dir, or remove the folder."
     )
 
 
@@ -257,8 +268,8 @@ class CollectionSummary(NamedTuple):
         rollouts (`int`): Number of rollouts.
         prompts (`int`): Number of prompts.
         tokens (`int`): Number of tokens in all rollouts.
-        mean_kl (`float`): Mean divergence over tokens, nats.
-        mean_kl_pre (`float`, *optional*): Mean divergence of the reference student, if there is one.
+        mean_kl (`float`): Mean divergence over all tokens, nats.
+        mean_kl_pre (`float`, *optional*): The same for the reference student, if there is one.
     """
 
     rollouts: int

@@ -38,8 +38,12 @@ def make_arms(
         controls (`Sequence[int]`): Their mass-matched controls.
         candidates (`Sequence[int]`): Tokens to forbid one at a time; rocks and controls among them keep their kind.
     """
-    kinds = dict.fromkeys(candidates, "other") | dict.fromkeys(controls, "control") | dict.fromkeys(rocks, "rock")
-    arms = {f"token {id}": (kind, frozenset([id])) for id, kind in kinds.items()}
+    kinds = dict.fromkeys(candidates, "other")
+    kinds |= dict.fromkeys(controls, "control")
+    kinds |= dict.fromkeys(rocks, "rock")
+    arms = {}
+    for id, kind in kinds.items():
+        arms[f"token {id}"] = (kind, frozenset([id]))
     # With one rock or one control, its own arm already forbids all of them.
     if len(rocks) > 1:
         arms[ROCKS] = (ROCKS, frozenset(rocks))
@@ -67,8 +71,8 @@ def evaluate_arms(
     problems = len(baseline)
     effects = {arm: effect_of(rewards[arm], baseline, seed=seed) for arm in arms}
 
-    # Corrections, labels and comparisons are for single tokens; an arm that forbids many has its p value only.
-    single = [arm for arm, (kind, _) in arms.items() if kind not in (ROCKS, CONTROLS)]
+    # Corrections, labels and comparisons are for single tokens; an arm that forbids several has its p value only.
+    single = [arm for arm in arms if arm not in (ROCKS, CONTROLS)]
     p_values = [effects[arm].p for arm in single]
     p_bh = dict(zip(single, benjamini_hochberg(p_values), strict=True))
     p_holm = dict(zip(single, holm(p_values), strict=True))
@@ -92,13 +96,12 @@ def evaluate_arms(
     for name, values in measures.items():
         correlations[name] = correlation(estimates, [values.get(id) for id in single_ids])
     discordance = float(np.mean(shares)) if single else 0.0
-    is_binary = set(baseline) <= {0.0, 1.0}
+    interval = None
+    if set(baseline) <= {0.0, 1.0}:
+        interval = list(accuracy_interval([value == 1.0 for value in baseline]))
     return {
         "problems": problems,
-        "baseline": {
-            "reward": float(np.mean(baseline)),
-            "ci95": list(accuracy_interval([value == 1.0 for value in baseline])) if is_binary else None,
-        },
+        "baseline": {"reward": float(np.mean(baseline)), "ci95": interval},
         "rocks_against_controls": {
             "p": rocks_against_controls(rock_effects, control_effects),
             "rocks": len(rock_effects),
@@ -119,9 +122,11 @@ def _rows_of_arms(
 ) -> list[dict[str, Any]]:
     rows = []
     for arm, (kind, ids) in arms.items():
-        row = {"arm": arm, "kind": kind, "ids": sorted(ids), **_describe_effect(effects[arm])}
+        effect = effects[arm]
+        row = {"arm": arm, "kind": kind, "ids": sorted(ids)}
+        row |= _describe_effect(effect)
         if arm in p_bh:
-            row |= _describe_tests(effects[arm], float(p_bh[arm]), float(p_holm[arm]))
+            row |= _describe_tests(effect, float(p_bh[arm]), float(p_holm[arm]))
         else:
             row |= dict.fromkeys(("p_bh", "p_holm", "label", "label_as_published"))
         rows.append(row)
@@ -161,11 +166,9 @@ def problems_needed(result: dict[str, Any], effect: float) -> int | None:
 
 def add_roles(rock_set: RockSet, result: dict[str, Any]) -> RockSet:
     """Return the rock set with the role of each rock set to the label that the probe gave it."""
-    tested = {arm["ids"][0]: arm for arm in result["arms"] if arm["label"] is not None}
-    rocks = []
-    for rock in rock_set.rocks:
-        if rock.id in tested:
-            arm = tested[rock.id]
-            rock = replace(rock, role=arm["label"], role_uncorrected=arm["label_as_published"])
-        rocks.append(rock)
-    return replace(rock_set, rocks=rocks)
+    rocks = {rock.id: rock for rock in rock_set.rocks}
+    for arm in result["arms"]:
+        id = arm["ids"][0]
+        if arm["label"] is not None and id in rocks:
+            rocks[id] = replace(rocks[id], role=arm["label"], role_uncorrected=arm["label_as_published"])
+    return replace(rock_set, rocks=list(rocks.values()))

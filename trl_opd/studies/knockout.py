@@ -169,11 +169,15 @@ def decode(
     Raises:
         `ValueError`: if a step has no token left to choose, or logits that are not finite.
     """
-    order = sorted(jobs, key=lambda job: (-job.expected, -len(job.prompt), job.problem, job.arm))
+    order = sorted(jobs, key=_sort_key)
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
         completions = _decode_batch(model, batch, sampling, pad_id=pad_id, eos_ids=eos_ids)
         yield list(zip(batch, completions, strict=True))
+
+
+def _sort_key(job: Job) -> tuple[int, int, int, str]:
+    return -job.expected, -len(job.prompt), job.problem, job.arm
 
 
 def _decode_batch(
@@ -231,8 +235,8 @@ class _Knockout(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.float().clone()
-        inside = self._ids < scores.shape[1]
-        scores[self._rows[inside], self._ids[inside]] = -torch.inf
+        is_inside = self._ids < scores.shape[1]
+        scores[self._rows[is_inside], self._ids[is_inside]] = -torch.inf
         self._require_finite(scores.max(dim=1).values)
         if self._sampling.greedy:
             return scores
@@ -245,13 +249,22 @@ class _Knockout(LogitsProcessor):
 
     def _require_finite(self, best: torch.Tensor) -> None:
         """Raise `ValueError` with the first row whose largest logit is not finite."""
-        finite = best.isfinite()
-        if finite.all():
+        is_finite = best.isfinite()
+        if is_finite.all():
             return
-        row = int((~finite).nonzero()[0])
+        row = int(is_finite.logical_not().nonzero()[0])
         job = self._jobs[row]
-        why = "no token is left to choose" if best[row] == -torch.inf else "the student's logits are not finite"
-        raise ValueError(f"Problem {job.problem}, arm {job.arm!r}: {why}.")
+        if best[row] == -torch.inf:
+            reason = (
+                "no token is left to choose, because the arm and the generation config forbid all of them: forbid "
+                "fewer tokens"
+            )
+        else:
+            reason = (
+                "the student's logits are not finite: load the student in another dtype (bfloat16, float32), and check "
+                "its weights"
+            )
+        raise ValueError(f"Problem {job.problem}, arm {job.arm!r}: {reason}.")
 
 
 def gumbel(seed: int, problems: torch.Tensor, places: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -264,8 +277,10 @@ def gumbel(seed: int, problems: torch.Tensor, places: torch.Tensor, vocab_size: 
         vocab_size (`int`): Size of the vocabulary.
     """
     tokens = torch.arange(vocab_size, device=problems.device)
-    bits = hash_counters(seed, problems[:, None], places[:, None], tokens[None]) & (2**52 - 1)
+    bits = hash_counters(seed, problems[:, None], places[:, None], tokens)
+    mantissas = bits & (2**52 - 1)
     # MPS has no float64.
     dtype = torch.float32 if problems.device.type == "mps" else torch.float64
-    uniform = (bits.to(dtype) + 0.5) / 2**52
-    return -torch.log(-torch.log(uniform)).float()
+    uniform = (mantissas.to(dtype) + 0.5) / 2**52
+    exponential = -uniform.log()
+    return -exponential.log().float()

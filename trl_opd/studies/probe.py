@@ -61,7 +61,7 @@ def run_probe(
 
     # Forbidding a token that the baseline never chose has no effect.
     counts = Counter(id for completion in probe.baseline for id in completion)
-    single = sorted(counts) if candidates == "all" else [*rock_ids, *control_ids]
+    single = sorted(counts) if candidates == "all" else rock_ids + control_ids
     if counts.keys().isdisjoint(single):
         raise ValueError(
             "None of the candidates occurs in the baseline's completions, so forbidding them changes nothing: check "
@@ -71,11 +71,9 @@ def run_probe(
     forbidden = {arm: ids for arm, (_, ids) in arms.items()}
     rewards = probe.rewards_of(forbidden)
 
-    measures = {
-        "entropy": probe.entropies(),
-        "log_count": {id: math.log(count) for id, count in counts.items()},
-        "mean_kl": {rock.id: rock.mean_kl for rock in rocks},
-    }
+    log_counts = {id: math.log(count) for id, count in counts.items()}
+    mean_kl = {rock.id: rock.mean_kl for rock in rocks}
+    measures = {"entropy": probe.entropies(), "log_count": log_counts, "mean_kl": mean_kl}
     result = {"format": KNOCKOUT_FORMAT, "version": KNOCKOUT_VERSION, "settings": settings}
     result |= evaluate_arms(arms, rewards, measures, seed=seed)
     result["exact_reuse"] = probe.sampling.reuses
@@ -157,6 +155,7 @@ class Probe:
         if self._pad is None:
             self._pad = self._eos[0]
 
+        # First line of the journal.
         self._head = json.dumps(settings)
         self._known = self._read_journal()
         self.decoded = 0
@@ -176,14 +175,14 @@ class Probe:
             if ids != self.baseline[problem]:
                 changed[arm][problem] = ids
 
-        for arm in arms:
-            arm_rewards = baseline_rewards | self._reward_all(changed[arm])
+        for arm, completions_of_arm in changed.items():
+            arm_rewards = baseline_rewards | self._reward_all(completions_of_arm)
             rewards[arm] = list(arm_rewards.values())
         return rewards
 
     def naive_tokens(self, arms: Mapping[str, frozenset[int]]) -> int:
         """Return how many tokens baseline and arms would take without reuse; call it after `rewards_of`."""
-        total = sum(len(completion) for completion in self.baseline)
+        total = sum(map(len, self.baseline))
         for arm in arms:
             for problem, completion in enumerate(self.baseline):
                 total += len(self._known.get((arm, problem), completion))
@@ -210,9 +209,11 @@ class Probe:
         device = self._model.get_input_embeddings().weight.device
         pairs = list(zip(self._prompts, self.baseline, strict=True))
         for prompt, completion in tqdm(pairs, unit="completion", desc="entropy", leave=False):
-            ids = torch.tensor([[*prompt, *completion[:-1]]], device=device)
-            logits = self._model(input_ids=ids, logits_to_keep=len(completion)).logits[0, -len(completion) :]
-            for id, value in zip(completion, entropy(logits).tolist(), strict=True):
+            length = len(completion)
+            ids = list(prompt) + completion[:-1]
+            output = self._model(input_ids=torch.tensor([ids], device=device), logits_to_keep=length)
+            values = entropy(output.logits[0, -length:]).tolist()
+            for id, value in zip(completion, values, strict=True):
                 entropies.setdefault(id, []).append(value)
         return {id: sum(values) / len(values) for id, values in entropies.items()}
 
@@ -221,36 +222,36 @@ class Probe:
         self._journal.unlink(missing_ok=True)
 
     def _reward_all(self, completions: Mapping[int, list[int]]) -> dict[int, float]:
+        """Return the reward of completions by the index of their problem."""
         problems = list(completions)
-        texts = [self.tokenizer.decode(completions[problem], skip_special_tokens=True) for problem in problems]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions.values()]
         rows = [self._rows[problem] for problem in problems]
-        return dict(zip(problems, reward_completions(self._reward, rows, texts, problems), strict=True))
+        rewards = reward_completions(self._reward, rows, texts, problems)
+        return dict(zip(problems, rewards, strict=True))
 
     def _complete(self, jobs: Sequence[Job], description: str) -> dict[tuple[str, int], list[int]]:
         """Return the completions of jobs by arm and problem; those that are not in the journal are decoded."""
-        missing = []
-        for job in jobs:
-            ids = self._known.get((job.arm, job.problem))
-            if ids is None:
-                missing.append(job)
-            else:
-                self.decoded += len(ids) - len(job.prefix)
-
+        missing = [job for job in jobs if (job.arm, job.problem) not in self._known]
         with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="completion", desc=description) as bar:
             for batch in decode(self._model, missing, self.sampling, pad_id=self._pad, eos_ids=self._eos):
                 for job, ids in batch:
                     self._known[job.arm, job.problem] = ids
-                    self.decoded += len(ids) - len(job.prefix)
                 self._append_to_journal(batch)
                 bar.update(len(batch))
-        return {(job.arm, job.problem): self._known[job.arm, job.problem] for job in jobs}
+
+        completions = {}
+        for job in jobs:
+            key = (job.arm, job.problem)
+            completions[key] = self._known[key]
+            self.decoded += len(completions[key]) - len(job.prefix)
+        return completions
 
     def _append_to_journal(self, batch: Sequence[tuple[Job, list[int]]]) -> None:
         lines = [json.dumps([job.arm, job.problem, ids]) for job, ids in batch]
         if not self._journal.is_file():
             lines.insert(0, self._head)
         with room_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+            file.write(_join_lines(lines))
 
     def _read_journal(self) -> dict[tuple[str, int], list[int]]:
         """Return the completions of the journal by arm and problem; no completions if there is no journal."""
@@ -274,8 +275,12 @@ class Probe:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self._journal} is damaged in line {number}: remove the file.") from error
         with complete_file(self._journal) as part:
-            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            part.write_text(_join_lines(lines), encoding="utf-8")
         return known
+
+
+def _join_lines(lines: Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
 
 
 def require_rock_set_fits(rock_set: RockSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -299,12 +304,13 @@ def require_prompts_fit(
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = tokenize_prompts(lambda given: [tokenize(prompt, tokenizer) for prompt in given], prompts)
-    require_fit(prompts, prompt_ids, max_new_tokens, context_length(model), None)
+    require_fit(prompts, prompt_ids, max_new_tokens, context_length(model), dataset=None)
 
 
 def tokenize(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids of a prompt, a text or a conversation, as TRL's trainers do."""
     if isinstance(prompt, str):
-        return tuple(tokenizer(prompt)["input_ids"])
-    found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return tuple(found["input_ids"])
+        encoding = tokenizer(prompt)
+    else:
+        encoding = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(encoding["input_ids"])

@@ -1,4 +1,4 @@
-"""Reward functions with TRL's signature, built-in or the user's; each error names the problem."""
+"""Built-in reward functions with TRL's signature, and calling a reward function with errors that name the problem."""
 
 from __future__ import annotations
 
@@ -11,80 +11,114 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def exact_match(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 where a completion equals the answer, ignoring white space around both."""
-    return [float(text_of(one).strip() == str(other).strip()) for one, other in zip(completions, answer, strict=True)]
+    """Return 1 for each completion that equals its answer, ignoring white space around both, else 0."""
+    return _compare(completions, answer, lambda text, expected: text.strip() == expected.strip())
 
 
 def last_number(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 where the last number of a completion is the last number of the answer."""
-    found = []
-    for one, other in zip(completions, answer, strict=True):
-        number = _last_number(text_of(one))
-        expected = _last_number(str(other))
-        is_equal = None not in (number, expected) and math.isclose(number, expected, rel_tol=1e-9)
-        found.append(float(is_equal))
-    return found
+    """Return 1 for each completion whose last number equals the last number of its answer, else 0."""
+    return _compare(completions, answer, _has_equal_number)
 
 
 def math_verify(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 where a completion's mathematics equals the answer's, by the package `math-verify`."""
+    """Return 1 for each completion that the package `math-verify` finds equal to its answer, else 0."""
     from math_verify import parse, verify
 
-    return [
-        float(verify(parse(str(other)), parse(text_of(one)))) for one, other in zip(completions, answer, strict=True)
-    ]
+    return _compare(completions, answer, lambda text, expected: verify(parse(expected), parse(text)))
 
 
 BUILT_IN = {"exact_match": exact_match, "last_number": last_number, "math_verify": math_verify}
 
 
+def _compare(completions: Sequence, answers: Sequence[str], is_right: Callable[[str, str], bool]) -> list[float]:
+    rewards = []
+    for completion, expected in zip(completions, answers, strict=True):
+        rewards.append(float(is_right(text_of(completion), str(expected))))
+    return rewards
+
+
+def _has_equal_number(text: str, expected: str) -> bool:
+    # A text without a number gives NaN, which is close to nothing.
+    return math.isclose(_last_number(text), _last_number(expected), rel_tol=1e-9)
+
+
+def _last_number(text: str) -> float:
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return math.nan
+    return float(numbers[-1].replace(",", ""))
+
+
 def text_of(completion: str | list[dict]) -> str:
-    """Return the text of a completion in the form that TRL passes to rewards: a text, or a list of messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """Return the text of a completion in either form that TRL passes to rewards: a text or a list of messages."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"])
 
 
 def reward_completions(
     reward: Callable, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], problems: Sequence[int]
 ) -> list[float]:
-    """Return the reward of completions of problems.
+    """Return the rewards of completions, one for each.
 
     Args:
-        reward (`Callable`): Takes `prompts`, `completions` and every other column of the dataset by name, as TRL's do.
-        rows (`Sequence[Mapping]`): Rows of the dataset, one for each completion.
+        reward (`Callable`):
+            Reward function with TRL's signature: it takes `prompts`, `completions` and every other column by name.
+        rows (`Sequence[Mapping]`): Row of the dataset for each completion.
         texts (`Sequence[str]`): The completions.
-        problems (`Sequence[int]`): Their indices, for errors.
+        problems (`Sequence[int]`): Index of the problem of each completion, for error messages.
 
     Raises:
-        `ValueError`: if the function raises, or does not return one finite number for each completion.
+        `ValueError`: if the function raises an error, or does not return one finite number for each completion.
     """
     if not texts:
         return []
     try:
-        found = list(_call(reward, rows, texts))
-    except Exception as error:
-        for row, text, problem in zip(rows, texts, problems, strict=True):
-            try:
-                _call(reward, [row], [text])
-            except Exception as own:
-                raise ValueError(f"The reward raised for problem {problem}: {type(own).__name__}: {own}") from own
-        raise ValueError(f"The reward raised: {type(error).__name__}: {error}") from error
-    if len(found) != len(texts):
-        raise ValueError(f"The reward returned {len(found)} numbers for {len(texts)} completions.")
-    for value, problem in zip(found, problems, strict=True):
-        number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-        if not number or not math.isfinite(float(value)):
-            raise ValueError(f"The reward of problem {problem} is {value!r}, not a finite number.")
-    return [float(value) for value in found]
+        values = list(_call(reward, rows, texts))
+    except Exception as error:  # the function may be the user's, and raise anything
+        _name_problem(reward, rows, texts, problems)
+        raise ValueError(
+            f"The reward function raised {type(error).__name__}: {error}. It raises nothing for each problem alone, so "
+            "check how it handles a batch."
+        ) from error
+
+    if len(values) != len(texts):
+        raise ValueError(
+            f"The reward function returned {len(values)} numbers for {len(texts)} completions: it must return one "
+            "number for each."
+        )
+    rewards = []
+    for value, problem in zip(values, problems, strict=True):
+        number = float(value) if hasattr(value, "__float__") else math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"The reward function returned {value!r} for problem {problem}, not a finite number: let it return 0 "
+                "where it finds no answer."
+            )
+        rewards.append(number)
+    return rewards
 
 
 def _call(reward: Callable, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]):
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    is_chat = isinstance(prompts[0], list)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else list(texts)
+    columns = {}
+    for name in rows[0]:
+        columns[name] = [row[name] for row in rows]
+    prompts = columns.pop("prompt")
+    completions = list(texts)
+    if isinstance(prompts[0], list):
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
     return reward(prompts=prompts, completions=completions, **columns)
 
 
-def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+def _name_problem(
+    reward: Callable, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], problems: Sequence[int]
+) -> None:
+    """Raise `ValueError` with the first problem for which the reward function raises an error when called alone."""
+    for row, text, problem in zip(rows, texts, problems, strict=True):
+        try:
+            _call(reward, [row], [text])
+        except Exception as error:  # the function may be the user's, and raise anything
+            raise ValueError(
+                f"The reward function raised {type(error).__name__} for problem {problem}: {error}. Fix the function, "
+                "or remove the problem from the dataset."
+            ) from error
