@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
-from trl_opd import OPDTrainer
 from trl_opd.models.vocabulary import find_turn_end, warn_of_other_ends
 from trl_opd.rollouts.batches import loss_mask
 
-from tests.helpers.tiny import TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers.tiny import TEMPLATE, make_dataset, make_model, make_tokenizer
+from tests.helpers.trainers import Recorder, build, ending_student, measured, trained
 
 END, PAD = 2, 0  # <|end|> and <|pad|> of the tiny tokenizer
 RISK = "may end their turns differently"
@@ -19,109 +19,53 @@ CHATML = (
 )
 
 
-def build(path, *, student=None, teacher=None, tokenizer=None, chat=True, cls=OPDTrainer, **changes):
-    return cls(
-        model=student or make_model(seed=0),
-        teacher_model=teacher or make_model(seed=1),
-        args=make_config(path, **changes),
-        train_dataset=make_dataset(chat=chat),
-        processing_class=tokenizer or make_tokenizer(),
-    )
-
-
-def padded_with_the_end(*, set_by_trl: bool):
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = None if set_by_trl else tokenizer.eos_token
-    return tokenizer
-
-
-def ending_student(*ends: int):
-    """Return a student that ends soon and often, by one of `ends`."""
-    student = make_model(seed=0)
-    with torch.no_grad():
-        student.lm_head.weight[list(ends)] *= 3
-    return student
-
-
-class Recorder(OPDTrainer):
-    """Keeps the loss mask, the completions and the denominator of every generation batch."""
-
-    batches = ()
-
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        kept = {name: batch[name] for name in ("completion_ids", "completion_mask", "prompt_ids", "prompt_mask")}
-        self.batches = [*self.batches, {**kept, "mask": loss_mask(batch), "denominator": batch["num_items_in_batch"]}]
-        return batch
-
-
-def expected_mask(completions: torch.Tensor, ends: list[int]) -> list[list[int]]:
+def expected_mask(completions: torch.Tensor, ends: list[int]) -> torch.Tensor:
     """Return the mask by hand: every position up to the first end, that end included."""
     masks = []
     for ids in completions.tolist():
         first = next((place for place, id in enumerate(ids) if id in ends), len(ids) - 1)
-        masks.append([int(place <= first) for place in range(len(ids))])
-    return masks
+        masks.append([place <= first for place in range(len(ids))])
+    return torch.tensor(masks)
 
 
 # The end in the loss
 
 
 @pytest.mark.parametrize("micro_batching", ["tight", "trl"])
-@pytest.mark.parametrize("set_by_trl", [True, False], ids=["no pad token", "pad is eos"])
-def test_first_end_is_trained_and_padding_with_the_same_id_is_not(tmp_path, set_by_trl, micro_batching):
-    tokenizer = padded_with_the_end(set_by_trl=set_by_trl)
+@pytest.mark.parametrize("pad_token", [None, "<|end|>"], ids=["no pad token", "pad is eos"])
+def test_first_end_is_trained_and_padding_with_the_same_id_is_not(tmp_path, pad_token, micro_batching):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = pad_token  # TRL sets one where none is given
     settings = {"micro_batching": micro_batching, "learning_rate": 0.0, "max_completion_length": 24, "max_steps": 1}
-    trainer = build(tmp_path, student=ending_student(END), tokenizer=tokenizer, cls=Recorder, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, student=ending_student(3), tokenizer=tokenizer, cls=Recorder, **settings)
     assert trainer._tokenizer.pad_token_id == END
-    (batch,) = trainer.batches
-    mask = torch.tensor(expected_mask(batch["completion_ids"], [END]))
-    ends = int(((batch["completion_ids"] == END) & mask.bool()).sum())
-    padding = int((mask == 0).sum())
+    ((*_, batch),) = trainer.batches
+    mask = expected_mask(batch["completion_ids"], [END])
+    ends = int(((batch["completion_ids"] == END) & mask).sum())
     assert ends >= 2  # else the test shows nothing
-    assert padding >= 4
-    assert batch["mask"].int().tolist() == mask.tolist()
-    assert batch["denominator"].item() == mask.sum().item()
+    assert int((~mask).sum()) >= 4
+    assert torch.equal(loss_mask(batch).bool(), mask)
+    assert batch["num_items_in_batch"] == trainer.token_stats.seen.sum() == mask.sum()
     assert trainer.token_stats.seen[END].item() == ends
-    assert trainer.token_stats.seen.sum().item() == mask.sum().item()
     # The loss is the mean over exactly these positions, the end among them.
-    sums = reference_sums(trainer, batch, mask)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(sums / mask.sum().item(), rel=1e-5)
-
-
-def reference_sums(trainer, batch, mask) -> float:
-    """Return the sum of the divergences of the masked positions, rollout by rollout, without any padding."""
-    total = 0.0
-    for row in range(len(mask)):
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        completion = batch["completion_ids"][row][mask[row].bool()]
-        ids = torch.cat([prompt, completion])[None]
-        with torch.no_grad():
-            places = slice(len(prompt) - 1, -1)
-            student, teacher = (
-                torch.log_softmax(model(input_ids=ids).logits[0, places].double(), -1)
-                for model in (trainer.model.eval(), trainer.teacher_model)
-            )
-        total += (student.exp() * (student - teacher)).sum().item()
-    return total
+    ids, divergences = measured(trainer, {**batch, "completion_mask": mask})
+    assert len(ids) == mask.sum()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(divergences.mean().item(), rel=1e-5)
 
 
 def test_every_end_of_the_generation_config_ends_a_rollout_and_is_trained_on(tmp_path):
     other = 7
-    student, teacher = ending_student(END, other), make_model(seed=1)
-    for model in (student, teacher):
+    models = {"student": ending_student(3, ends=(END, other)), "teacher": make_model(seed=1)}
+    for model in models.values():
         model.generation_config.eos_token_id = [other]
-    settings = {"max_completion_length": 24, "max_steps": 2}
-    trainer = build(tmp_path, student=student, teacher=teacher, cls=Recorder, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, **models, cls=Recorder, max_completion_length=24)
     assert sorted(trainer.eos_token_ids) == [END, other]
     seen = {END: 0, other: 0}
-    for batch in trainer.batches:
-        mask = torch.tensor(expected_mask(batch["completion_ids"], [END, other]))
-        assert batch["mask"].int().tolist() == mask.tolist()
+    for *_, batch in trainer.batches:
+        mask = expected_mask(batch["completion_ids"], [END, other])
+        assert torch.equal(loss_mask(batch).bool(), mask)
         for id in seen:
-            seen[id] += int(((batch["completion_ids"] == id) & mask.bool()).sum())
+            seen[id] += int(((batch["completion_ids"] == id) & mask).sum())
     assert min(seen.values()) > 0
     assert {id: trainer.token_stats.seen[id].item() for id in seen} == seen
 
@@ -129,22 +73,16 @@ def test_every_end_of_the_generation_config_ends_a_rollout_and_is_trained_on(tmp
 # Ends and padding that are no ids of the student
 
 
-def test_end_that_the_student_lacks_is_an_error(tmp_path):
+def test_end_that_the_student_lacks_is_an_error_if_it_has_no_other(tmp_path):
     tokenizer = make_tokenizer(("<|far|>",))
     tokenizer.eos_token = "<|far|>"
-    models = {"student": make_model(seed=0), "teacher": make_model(seed=1)}
-    models["student"].generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match=r"Every end of a rollout \('<\|far\|>' \(id 300\)\) is outside the 300 ids"):
-        build(tmp_path, tokenizer=tokenizer, **models)
-
-
-def test_end_that_the_student_lacks_is_accepted_if_it_has_another(tmp_path):
-    tokenizer = make_tokenizer(("<|far|>",))
-    tokenizer.eos_token = "<|far|>"
-    trainer = build(tmp_path, tokenizer=tokenizer)
+    student = make_model(seed=0)
+    trainer = trained(tmp_path, student=student, tokenizer=tokenizer)
     assert trainer.eos_token_ids == [300, END]
-    trainer.train()
     assert trainer.state.global_step == 2
+    student.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"Every end of a rollout \('<\|far\|>' \(id 300\)\) is outside the 300 ids"):
+        build(tmp_path, student=student, tokenizer=tokenizer)
 
 
 def test_padding_token_that_the_student_lacks_is_an_error(tmp_path):
@@ -166,17 +104,16 @@ def chatml_tokenizer(eos: str):
     return tokenizer, tokenizer.convert_tokens_to_ids(list(NAMES))
 
 
-def warnings_of(path, student_ends, teacher_ends, *, eos: str, chat: bool = True) -> list[str]:
-    """Return the warnings of a pair whose generation configs end with the named tokens, "turn" and "text"."""
-    tokenizer, ids = chatml_tokenizer(dict(zip(("turn", "text"), NAMES, strict=True))[eos])
-    ids = dict(zip(("turn", "text"), ids, strict=True))
-    models = {}
-    for seed, (name, ends) in enumerate((("student", student_ends), ("teacher", teacher_ends))):
-        models[name] = make_model(seed=seed, rows=304, eos_token_id=None)
-        models[name].generation_config.eos_token_id = [ids[end] for end in ends] or None
+def warnings_of(path, *ends: list[str], eos: str, chat: bool = True) -> list[str]:
+    """Return the warnings of a student and a teacher that end with the named tokens, "turn" and "text"."""
+    kinds = ["turn", "text"]
+    tokenizer, ids = chatml_tokenizer(NAMES[kinds.index(eos)])
+    models = [make_model(seed=seed, rows=304, eos_token_id=None) for seed in (0, 1)]
+    for model, names in zip(models, ends, strict=True):
+        model.generation_config.eos_token_id = [ids[kinds.index(name)] for name in names] or None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        build(path, tokenizer=tokenizer, chat=chat, **models)
+        build(path, *models, tokenizer=tokenizer, train_dataset=make_dataset(chat=chat))
     return [str(warning.message) for warning in caught if RISK in str(warning.message)]
 
 

@@ -1,4 +1,4 @@
-"""OPDTrainer with every kind of student and teacher, and with vocabularies of one tokenizer and two sizes."""
+"""OPDTrainer with each type of student and teacher, and with two vocabulary sizes of one tokenizer."""
 
 import pytest
 import torch
@@ -7,29 +7,29 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDConfig, OPDTrainer
 
-from tests.helpers import reference
 from tests.helpers.padded_rollouts import make_inputs
 from tests.helpers.tiny import (
     FOUR_BIT,
     config_kwargs,
-    make_config,
     make_dataset,
     make_model,
     make_tokenizer,
     save,
     swapped_tokenizer,
 )
-from tests.helpers.trainers import Rollouts
+from tests.helpers.trainers import Recorder, assert_close, build, loss_and_gradient, reference_of
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
-@pytest.fixture
-def paths(tmp_path) -> tuple[str, str]:
-    return save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> tuple[str, str]:
+    """Folders of a student and a teacher with their tokenizers."""
+    folder = tmp_path_factory.mktemp("models")
+    return save(folder / "student", seed=0), save(folder / "teacher", seed=1)
 
 
-def trained(trainer) -> dict[str, torch.Tensor]:
+def movement(trainer) -> dict[str, torch.Tensor]:
     """Train, and return by how much every parameter of the student that can move has moved."""
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     teacher = {name: p.detach().clone() for name, p in trainer.teacher_model.named_parameters()}
@@ -39,38 +39,19 @@ def trained(trainer) -> dict[str, torch.Tensor]:
     return {name: (p.detach() - before[name]).norm() for name, p in trainer.model.named_parameters() if name in before}
 
 
+def assert_trains(trainer) -> None:
+    assert all(distance > 0 for distance in movement(trainer).values())
+
+
 def test_documented_trl_example_runs_with_our_two_class_names(paths, tmp_path):
-    trainer = OPDTrainer(
-        model=paths[0],
-        teacher_model=paths[1],
-        args=OPDConfig(**config_kwargs(tmp_path)),
-        train_dataset=make_dataset(),
-    )
-    assert all(distance > 0 for distance in trained(trainer).values())
-
-
-def test_arguments_may_be_given_in_the_order_of_trl(paths, tmp_path, tokenizer):
-    trainer = OPDTrainer(*paths, make_config(tmp_path), make_dataset(), make_dataset(4), tokenizer)
-    assert trainer.evaluate()["eval_kl/mean"] > 0
-    assert trainer.processing_class is tokenizer
-
-
-def test_the_teacher_may_be_named_in_the_config_alone(paths, tmp_path):
-    config = make_config(tmp_path, teacher_model_name_or_path=paths[1])
-    trainer = OPDTrainer(model=paths[0], args=config, train_dataset=make_dataset())
-    named = AutoModelForCausalLM.from_pretrained(paths[1])
-    assert torch.equal(trainer.teacher_model.lm_head.weight, named.lm_head.weight)
+    config = OPDConfig(**config_kwargs(tmp_path))
+    trainer = OPDTrainer(model=paths[0], teacher_model=paths[1], args=config, train_dataset=make_dataset())
+    assert_trains(trainer)
 
 
 def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
-    first = OPDTrainer(
-        model=paths[0],
-        teacher_model=paths[1],
-        args=make_config(tmp_path),
-        train_dataset=make_dataset(),
-        peft_config=LORA,
-    )
-    moved = trained(first)
+    first = build(tmp_path, *paths, peft_config=LORA)
+    moved = movement(first)
     assert moved
     assert all("lora" in name for name in moved)
     first.save_model(str(tmp_path / "adapter"))
@@ -79,8 +60,7 @@ def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(student.eval()(input_ids=ids).logits, first.model.eval()(input_ids=ids).logits)
-    second = OPDTrainer(student, paths[1], make_config(tmp_path), make_dataset(), processing_class=make_tokenizer())
-    assert all(distance > 0 for distance in trained(second).values())
+    assert_trains(build(tmp_path, student, paths[1]))
 
 
 @pytest.mark.parametrize(
@@ -94,40 +74,48 @@ def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
     ids=["dtype by name", "dtype", "4-bit", "4-bit as a dictionary"],
 )
 def test_teacher_init_kwargs_reach_the_teacher(paths, tmp_path, init_kwargs):
-    config = make_config(tmp_path, teacher_model_init_kwargs=init_kwargs)
-    trainer = OPDTrainer(model=paths[0], teacher_model=paths[1], args=config, train_dataset=make_dataset())
+    trainer = build(tmp_path, *paths, teacher_model_init_kwargs=init_kwargs)
     if "dtype" in init_kwargs:
         assert trainer.teacher_model.dtype == torch.bfloat16
     else:
         assert trainer.teacher_model.is_loaded_in_4bit
-    assert all(distance > 0 for distance in trained(trainer).values())
+    assert_trains(trainer)
     assert trainer.state.log_history[-2]["kl/mean"] > 0
 
 
-def test_a_four_bit_teacher_may_have_a_width_that_32_does_not_divide(tmp_path):
+def test_a_four_bit_teacher_may_have_a_width_that_32_does_not_divide(paths, tmp_path):
     teacher = save(tmp_path / "teacher", seed=1, width=56, head_dim=28)
-    config = make_config(tmp_path, teacher_model_init_kwargs={"quantization_config": FOUR_BIT})
-    student = save(tmp_path / "student", seed=0)
-    trainer = OPDTrainer(model=student, teacher_model=teacher, args=config, train_dataset=make_dataset())
-    assert all(distance > 0 for distance in trained(trainer).values())
+    quantised = {"quantization_config": FOUR_BIT}
+    assert_trains(build(tmp_path, paths[0], teacher, teacher_model_init_kwargs=quantised))
 
 
+@pytest.mark.parametrize("given", ["path", "object"])
 @pytest.mark.slow
-def test_a_qlora_student_trains_evaluates_and_trains_again(paths, tmp_path):
-    trainer = OPDTrainer(
-        model=paths[0],
-        teacher_model=paths[1],
-        args=make_config(tmp_path, learning_rate=1e-2),
-        train_dataset=make_dataset(),
-        eval_dataset=make_dataset(4),
-        quantization_config=BitsAndBytesConfig(**FOUR_BIT),
-        peft_config=LORA,
-    )
+def test_a_qlora_student_trains_evaluates_and_trains_again(paths, tmp_path, given):
+    student, quantised = paths[0], BitsAndBytesConfig(**FOUR_BIT)
+    changes = {"peft_config": LORA, "learning_rate": 1e-2, "eval_dataset": make_dataset(4)}
+    if given == "path":
+        changes["quantization_config"] = quantised
+    else:
+        student = AutoModelForCausalLM.from_pretrained(student, quantization_config=quantised)
+    trainer = build(tmp_path, student, paths[1], **changes)
     for _ in range(2):
-        moved = trained(trainer)
+        moved = movement(trainer)
         assert moved
         assert all(distance > 0 for name, distance in moved.items() if "lora_B" in name)
+        before = loss_and_gradient(trainer, make_inputs())
         assert trainer.evaluate()["eval_kl/mean"] > 0
+        after = loss_and_gradient(trainer, make_inputs())
+        assert_close(after, before)
+        assert all("lora" in name and gradient.abs().sum() > 0 for name, gradient in after[1].items())
+
+
+def test_a_peft_teacher_scores_with_its_adapter(tmp_path):
+    torch.manual_seed(3)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = build(tmp_path, teacher=get_peft_model(make_model(seed=1), adapter))
+    inputs = make_inputs()
+    assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(reference_of(trainer, inputs)[0], rel=1e-5)
 
 
 # Vocabularies
@@ -137,84 +125,71 @@ def test_a_qlora_student_trains_evaluates_and_trains_again(paths, tmp_path):
 def test_one_tokenizer_and_two_paddings_train_on_the_shared_range(tmp_path, student_rows, teacher_rows):
     student = save(tmp_path / "student", seed=0, rows=student_rows)
     teacher = save(tmp_path / "teacher", seed=1, rows=teacher_rows)
-    trainer = OPDTrainer(student, teacher, make_config(tmp_path), make_dataset())
-    inputs = make_inputs()
-    rows = [[1.0] * int(mask.sum()) for mask in inputs["completion_mask"]]
-    count = int(inputs["completion_mask"].sum())
-    expected = reference.loss_and_gradient(trainer.model, trainer.teacher_model, inputs, rows, count, vocab=300)
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected[0], rel=1e-5)
-    found = {name: p.grad for name, p in trainer.model.named_parameters()}
-    assert reference.relative_error(found, expected[1]) < 1e-5
-    assert all(distance > 0 for distance in trained(trainer).values())
+    trainer, inputs = build(tmp_path, student, teacher), make_inputs()
+    expected = reference_of(trainer, inputs)
+    assert_close(loss_and_gradient(trainer, inputs), expected)
+    assert_trains(trainer)
 
 
 @pytest.mark.parametrize("generation_kwargs", [None, {"do_sample": False}, {"suppress_tokens": [40, 41]}])
-def test_sampling_never_leaves_the_shared_range(tmp_path, generation_kwargs):
-    student, teacher = make_model(seed=0, rows=320), make_model(seed=1, rows=300)
-    with torch.no_grad():  # left alone, nearly every token would be one that the teacher does not have
+def test_rollouts_of_training_and_evaluation_stay_in_the_shared_range(tmp_path, generation_kwargs):
+    student = make_model(seed=0, rows=320)
+    with torch.no_grad():
         student.lm_head.weight[300:] = student.lm_head.weight[:20] * 50
         student.lm_head.weight[40:42] *= 50
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    config = make_config(tmp_path, generation_kwargs=generation_kwargs)
-    trainer = Rollouts(str(tmp_path / "student"), str(tmp_path / "teacher"), config, make_dataset())
+        # Left alone, the student samples tokens that the teacher does not have.
+        free = student.generate(torch.tensor([[5, 6, 7]] * 4), max_new_tokens=12, do_sample=True)
+    assert free.max() >= 300
+    teacher = save(tmp_path / "teacher", seed=1, width=32)
+    trainer = build(tmp_path, student, teacher, cls=Recorder, generation_kwargs=generation_kwargs)
     trainer.train()
-    sampled = torch.cat([batch["completion_ids"][batch["completion_mask"].bool()] for batch in trainer.seen])
-    assert sampled.max() < 300
-    suppressed = torch.isin(sampled, torch.tensor([40, 41])).any()
-    assert suppressed == (generation_kwargs is None or "suppress_tokens" not in generation_kwargs)
+    trainer.evaluate(make_dataset(4))
+    sampled = {}
+    for training, *_, batch in trainer.batches:
+        ids = batch["completion_ids"][batch["completion_mask"].bool()].tolist()
+        sampled[training] = sampled.get(training, set()) | set(ids)
+    assert max(sampled[True]) < 300
+    assert max(sampled[False]) < 300
+    suppressed = not sampled[True] & {40, 41}
+    assert suppressed == ("suppress_tokens" in (generation_kwargs or {}))
 
 
-def test_different_ids_raise_even_if_sizes_agree(tmp_path):
-    student = save(tmp_path / "student", seed=0)
+def test_different_ids_raise_even_if_sizes_agree(paths, tmp_path):
+    swapped_tokenizer().save_pretrained(tmp_path / "swapped")
     teacher = save(tmp_path / "teacher", seed=1, tokenizer=swapped_tokenizer())
     with pytest.raises(ValueError, match="number their tokens differently"):
-        OPDTrainer(student, teacher, make_config(tmp_path), make_dataset())
+        build(tmp_path, paths[0], teacher)
+    with pytest.raises(ValueError, match="number their tokens differently"):  # the option has precedence
+        build(tmp_path, *paths, teacher_tokenizer_name_or_path=str(tmp_path / "swapped"))
+    build(tmp_path, *paths)
 
 
-def test_unequal_sizes_need_a_tokenizer_to_compare(tmp_path, tokenizer):
-    student, teacher = make_model(seed=0, rows=320), make_model(seed=1)
-    with pytest.raises(ValueError, match=r"320 vocabulary entries, the teacher 300.*teacher_tokenizer_name_or_path"):
-        OPDTrainer(student, teacher, make_config(tmp_path), make_dataset(), processing_class=tokenizer)
+def test_teacher_without_a_tokenizer_is_a_warning_or_an_error_if_sizes_differ(tmp_path, tokenizer):
+    for rows in (300, 320):
+        make_model(seed=1, rows=rows).save_pretrained(tmp_path / str(rows))
+    for teacher in (make_model(seed=1), str(tmp_path / "300")):
+        with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
+            build(tmp_path, teacher=teacher)
+    message = r"300 vocabulary entries, the teacher 320.*names no tokenizer.*teacher_tokenizer_name_or_path"
+    for teacher in (make_model(seed=1, rows=320), str(tmp_path / "320")):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, teacher=teacher)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    config = make_config(tmp_path, teacher_tokenizer_name_or_path=str(tmp_path / "tokenizer"))
-    OPDTrainer(student, teacher, config, make_dataset(), processing_class=tokenizer).train()
-
-
-def test_equal_sizes_without_a_tokenizer_to_compare_are_a_warning(tmp_path, tokenizer):
-    with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
-        OPDTrainer(make_model(), make_model(seed=1), make_config(tmp_path), make_dataset(), processing_class=tokenizer)
+    build(tmp_path, teacher=teacher, teacher_tokenizer_name_or_path=str(tmp_path / "tokenizer")).train()
 
 
 def test_prompt_that_the_teacher_cannot_embed_raises(tmp_path):
     tokenizer = make_tokenizer(extra=("<|new|>",))
     student = make_model(seed=0, rows=len(tokenizer))
-    config = make_config(tmp_path, teacher_tokenizer_name_or_path=save(tmp_path / "teacher", seed=1))
     dataset = make_dataset(chat=False).map(lambda row: {"prompt": row["prompt"] + "<|new|>"})
-    trainer = OPDTrainer(student, make_model(seed=1), config, dataset, processing_class=tokenizer)
+    own = {"teacher_tokenizer_name_or_path": save(tmp_path / "teacher", seed=1)}
+    trainer = build(tmp_path, student, tokenizer=tokenizer, train_dataset=dataset, **own)
     with pytest.raises(ValueError, match=r"token id 300 \('<\|new\|>'\)"):
         trainer.train()
 
 
-def test_different_chat_templates_give_a_warning(tmp_path):
+def test_different_chat_templates_give_a_warning(paths, tmp_path):
     other = make_tokenizer()
     other.chat_template = other.chat_template.replace("<|start|>", "###")
-    student, teacher = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1, tokenizer=other)
     with pytest.warns(UserWarning, match="chat templates of student and teacher differ"):
-        OPDTrainer(student, teacher, make_config(tmp_path), make_dataset())
-
-
-def test_a_peft_teacher_scores_with_its_adapter(tmp_path, tokenizer):
-    torch.manual_seed(3)
-    teacher = get_peft_model(make_model(seed=1), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    student, inputs = make_model(seed=0), make_inputs()
-    rows = [[1.0] * int(mask.sum()) for mask in inputs["completion_mask"]]
-    count = int(inputs["completion_mask"].sum())
-    expected, _ = reference.loss_and_gradient(student, teacher, inputs, rows, count)
-    trainer = OPDTrainer(student, teacher, make_config(tmp_path), make_dataset(), processing_class=tokenizer)
-    trainer.model.train()
-    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=1e-5)
+        build(tmp_path, paths[0], save(tmp_path / "teacher", seed=1, tokenizer=other))

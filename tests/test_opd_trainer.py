@@ -12,33 +12,20 @@ from trl_opd.models.quantised import keep_4bit_layout
 
 from tests.helpers import reference
 from tests.helpers.padded_rollouts import make_inputs
-from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import (
     AS_TRL,
     FOUR_BIT,
-    make_dataset,
     make_model,
     make_tokenizer,
     save,
-    swapped_tokenizer,
 )
-from tests.helpers.trainers import Rollouts, build, loss_and_gradient
+from tests.helpers.trainers import assert_close, build, loss_and_gradient, reference_of
 
-ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": LoraConfig(**ADAPTER)}
-
-
-def four_bit(path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(**FOUR_BIT))
+ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config": ADAPTER}
 
 
-def reference_of(trainer, inputs):
-    rows = [[1.0] * int(mask.sum()) for mask in inputs["completion_mask"]]
-    count = int(inputs["completion_mask"].sum())
-    return reference.loss_and_gradient(trainer.model, trainer.teacher_model, inputs, rows, count)
-
-
-# Both paths of the loss, TRL's own (without statistics) and ours (with them), on models of unlike weights
+# Both paths of the loss: TRL's (without statistics) and ours (with them)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +35,7 @@ def reference_of(trainer, inputs):
         {"teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}},
         {"model_init_kwargs": {"dtype": "bfloat16"}},
         QUANTISED,
-        {"gradient_checkpointing": True, "peft_config": LoraConfig(**ADAPTER)},
+        {"gradient_checkpointing": True, "peft_config": ADAPTER},
     ],
     ids=["bfloat16 teacher", "4-bit teacher", "bfloat16 student", "QLoRA student", "LoRA with checkpointing"],
 )
@@ -63,71 +50,51 @@ def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         found.append(loss_and_gradient(trainer, make_inputs()))
     assert found[0][0] > 0.5
-    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype.
-    half = any("bfloat16" in str(value) for value in changes.values() if isinstance(value, dict))
-    rounding = 1e-2 if half else 1e-5
-    assert found[1][0] == pytest.approx(found[0][0], rel=rounding)
-    assert reference.relative_error(found[1][1], found[0][1]) < rounding
-
-
-@pytest.mark.parametrize("given", ["path", "object"])
-def test_every_adapter_of_a_quantised_student_has_a_gradient_after_an_evaluation(tmp_path, given):
-    path = save(tmp_path / "student", seed=0)
-    student, changes = (
-        (path, QUANTISED) if given == "path" else (four_bit(path), {"peft_config": LoraConfig(**ADAPTER)})
-    )
-    trainer = build(tmp_path, student, save(tmp_path / "teacher", seed=1), max_completion_length=2, **changes)
-    before, first = loss_and_gradient(trainer, make_inputs())
-    trainer.evaluate(make_dataset(2))
-    after, second = loss_and_gradient(trainer, make_inputs())
-    assert after == pytest.approx(before, rel=1e-5)
-    assert second
-    assert all("lora" in name for name in second)
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in second.values())
-    assert reference.relative_error(second, first) < 1e-5
+    # Padding changes bfloat16 rounding, and TRL rounds the gradient of the logits to the student's dtype. The gradient
+    # of a bfloat16 student is 0.024 from the float64 reference in TRL and 0.023 here. QLoRA's adapters are bfloat16.
+    (loss, gradients), expected = found[1], found[0]
+    rounding = 1e-2 if "bfloat16" in str(changes) else 1e-5
+    of_gradients = {torch.bfloat16: 3e-2, torch.float32: rounding}
+    assert loss == pytest.approx(expected[0], rel=rounding)
+    dtype = next(iter(gradients.values())).dtype
+    assert reference.relative_error(gradients, expected[1]) < of_gradients[dtype]
 
 
 def test_four_bit_teacher_can_be_an_object(tmp_path):
-    path = save(tmp_path / "teacher", seed=1)
-    losses = [
-        loss_and_gradient(build(tmp_path, make_model(seed=0, width=64), teacher, **changes), make_inputs())[0]
-        for teacher, changes in (
-            (four_bit(path), {}),
-            (path, {"teacher_model_init_kwargs": {"quantization_config": FOUR_BIT}}),
-        )
-    ]
-    assert losses[0] == losses[1]
+    path, quantised = save(tmp_path / "teacher", seed=1), {"quantization_config": BitsAndBytesConfig(**FOUR_BIT)}
+    teacher = AutoModelForCausalLM.from_pretrained(path, **quantised)
+    losses = set()
+    for given in ({"teacher": teacher}, {"teacher": path, "teacher_model_init_kwargs": quantised}):
+        losses.add(loss_and_gradient(build(tmp_path, make_model(seed=0, width=64), **given), make_inputs())[0])
+    assert len(losses) == 1
 
 
-@pytest.mark.parametrize("own_path", [False, True])
-def test_the_teacher_scores_without_its_dropout(tmp_path, own_path):
+@pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+def test_the_teacher_scores_without_its_dropout(tmp_path, settings):
     teacher = make_model("gpt2", seed=1)
     assert teacher.config.resid_pdrop > 0
-    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
-    trainer, inputs = build(tmp_path, teacher=teacher, **rocks), make_inputs()
+    trainer, inputs = build(tmp_path, teacher=teacher, **settings), make_inputs()
     assert not teacher.training
     teacher.train()  # as a callback of the user may leave it
     assert loss_and_gradient(trainer, inputs)[0] == pytest.approx(reference_of(trainer, inputs)[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("own_path", [False, True])
-def test_loss_uses_the_head_that_peft_trains(tmp_path, own_path):
-    rocks = {"rock_set": rock_file(tmp_path / "rocks.json", [60])} if own_path else {}
+@pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+def test_loss_uses_the_head_that_peft_trains(tmp_path, settings):
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    trainer, inputs = build(tmp_path, peft_config=config, **rocks), make_inputs()
+    trainer, inputs = build(tmp_path, peft_config=config, **settings), make_inputs()
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.mul_(1.5)  # the copy that trains; the original stays below it
     expected = reference_of(trainer, inputs)
-    found = loss_and_gradient(trainer, inputs)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert reference.relative_error(found[1], expected[1]) < 1e-5
-    assert any("lm_head" in name and gradient is not None for name, gradient in found[1].items())
+    loss, gradients = loss_and_gradient(trainer, inputs)
+    assert_close((loss, gradients), expected)
+    assert any("lm_head" in name and gradient is not None for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("inner", ["teacher", "student"])
 def test_adapter_around_the_other_models_object_is_an_error(tmp_path, inner):
     base = make_model(seed=0)
-    outer = get_peft_model(base, LoraConfig(**ADAPTER))
+    outer = get_peft_model(base, ADAPTER)
     models = {"student": outer, "teacher": base} if inner == "teacher" else {"student": base, "teacher": outer}
     with pytest.raises(ValueError, match=r"same|share"):
         build(tmp_path, **models).train()
@@ -149,33 +116,6 @@ def test_student_with_a_quantised_head_is_compared_by_its_own_logits(tmp_path):
 
 
 # Vocabularies
-
-
-def test_rollouts_of_an_evaluation_stay_in_the_shared_range(tmp_path):
-    student = make_model(seed=0, rows=320)
-    with torch.no_grad():
-        student.lm_head.weight[300:] = student.lm_head.weight[:20] * 50
-    own = save(tmp_path / "teacher", seed=1, width=32)
-    trainer = build(tmp_path, student, own, cls=Rollouts)
-    with torch.no_grad():  # unhindered, it leaves the range
-        free = copy.deepcopy(student).generate(torch.tensor([[5, 6, 7]] * 4), max_new_tokens=12, do_sample=True)
-    assert free.max() >= 300
-    trainer.evaluate(make_dataset(4))
-    assert trainer.seen[0]["completion_ids"].max() < 300
-
-
-def test_unequal_vocabulary_sizes_without_a_teacher_tokenizer_are_an_error(tmp_path):
-    make_model(seed=1, rows=320).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"300 vocabulary entries, the teacher 320.*names no tokenizer"):
-        build(tmp_path, teacher=str(tmp_path / "teacher"))
-
-
-def test_teacher_tokenizer_option_overrides_the_teachers_own_tokenizer(tmp_path):
-    swapped_tokenizer().save_pretrained(tmp_path / "swapped")
-    teacher = save(tmp_path / "teacher", seed=1)
-    build(tmp_path, teacher=teacher)
-    with pytest.raises(ValueError, match="number their tokens differently"):
-        build(tmp_path, teacher=teacher, teacher_tokenizer_name_or_path=str(tmp_path / "swapped"))
 
 
 @pytest.fixture

@@ -46,9 +46,16 @@ def test_contradicting_settings_are_an_error(tokenizer, tmp_path, changes, sente
         build(tmp_path, tokenizer=tokenizer, **changes)
 
 
-def test_missing_rock_set_is_an_os_error_with_its_path(tokenizer, tmp_path):
-    with pytest.raises(OSError, match=r"No rock set at nowhere/rocks\.json"):
-        build(tmp_path, tokenizer=tokenizer, rock_set="nowhere/rocks.json")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rock_set": "nowhere/rocks.json"}, r"No rock set at nowhere/rocks\.json"),
+        ({"teacher": "./nowhere"}, r"There is no teacher in \./nowhere"),
+    ],
+)
+def test_missing_file_or_folder_is_an_os_error_with_its_path(tokenizer, tmp_path, changes, sentence):
+    with pytest.raises(OSError, match=sentence):
+        build(tmp_path, tokenizer=tokenizer, **changes)
 
 
 def test_tokenizer_without_an_end_token_is_an_error(tmp_path):
@@ -69,30 +76,30 @@ def test_rock_set_can_be_a_path_object(tokenizer, tmp_path):
     assert json.loads(trainer.args.to_json_string())["rock_set"] == str(tmp_path / "rocks.json")
 
 
-def test_missing_teacher_folder_is_named_in_the_error(tokenizer, tmp_path):
-    with pytest.raises(OSError, match=r"There is no teacher in \./nowhere"):
-        build(tmp_path, tokenizer=tokenizer, teacher="./nowhere")
-
-
 def test_config_of_trl_is_a_type_error(tokenizer, tmp_path):
     config = DistillationConfig(**config_kwargs(tmp_path))
     with pytest.raises(TypeError, match="takes an OPDConfig, got a DistillationConfig"):
         OPDTrainer(make_model(), make_model(seed=1), config, make_dataset(), processing_class=tokenizer)
 
 
+NOT_MATCHED = Controls(ids=[200], mass_ratio=0.4, matched=False)
+FOREIGN = {"name": "some/other-model", "vocab_size": 9, "fingerprint": "sha256:" + "0" * 64}
+
+
 @pytest.mark.parametrize(
-    "controls", [None, Controls(ids=[200], mass_ratio=0.4, matched=False)], ids=["none", "not matched"]
+    ("ids", "fields", "weighting", "sentence"),
+    [
+        ([60], {"controls": None}, "control", "token_weighting='random'"),
+        ([60], {"controls": NOT_MATCHED}, "control", "token_weighting='random'"),
+        ([5], {"tokenizer": FOREIGN}, "uniform", r"some/other-model.*TokenizersBackend"),
+        ([300], {}, "uniform", "token id 300, but student and teacher share only 300 ids"),
+    ],
+    ids=["no controls", "controls not matched", "of another tokenizer", "outside the shared vocabulary"],
 )
-def test_control_weighting_needs_matched_controls(tokenizer, tmp_path, controls):
-    rocks = rock_file(tmp_path / "rocks.json", [60], controls=controls)
-    with pytest.raises(ValueError, match="token_weighting='random'"):
-        build(tmp_path, tokenizer=tokenizer, token_weighting="control", rock_set=rocks)
-
-
-def test_rock_set_of_another_tokenizer_is_an_error_with_both_names(tokenizer, tmp_path):
-    foreign = {"name": "some/other-model", "vocab_size": 9, "fingerprint": "sha256:" + "0" * 64}
-    with pytest.raises(ValueError, match=r"some/other-model.*TokenizersBackend"):
-        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [5], tokenizer=foreign))
+def test_rock_set_that_does_not_fit_is_an_error(tokenizer, tmp_path, ids, fields, weighting, sentence):
+    rocks = rock_file(tmp_path / "rocks.json", ids, **fields)
+    with pytest.raises(ValueError, match=sentence):
+        build(tmp_path, tokenizer=tokenizer, token_weighting=weighting, rock_set=rocks)
 
 
 def test_rock_set_of_the_students_tokenizer_is_accepted(tokenizer, tmp_path):
@@ -101,11 +108,6 @@ def test_rock_set_of_the_students_tokenizer_is_accepted(tokenizer, tmp_path):
     assert isinstance(trainer.rock_set, RockSet)
     assert trainer.rock_set.ids.tolist() == [5, 9]
     assert build(tmp_path, tokenizer=tokenizer).rock_set is None
-
-
-def test_rock_outside_the_shared_vocabulary_is_an_error(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="token id 300, but student and teacher share only 300 ids"):
-        build(tmp_path, tokenizer=tokenizer, rock_set=rock_file(tmp_path / "rocks.json", [300]))
 
 
 def test_frozen_float32_weights_on_a_gpu_are_a_warning():
@@ -128,12 +130,6 @@ def test_machine_without_bfloat16_gets_an_error_with_the_flags_to_pass(tmp_path)
         OPDConfig(output_dir=str(tmp_path))
 
 
-def test_teacher_folder_without_a_tokenizer_is_a_warning(tokenizer, tmp_path):
-    make_model(seed=1).save_pretrained(tmp_path / "teacher")
-    with pytest.warns(UserWarning, match="names no tokenizer that can be loaded"):
-        build(tmp_path, tokenizer=tokenizer, teacher=str(tmp_path / "teacher"))
-
-
 def test_vision_language_student_is_an_error(tokenizer, tmp_path):
     class Processor(ProcessorMixin):
         """A processor like those of vision-language models; its text half is enough to be recognised."""
@@ -150,14 +146,9 @@ def test_vision_language_student_is_an_error(tokenizer, tmp_path):
         build(tmp_path, tokenizer=Processor(tokenizer), student=student)
 
 
-def test_vllm_with_ids_that_the_teacher_cannot_embed_is_an_error():
-    with pytest.raises(
-        ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLLM"
-    ):
+def test_ids_that_the_teacher_cannot_embed_are_suppressed_but_not_with_vllm():
+    with pytest.raises(ValueError, match="The student has 8 vocabulary entries that the teacher cannot embed, and vLL"):
         ids_to_suppress(64, 72, [2], use_vllm=True)
-
-
-def test_suppressing_every_end_token_is_a_warning():
     with pytest.warns(UserWarning, match="Every end of a rollout"):
         found = ids_to_suppress(64, 72, [70], use_vllm=False)
     assert found == range(64, 72)
@@ -192,6 +183,8 @@ def test_token_weights_raise_an_error_for_invalid_arguments(changes, sentence):
         ({"weights": torch.ones(2)}, "must describe the same N positions; got 3, 3 and 2"),
         ({"beta": 1.5}, r"beta must be in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"student_hidden": torch.ones(3, 2)}, "The student's hidden states have width"),
+        ({"teacher_hidden": torch.ones(3, 2)}, "The teacher's hidden states have width"),
     ],
 )
 def test_weighted_divergence_raises_an_error_for_invalid_arguments(changes, sentence):
@@ -206,7 +199,6 @@ def test_weighted_divergence_raises_an_error_for_invalid_arguments(changes, sent
     "student", ["somebody/student", SimpleNamespace(config=SimpleNamespace(name_or_path="student"))]
 )
 def test_default_output_folder_is_named_after_the_student(monkeypatch, student):
-    monkeypatch.setattr(
-        "trl_opd.training.preflight.OPDConfig", lambda folder: folder
-    )  # its default needs a GPU with bfloat16
+    # The default of OPDConfig needs a GPU with bfloat16.
+    monkeypatch.setattr("trl_opd.training.preflight.OPDConfig", lambda folder: folder)
     assert default_config(student) == "student-OPD"

@@ -13,7 +13,7 @@ from importlib.metadata import version
 import pytest
 import torch
 import trl
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationTrainer
 from trl.kernels import chunked_divergence
 from trl.models import utils as model_utils
 from trl.trainer import distillation_trainer
@@ -21,8 +21,7 @@ from trl.trainer import utils as trainer_utils
 
 from trl_opd import OPDConfig, OPDTrainer, _trl
 
-from tests.helpers.tiny import config_kwargs, make_dataset, make_model, make_tokenizer
-from tests.helpers.trainers import build
+from tests.helpers.trainers import build, recorder, trained
 
 EXPECTED_TRL = "1.16.0"
 
@@ -153,14 +152,7 @@ def test_trl_buffers_the_micro_batches_of_a_step_until_the_next_step(tmp_path):
 
 
 def test_trl_generates_the_masks_and_the_token_count_that_we_read(tmp_path):
-    class Generated(DistillationTrainer):
-        def _generate_and_score_completions(self, inputs):
-            batches.append(super()._generate_and_score_completions(inputs))
-            return batches[-1]
-
-    batches = []
-    build(tmp_path, cls=Generated, max_steps=1).train()
-    (batch,) = batches
+    ((*_, batch),) = trained(tmp_path, cls=recorder(DistillationTrainer), max_steps=1).batches
     assert batch["prompt_ids"].shape == batch["prompt_mask"].shape
     assert batch["completion_ids"].shape == batch["completion_mask"].shape
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
@@ -168,23 +160,22 @@ def test_trl_generates_the_masks_and_the_token_count_that_we_read(tmp_path):
 
 def test_every_method_of_trl_that_the_trainer_overrides_or_calls_is_pinned():
     tree = ast.parse(textwrap.dedent(inspect.getsource(OPDTrainer)))
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    touched = set(vars(OPDTrainer)) | {node.attr for node in attributes if _is_self(node.value)}
-    from_trl = {name for name in touched if _is_method_of_trl(getattr(DistillationTrainer, name, None))}
+    touched = set(vars(OPDTrainer))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
+            touched.add(node.attr)
+    values = {name: getattr(DistillationTrainer, name, None) for name in touched}
+    from_trl = {name for name, value in values.items() if inspect.isfunction(value) and _is_from_trl(value)}
     assert {"__init__", "_compute_loss", "_get_last_hidden_state"} <= from_trl, "the reader of the source is blind"
     assert from_trl <= set(SIGNATURES[DistillationTrainer])
 
 
-def _is_self(node: ast.AST) -> bool:
-    return ast.unparse(node) in ("self", "super()")
-
-
-def _is_method_of_trl(value) -> bool:
-    return inspect.isfunction(value) and value.__module__.split(".")[0] == "trl"
+def _is_from_trl(value) -> bool:
+    return getattr(value, "__module__", "").split(".")[0] == "trl"
 
 
 def test_every_private_import_from_trl_is_pinned():
-    brought = {name for name, value in vars(_trl).items() if getattr(value, "__module__", "").split(".")[0] == "trl"}
+    brought = {name for name, value in vars(_trl).items() if _is_from_trl(value)}
     brought = {name for name in brought if not hasattr(trl, name)}  # a public name needs no pin
     assert "ChunkedDivergenceFunction" in brought
     owners = {owner.__name__ for owner in SIGNATURES}
@@ -254,7 +245,5 @@ def test_no_autocast_is_active_inside_trls_loss(tmp_path):
             seen.add((hidden.dtype, torch.is_autocast_enabled("cpu")))
             return hidden
 
-    config = DistillationConfig(**config_kwargs(tmp_path, bf16=True))
-    trainer = Spy(make_model(), make_model(seed=1), config, make_dataset(), processing_class=make_tokenizer())
-    trainer.train()
+    trained(tmp_path, cls=Spy, bf16=True)
     assert seen == {(torch.float32, False)}

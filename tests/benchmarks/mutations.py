@@ -80,14 +80,14 @@ MUTATIONS = [
         "training/position_weights.py",
         'total = self._accelerator.gather(batch["weights"].sum()).sum()',
         'total = batch["weights"].sum() * self._accelerator.num_processes',
-        "tests/test_laws.py::test_two_processes_equal_one_on_the_same_rollouts",
+        "tests/test_processes.py::test_two_processes_with_unequal_batches_equal_one_process",
     ),
     Mutation(
         "missing all-reduce: the statistics of a checkpoint",
         "training/token_sums.py",
         "sums = reduce(torch.stack([getattr(stats, name) for name in names]))",
         "sums = torch.stack([getattr(stats, name) for name in names])",
-        "tests/test_laws.py::test_two_processes_equal_one_on_the_same_rollouts tests/training/test_token_sums.py",
+        "tests/test_processes.py::test_files_of_two_processes_equal_those_of_one tests/training/test_token_sums.py",
     ),
     Mutation(
         "stale rollout: the micro-batches of the step before",

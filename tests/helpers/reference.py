@@ -1,4 +1,4 @@
-"""The slow twins: every formula once more, in float64, with loops, and nothing shared with the package."""
+"""The slow twins: each formula in float64, with loops, and without any code of the package."""
 
 import copy
 import math
@@ -43,6 +43,12 @@ def weights(ids: list[list[int]], rocks: set[int], rock_weight: float, window: i
     return result
 
 
+def unpadded(batch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the prompt and the completion of a rollout of a batch."""
+    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+    return prompt, batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+
+
 def token_divergences(student, teacher, inputs, *, beta: float, temperature: float, vocab: int) -> list[list]:
     """Return the divergence at each position of the loss mask, rows of scalars with a graph to `student`.
 
@@ -51,8 +57,7 @@ def token_divergences(student, teacher, inputs, *, beta: float, temperature: flo
     """
     result = []
     for row in range(len(inputs["completion_ids"])):
-        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
-        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        prompt, completion = unpadded(inputs, row)
         ids = torch.cat([prompt, completion])[None]
         student_logits = student(input_ids=ids).logits[0]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rock sets: a file of given ids, and a whole file written out by hand after FORMATS."""
+"""Rock sets: a file of given ids, and the content of a whole file."""
 
 from trl_opd import Rock, RockSet
 

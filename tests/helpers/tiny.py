@@ -1,33 +1,15 @@
-"""Tiny real models, a tokenizer and prompts, made in memory: what the tests run on."""
+"""Tiny models, a tokenizer, prompts and configs for the tests, made in memory."""
 
 import json
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trl_opd import OPDConfig
 
-# With these the loss is TRL's own.
+# With these settings TRL computes the loss.
 AS_TRL = {"token_statistics": False, "micro_batching": "trl"}
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 TEXT = [
@@ -72,46 +54,36 @@ def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 def make_model(family: str = "qwen3", *, seed: int = 0, rows: int = 300, width: int = 32, **changes) -> torch.nn.Module:
     """Return a random model of two layers whose logits are spread enough for divergences of about a nat."""
-    common = {
-        "vocab_size": rows,
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    common = {"vocab_size": rows, "initializer_range": 0.2, **ids}
+    sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    gpt2 = {
-        "n_embd": width,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 256,
-        "vocab_size": rows,
-        "initializer_range": 0.2,
     }
     opt = {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2, "dropout": 0.0}
-    ends = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-    kinds = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**common, "head_dim": width // 2, "tie_word_embeddings": False}),
-        "qwen3_tied": (Qwen3Config, Qwen3ForCausalLM, {**common, "head_dim": width // 2, "tie_word_embeddings": True}),
-        "llama": (LlamaConfig, LlamaForCausalLM, common),
-        "gpt2": (GPT2Config, GPT2LMHeadModel, {**gpt2, **ends}),
-        "cohere": (CohereConfig, CohereForCausalLM, {**common, "logit_scale": 0.3}),
-        "granite": (GraniteConfig, GraniteForCausalLM, {**common, "logits_scaling": 2.0}),
-        "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**common, "head_dim": width // 2, "final_logit_softcapping": 5.0}),
-        "opt": (OPTConfig, OPTForCausalLM, {**common, **opt}),
-        "phi": (PhiConfig, PhiForCausalLM, common),
+    half = {"head_dim": width // 2}
+    families = {
+        "qwen3": ("qwen3", {**sizes, **half, "tie_word_embeddings": False}),
+        "qwen3_tied": ("qwen3", {**sizes, **half, "tie_word_embeddings": True}),
+        "llama": ("llama", sizes),
+        "gpt2": ("gpt2", {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+        "cohere": ("cohere", {**sizes, "logit_scale": 0.3}),
+        "granite": ("granite", {**sizes, "logits_scaling": 2.0}),
+        "gemma2": ("gemma2", {**sizes, **half, "final_logit_softcapping": 5.0}),
+        "opt": ("opt", {**sizes, **opt}),
+        "phi": ("phi", sizes),
     }
-    config, model, fields = kinds[family]
+    model_type, fields = families[family]
+    config = AutoConfig.for_model(model_type, **common | fields | changes)
     torch.manual_seed(seed)
-    built = model(config(**(fields | changes)))
+    model = AutoModelForCausalLM.from_config(config)
     if family == "phi":  # the family whose LM head has a bias, which starts at zero
-        torch.nn.init.normal_(built.lm_head.bias, std=0.5)
-    return built
+        torch.nn.init.normal_(model.lm_head.bias, std=0.5)
+    return model
 
 
 def make_dataset(rows: int = 8, *, chat: bool = True) -> Dataset:

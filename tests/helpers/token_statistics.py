@@ -1,4 +1,4 @@
-"""Token statistics of given positions, and their slow twin: a dict per token, added up in Python."""
+"""Token statistics of given positions, and their slow twin, which adds up a dict per token in Python."""
 
 import math
 

@@ -16,10 +16,14 @@ from tests.helpers.qwen3 import save_config
 from tests.helpers.tiny import make_model
 
 
+def make_setup(**changes) -> Setup:
+    shape = shape_of(make_model("qwen3", width=64))
+    return replace(Setup(student=shape, teacher=shape, lora_r=4, per_device=2, accumulation=3), **changes)
+
+
 def test_adapter_bytes_equal_those_of_peft():
-    model = make_model("qwen3", width=64)
-    setup = Setup(student=shape_of(model), teacher=shape_of(model), lora_r=8)
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    setup = make_setup(lora_r=8)
+    adapted = get_peft_model(make_model("qwen3", width=64), LoraConfig(r=8, target_modules="all-linear"))
     real = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
     parts = phases(setup)["student"]
     assert parts["adapters"] == parts["gradients"] == real
@@ -28,14 +32,9 @@ def test_adapter_bytes_equal_those_of_peft():
     assert quantised["adapters"] == real // 2  # TRL holds them in bfloat16 then
 
 
-def make_setup(**changes) -> Setup:
-    shape = shape_of(make_model("qwen3", width=64))
-    return replace(Setup(student=shape, teacher=shape, lora_r=4, per_device=2, accumulation=3), **changes)
-
-
 def test_kv_cache_bytes_equal_those_of_a_forward():
-    model = make_model("qwen3", width=64)
     setup = make_setup(bytes_per_weight=4, prompt_length=5, completion_length=7)
+    model = make_model("qwen3", width=64)
     cache = model(input_ids=torch.ones(6, 12, dtype=torch.long), use_cache=True).past_key_values
     real = sum(tensor.numel() * 4 for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert phases(setup)["generation"]["KV cache"] == real

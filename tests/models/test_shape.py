@@ -8,7 +8,7 @@ from trl_opd.models.memory_plan import Setup, suggest_savings
 from trl_opd.models.shape import read_shape, shape_of, weight_bytes
 
 from tests.helpers.qwen3 import REAL, real_config, save_config
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import FOUR_BIT, make_model
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -36,6 +36,12 @@ def test_unquantised_weights_are_counted_to_the_byte(family, dtype, size):
     assert weight_bytes(shape_of(model), None, size) == stored_bytes(model)
 
 
+def quantised(path, family: str, width: int, **settings) -> torch.nn.Module:
+    make_model(family, width=width).save_pretrained(path)
+    config = BitsAndBytesConfig(**settings)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("family", "width", "nested"),
     [
@@ -46,22 +52,13 @@ def test_unquantised_weights_are_counted_to_the_byte(family, dtype, size):
     ],
 )
 def test_four_bit_weights_are_counted_to_the_byte(tmp_path, family, width, nested):
-    make_model(family, width=width).save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    model = quantised(tmp_path, family, width, **FOUR_BIT, bnb_4bit_use_double_quant=nested)
     assert weight_bytes(read_shape(str(tmp_path)), "4bit", 2, nested=nested) == stored_bytes(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_bit_weights_are_counted_to_the_byte(tmp_path, family):
-    make_model(family, width=64).save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    model = quantised(tmp_path, family, 64, load_in_8bit=True)
     assert weight_bytes(read_shape(str(tmp_path)), "8bit", 2) == stored_bytes(model)
 
 

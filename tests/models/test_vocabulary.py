@@ -1,4 +1,4 @@
-"""Tokenizers of student and teacher agree, or are refused with an example."""
+"""Tokenizers of student and teacher that number tokens differently are an error with an example."""
 
 import re
 import warnings
@@ -37,27 +37,12 @@ def test_unshared_tokens_give_a_warning_with_their_numbers(student, teacher, onl
 @pytest.mark.parametrize(
     ("student", "teacher", "tokens", "example"),
     [
-        pytest.param(
-            {"a": 0, "b": 1, "c": 2},
-            {"a": 0, "b": 1, "c": 3},
-            1,
-            "'c' is id 2 for the student and 3 for the teacher",
-            id="moved",
-        ),
-        pytest.param(
-            {"a": 0, "b": 1, "c": 2},
-            {"a": 0, "b": 2, "c": 1},
-            2,
-            "'b' is id 1 for the student and 2 for the teacher",
-            id="swapped",
-        ),
-        pytest.param(
-            {"a": 0, "b": 1}, {"a": 0, "c": 1}, 1, "id 1 is 'b' for the student and 'c' for the teacher", id="renamed"
-        ),
-        pytest.param(
-            {"a": 0, "b": 1}, {"b": 0, "c": 1}, 2, "'b' is id 1 for the student and 0 for the teacher", id="shifted"
-        ),
+        ({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "c": 3}, 1, "'c' is id 2 for the student and 3 for the teacher"),
+        ({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "c": 1}, 2, "'b' is id 1 for the student and 2 for the teacher"),
+        ({"a": 0, "b": 1}, {"a": 0, "c": 1}, 1, "id 1 is 'b' for the student and 'c' for the teacher"),
+        ({"a": 0, "b": 1}, {"b": 0, "c": 1}, 2, "'b' is id 1 for the student and 0 for the teacher"),
     ],
+    ids=["moved", "swapped", "renamed", "shifted"],
 )
 def test_different_ids_raise_an_error_with_an_example(student, teacher, tokens, example):
     with pytest.raises(ValueError, match=re.escape(example)) as caught:

@@ -76,9 +76,9 @@ def test_adapter_is_trained_on_these_rollouts(build, tmp_path, kind):
 def test_run_samples_the_same_rollouts_again_and_different_ones_in_each_step(build):
     seen = []
     for _ in range(2):
-        trainer = build(cls=trainers.Rollouts)
+        trainer = build(cls=trainers.Recorder)
         trainer.train()
-        seen.append([batch["completion_ids"].tolist() for batch in trainer.seen])
+        seen.append([batch["completion_ids"].tolist() for *_, batch in trainer.batches])
     assert seen[0] == seen[1]
     assert seen[0][0] != seen[0][1]
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 
-from trl_opd import RolloutSamples
+from trl_opd import OPDTrainer, RolloutSamples
 from trl_opd.models.parking import Parking
 from trl_opd.models.quantised import keep_scalable
 from trl_opd.models.teacher import load_teacher
@@ -17,13 +17,13 @@ from trl_opd.training.finite import name_student_in_sampling_error
 from trl_opd.training.teacher_states import free_cuda_memory
 
 from tests.helpers.tiny import make_config, make_model, save
-from tests.helpers.trainers import GREEDY, Rollouts, build
+from tests.helpers.trainers import GREEDY, build
 
 
 def test_states_of_the_teacher_are_gone_before_the_next_rollouts_are_sampled(tmp_path):
     alive = []
 
-    class Watch(Rollouts):
+    class Watch(OPDTrainer):
         kept = ()
 
         def _generate_single_turn(self, *args, **kwargs):
@@ -33,7 +33,6 @@ def test_states_of_the_teacher_are_gone_before_the_next_rollouts_are_sampled(tmp
 
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
-            self.seen = []
             self.kept = [weakref.ref(states) for states in batch["teacher_hidden"]]
             return batch
 
@@ -152,7 +151,7 @@ def test_prompts_are_sampled_by_length_and_returned_in_order():
 def test_rollouts_are_sampled_under_the_autocast_in_which_they_are_scored(tmp_path):
     dtypes = []
 
-    class Watch(Rollouts):
+    class Watch(OPDTrainer):
         def _generate_single_turn(self, *args, **kwargs):
             hook = self.model.get_output_embeddings().register_forward_hook(
                 lambda module, inputs, output: dtypes.append(output.dtype)

@@ -1,9 +1,10 @@
 """Statistics of a run: the positions they count, the window in a checkpoint, and resumed runs."""
 
+import numpy as np
 import pytest
 import torch
 
-from trl_opd import Controls, OPDTrainer, TokenStats
+from trl_opd import Controls, TokenStats
 from trl_opd.artefacts.fingerprint import fingerprint
 from trl_opd.training.model_pair import describe_measure
 from trl_opd.training.token_sums import TokenSums
@@ -11,28 +12,27 @@ from trl_opd.training.token_sums import TokenSums
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_config, make_dataset, make_model
 from tests.helpers.token_statistics import MEASURE, ROWS, V, equal, signals, stats_of
-from tests.helpers.trainers import ROCKS, measured, record
+from tests.helpers.trainers import ROCKS, build, ending_student, loss_positions, measured, record
+
+
+def positions(batches) -> list[int]:
+    """Return the number of positions of each batch."""
+    return [int(batch["completion_mask"].sum()) for *_, batch in batches]
 
 
 def test_statistics_are_sums_over_all_rollouts(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, learning_rate=0.0)
     stats = trainer.token_stats
-    seen, sums = {}, {}
-    for *_, batch in trainer.batches:
-        for id, divergence in zip(*measured(trainer, batch), strict=True):
-            seen[int(id)] = seen.get(int(id), 0) + 1
-            sums.setdefault(int(id), []).append(float(divergence))
-    assert len(seen) > 5
+    parts = [measured(trainer, batch) for *_, batch in trainer.batches]
+    ids, divergences = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert len(set(ids.tolist())) > 5
     assert stats.vocab_size == 300
-    assert {id: int(n) for id, n in enumerate(stats.seen) if n} == seen
+    assert torch.equal(stats.seen, torch.bincount(ids, minlength=300))
     assert torch.equal(stats.seen, stats.count)
-    for id, values in sums.items():
-        assert float(stats.kl_sum[id]) == pytest.approx(sum(values), rel=1e-5)
-        assert float(stats.kl_sq_sum[id]) == pytest.approx(sum(value**2 for value in values), rel=1e-5)
-    lines = [line for line in trainer.state.log_history if "entropy" in line]
-    weights = [int(batch["completion_mask"].sum()) for *_, batch in trainer.batches]
-    entropy = sum(line["entropy"] * n for line, n in zip(lines, weights, strict=True))
-    assert float(stats.entropy_sum.sum()) == pytest.approx(entropy, rel=1e-6)
+    for sums, values in ((stats.kl_sum, divergences), (stats.kl_sq_sum, divergences**2)):
+        torch.testing.assert_close(sums, torch.bincount(ids, values, minlength=300), rtol=1e-5, atol=0)
+    lines = [line["entropy"] for line in trainer.state.log_history if "entropy" in line]
+    assert float(stats.entropy_sum.sum()) == pytest.approx(np.dot(lines, positions(trainer.batches)), rel=1e-6)
 
 
 def test_statistics_do_not_change_the_trained_weights(tokenizer, tmp_path):
@@ -49,24 +49,27 @@ def test_no_statistics_are_kept_or_saved_if_turned_off(tokenizer, tmp_path):
     assert not list(tmp_path.rglob("token_stats*"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_truncated_completions": True}], ids=["all", "without cut rollouts"])
-def test_frozen_position_is_seen_in_every_step_and_measured_in_steps_that_log(tokenizer, tmp_path, changes):
-    settings = {"token_weighting": "rock", "rock_set": rock_file(tmp_path / "rocks.json", ROCKS), "logging_steps": 3}
-    student = make_model(seed=0)
-    with torch.no_grad():
-        student.lm_head.weight[2] *= 4
-    trainer = record(tokenizer, tmp_path, student=student, max_steps=4, **settings, **changes)
-    frozen = torch.zeros(300, dtype=torch.bool)
-    frozen[ROCKS] = True
+@pytest.mark.parametrize(
+    ("arm", "changes"),
+    [("rock", {}), ("rock", {"mask_truncated_completions": True}), ("control", {})],
+    ids=["rocks", "without cut rollouts", "controls"],
+)
+def test_frozen_position_is_seen_in_every_step_and_measured_in_steps_that_log(tokenizer, tmp_path, arm, changes):
+    controls = Controls(list(range(180, 240)), 1.0, True)
+    rock_set = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
+    settings = {"token_weighting": arm, "rock_set": rock_set, "logging_steps": 3, "max_steps": 4}
+    trainer = record(tokenizer, tmp_path, student=ending_student(), **settings, **changes)
+    frozen = ROCKS if arm == "rock" else controls.ids
+    is_frozen = torch.isin(torch.arange(300), torch.tensor(frozen))
     seen, counted = torch.zeros(300, dtype=torch.int64), torch.zeros(300, dtype=torch.int64)
     for _, step, _, batch in trainer.batches:
-        ids = batch["completion_ids"][(batch["completion_mask"] * batch.get("tool_mask", 1)).bool()]
+        ids = batch["completion_ids"][loss_positions(batch)]
         seen += torch.bincount(ids, minlength=300)
-        counted += torch.bincount(ids if step + 1 == 3 else ids[~frozen[ids]], minlength=300)
+        counted += torch.bincount(ids if step + 1 == 3 else ids[~is_frozen[ids]], minlength=300)
     stats = trainer.token_stats
     assert torch.equal(stats.seen, seen)
     assert torch.equal(stats.count, counted)
-    assert 0 < counted[ROCKS].sum() < seen[ROCKS].sum()
+    assert 0 < counted[frozen].sum() < seen[frozen].sum()
 
 
 def test_evaluation_does_not_change_the_statistics(tokenizer, tmp_path):
@@ -79,9 +82,8 @@ def test_evaluation_does_not_change_the_statistics(tokenizer, tmp_path):
 def test_checkpoint_holds_the_statistics_since_the_previous_checkpoint(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=5, save_strategy="steps", save_steps=2)
     windows = [TokenStats.load(tmp_path / f"checkpoint-{step}") for step in (2, 4, 5)]
-    positions = [int(batch["completion_mask"].sum()) for *_, batch in trainer.batches]
-    sums = [sum(positions[:2]), sum(positions[2:4]), positions[4]]
-    assert [int(window.seen.sum()) for window in windows] == sums
+    counts = positions(trainer.batches)
+    assert [int(window.seen.sum()) for window in windows] == [sum(counts[:2]), sum(counts[2:4]), counts[4]]
     total = windows[0].merge(windows[1]).merge(windows[2])
     assert equal(total, trainer.token_stats)
     assert equal(trainer.reduced_token_stats(), trainer.token_stats)
@@ -106,9 +108,7 @@ def test_checkpoint_that_is_saved_again_keeps_its_statistics(tokenizer, tmp_path
     trainer.save_model(str(folder), _internal_call=True)
     assert equal(TokenStats.load(folder), first)
     trainer.train()  # a new run replaces the window
-    assert int(TokenStats.load(folder).seen.sum()) == sum(
-        int(b["completion_mask"].sum()) for *_, b in trainer.batches[2:]
-    )
+    assert int(TokenStats.load(folder).seen.sum()) == sum(positions(trainer.batches[2:]))
 
 
 @pytest.mark.slow
@@ -116,14 +116,8 @@ def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, t
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     record(tokenizer, tmp_path / "whole", **changes)
     broken = record(tokenizer, tmp_path / "broken", **(changes | {"max_steps": 3}))
-    resumed = OPDTrainer(
-        model=make_model(seed=0),
-        teacher_model=make_model(seed=1),
-        args=make_config(tmp_path / "broken", **changes),
-        train_dataset=make_dataset(chat=False),
-        processing_class=tokenizer,
-    )
     checkpoint = str(tmp_path / "broken" / "checkpoint-2")
+    resumed = build(tmp_path / "broken", tokenizer=tokenizer, train_dataset=make_dataset(chat=False), **changes)
     resumed.train(resume_from_checkpoint=checkpoint)
     windows = [TokenStats.load(tmp_path / name / "checkpoint-4") for name in ("whole", "broken")]
     assert int(windows[0].seen.sum()) > 0
@@ -135,25 +129,17 @@ def test_resumed_run_saves_the_same_windows_as_an_uninterrupted_one(tokenizer, t
     assert equal(broken.token_stats, windows[0])
 
 
-@pytest.mark.slow
 def test_a_second_run_of_a_trainer_adds_to_its_statistics(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path)
     first = trainer.token_stats
     trainer.train()
-    second = int(sum(batch["completion_mask"].sum() for *_, batch in trainer.batches))
-    assert int(first.seen.sum()) < int(trainer.token_stats.seen.sum()) == second
+    assert int(first.seen.sum()) < int(trainer.token_stats.seen.sum()) == sum(positions(trainer.batches))
 
 
 def test_statistics_contain_the_measure_of_the_run(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=1, temperature=0.7)
-    expected = {
-        "divergence": "reverse_kl",
-        "beta": 1.0,
-        "temperature": 0.7,
-        "dropout": 0.0,
-        "student": "",
-        "teacher": "",
-    }
+    expected = {"divergence": "reverse_kl", "beta": 1.0, "temperature": 0.7, "dropout": 0.0}
+    expected |= {"student": "", "teacher": ""}
     tokens = {"name": tokenizer.name_or_path, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer)}
     assert trainer.token_stats.measure == expected | {"tokenizer": tokens}
 
@@ -165,16 +151,6 @@ def test_measure_names_the_divergence_and_the_dropout(tokenizer, tmp_path, beta,
     args = make_config(tmp_path, beta=beta)
     measure = describe_measure(args, student, student, tokenizer)
     assert (measure["divergence"], measure["beta"], measure["dropout"]) == (name, beta, 0.1)
-
-
-def test_statistics_include_frozen_control_types(tokenizer, tmp_path):
-    controls = Controls(list(range(180, 240)), 1.0, True)
-    rocks = rock_file(tmp_path / "rocks.json", ROCKS, controls=controls)
-    trainer = record(tokenizer, tmp_path, token_weighting="control", rock_set=rocks, logging_steps=10, max_steps=1)
-    stats = trainer.token_stats
-    assert stats.seen[180:240].sum() > 0
-    assert stats.count[180:240].sum() == 0
-    assert torch.equal(stats.count[60:180], stats.seen[60:180])
 
 
 def test_waiting_signals_are_added_at_the_next_log(tokenizer, tmp_path):
@@ -189,108 +165,92 @@ def test_waiting_signals_are_added_at_the_next_log(tokenizer, tmp_path):
 # Windows. "mps" needs no such device, because its signals are added up on the CPU.
 
 
-DEVICES = ["cpu", "mps"]
+@pytest.fixture(params=["cpu", "mps"])
+def sums(request) -> TokenSums:
+    return TokenSums(V, MEASURE, torch.device(request.param))
 
 
-def run_stats(device: str, **changes) -> TokenSums:
-    return TokenSums(V, MEASURE, torch.device(device), **changes)
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    return tmp_path / "checkpoint-1"
 
 
-def same(sums: torch.Tensor) -> torch.Tensor:
-    return sums.clone()
+ALL = stats_of(ROWS)
+TWICE = stats_of(ROWS + ROWS)
+NOTHING = TokenStats(V, MEASURE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_windows_merge_to_the_total(device):
-    stats, windows = run_stats(device), []
+def test_windows_merge_to_the_total(sums):
+    windows = []
     for rows in (ROWS[:2], ROWS[2:3], [], ROWS[3:]):
-        stats.update(signals(rows))
-        assert equal(stats.total(), stats.total())
-        windows.append(stats.close_window())
+        sums.update(signals(rows))
+        assert equal(sums.total(), sums.total())
+        windows.append(sums.close_window())
     assert [int(window.seen.sum()) for window in windows] == [2, 1, 0, 4]
     total = TokenStats(V, MEASURE)
     for window in windows:
         total.merge(window)
-    assert equal(total, stats_of(ROWS))
-    assert equal(stats.total(), stats_of(ROWS))
+    assert equal(total, ALL)
+    assert equal(sums.total(), ALL)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_total_is_a_copy(device):
-    stats = run_stats(device)
-    stats.update(signals(ROWS))
-    total = stats.total()
-    stats.update(signals(ROWS))
-    assert equal(total, stats_of(ROWS))
+def test_total_is_a_copy(sums):
+    sums.update(signals(ROWS))
+    total = sums.total()
+    sums.update(signals(ROWS))
+    assert equal(total, ALL)
     total.update(signals(ROWS[:1]))
-    assert equal(stats.total(), stats_of(ROWS).merge(stats_of(ROWS)))
+    assert equal(sums.total(), TWICE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("flushes", [0, 1, 3])
-def test_flushing_repeatedly_counts_each_position_once(device, flushes):
-    stats = run_stats(device)
-    stats.update(signals(ROWS))
+def test_flushing_repeatedly_counts_each_position_once(sums, flushes):
+    sums.update(signals(ROWS))
     for _ in range(flushes):
-        stats.flush()
-    assert equal(stats.total(), stats_of(ROWS))
-    assert equal(stats.close_window(), stats_of(ROWS))
+        sums.flush()
+    assert equal(sums.total(), ALL)
+    assert equal(sums.close_window(), ALL)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_start_drops_all_sums_on_resume_and_otherwise_opens_a_window(device):
-    stats = run_stats(device)
-    stats.update(signals(ROWS[:2]))
-    stats.start(resumed=False)
-    stats.update(signals(ROWS[2:]))
-    assert equal(stats.total(), stats_of(ROWS))
-    assert equal(stats.close_window(), stats_of(ROWS[2:]))
-    stats.update(signals(ROWS))
-    stats.start(resumed=True)
-    assert equal(stats.total(), TokenStats(V, MEASURE))
+def test_start_drops_all_sums_on_resume_and_otherwise_opens_a_window(sums):
+    sums.update(signals(ROWS[:2]))
+    sums.start(resumed=False)
+    sums.update(signals(ROWS[2:]))
+    assert equal(sums.total(), ALL)
+    assert equal(sums.close_window(), stats_of(ROWS[2:]))
+    sums.update(signals(ROWS))
+    sums.start(resumed=True)
+    assert equal(sums.total(), NOTHING)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_reduced_total_is_summed_and_local_total_is_unchanged(device):
-    stats = run_stats(device)
-    stats.update(signals(ROWS[:3]))
-    stats.close_window()
-    stats.update(signals(ROWS[3:]))
-    assert equal(stats.total(lambda sums: 3 * sums), stats_of(ROWS).merge(stats_of(ROWS)).merge(stats_of(ROWS)))
-    assert equal(stats.total(same), stats_of(ROWS))
-    assert equal(stats.total(), stats_of(ROWS))
+def test_totals_and_windows_are_summed_over_processes_and_the_local_total_is_unchanged(sums, checkpoint):
+    sums.update(signals(ROWS[:3]))
+    sums.close_window()
+    sums.update(signals(ROWS[3:]))
+    assert equal(sums.total(lambda local: 2 * local), TWICE)
+    assert equal(sums.total(torch.clone), ALL)
+    sums.write_window(str(checkpoint), lambda local: 2 * local, is_main=True)
+    assert equal(TokenStats.load(checkpoint), stats_of(ROWS[3:] + ROWS[3:]))
+    assert equal(sums.total(), ALL)
+    assert equal(sums.close_window(), NOTHING)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_window_in_a_checkpoint_is_summed_over_processes(device, tmp_path):
-    stats, folder = run_stats(device), tmp_path / "checkpoint-7"
-    folder.mkdir()
-    stats.update(signals(ROWS[:3]))
-    stats.close_window()
-    stats.update(signals(ROWS[3:]))
-    stats.write_window(str(folder), lambda sums: 2 * sums, is_main=True)
-    assert equal(TokenStats.load(folder), stats_of(ROWS[3:]).merge(stats_of(ROWS[3:])))
-    assert equal(stats.total(), stats_of(ROWS))
-    assert equal(stats.close_window(), TokenStats(V, MEASURE))
-
-
-def test_only_the_main_process_writes_the_reduced_window(tmp_path):
-    stats, calls = run_stats("cpu"), []
-    stats.update(signals(ROWS))
-    (tmp_path / "checkpoint-1").mkdir()
-    stats.write_window(str(tmp_path / "checkpoint-1"), lambda sums: calls.append(sums) or sums, is_main=False)
+def test_only_the_main_process_writes_the_reduced_window(sums, checkpoint):
+    calls = []
+    sums.update(signals(ROWS))
+    sums.write_window(str(checkpoint), lambda local: calls.append(local) or local, is_main=False)
     assert calls
-    assert not list((tmp_path / "checkpoint-1").iterdir())
-    assert equal(stats.close_window(), TokenStats(V, MEASURE))
+    assert not list(checkpoint.iterdir())
+    assert equal(sums.close_window(), NOTHING)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_disabled_token_sums_return_and_write_nothing(device, tmp_path):
-    stats = run_stats(device, enabled=False)
-    (tmp_path / "checkpoint-1").mkdir()
-    stats.update(signals(ROWS))
-    stats.start(resumed=False)
-    stats.write_window(str(tmp_path / "checkpoint-1"), same, is_main=True)
-    assert stats.total() is None
-    assert stats.total(same) is None
-    assert not list((tmp_path / "checkpoint-1").iterdir())
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_disabled_token_sums_return_and_write_nothing(device, checkpoint):
+    sums = TokenSums(V, MEASURE, torch.device(device), enabled=False)
+    sums.update(signals(ROWS))
+    sums.start(resumed=False)
+    sums.write_window(str(checkpoint), torch.clone, is_main=True)
+    assert sums.total() is None
+    assert sums.total(torch.clone) is None
+    assert not list(checkpoint.iterdir())
