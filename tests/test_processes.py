@@ -18,6 +18,7 @@ from tests.helpers.tiny import PROMPTS
 pytestmark = pytest.mark.processes
 
 SPOILT = "spoilt"
+NOISE = "sampled evaluation"
 # Of time, of padding (each process has its own longest rollout), and of transformers: the remainder since the last log,
 # of the first process alone.
 OWN = ("runtime", "per_second", "phase/", "step_time", "padding_share", "train_loss")
@@ -57,7 +58,7 @@ def require_equal(one: dict, several: list[dict]) -> None:
         assert {key: other.get(key) for key in shown} == pytest.approx({key: line.get(key) for key in shown}, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in scenarios.SCENARIOS if name != SPOILT])
+@pytest.mark.parametrize("name", [name for name in scenarios.SCENARIOS if name not in (SPOILT, NOISE)])
 @pytest.mark.slow
 def test_two_processes_with_unequal_batches_equal_one_process(folder, name):
     require_equal(*read(folder, name, "one"), read(folder, name, "two"))
@@ -119,6 +120,11 @@ def test_evaluation_counts_each_prompt_once_even_with_fewer_prompts_than_process
     solved = [line for line in two["log"] if "eval_accuracy" in line]
     assert [line["eval_accuracy_problems"] for line in solved] == [problems, problems]
     assert [line["eval_accuracy"] for line in solved] == [(problems + 1) / 2] * 2
+
+
+def test_processes_sample_an_evaluation_with_noise_of_their_own(folder):
+    first, second = read(folder, NOISE, "two")
+    assert first["completions"] != second["completions"]
 
 
 def test_logits_that_are_not_finite_on_one_process_stop_all_with_one_error(folder):

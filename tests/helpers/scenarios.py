@@ -35,7 +35,7 @@ from tests.helpers.command_line import flags
 from tests.helpers.rock_sets import rock_file
 from tests.helpers.tiny import make_tokenizer
 from tests.helpers.token_statistics import NAMES
-from tests.helpers.trainers import GREEDY, build, ending_student
+from tests.helpers.trainers import GREEDY, Recorder, build, ending_student
 
 # Greedy rollouts of `ending_student()`: these end within six tokens, after one to six, and those are cut.
 ENDING = ["Sell 5 eggs first.", "Step 2 = 7", "42 = 7", "Wait left?"]
@@ -180,6 +180,19 @@ def weighted(folder: Path) -> dict:
     )
 
 
+def random_arm(folder: Path) -> dict:
+    """Train with weights at random positions; with everything else equal these depend on the rollout's number."""
+    return run(folder, prompts=MIXED, **rocks(folder, range(60, 180)) | {"token_weighting": "random"})
+
+
+def sampled_evaluation(folder: Path) -> dict:
+    """Return the completions that this process samples of one prompt in an evaluation."""
+    dataset = Dataset.from_dict({"prompt": [CUT[0]] * 8})
+    trainer = build(folder, cls=Recorder, eval_dataset=dataset, per_device_eval_batch_size=4)
+    trainer.evaluate()
+    return {"completions": trainer.batches[0][-1]["completion_ids"].tolist()}
+
+
 CUTS = {"mask_truncated_completions": True}
 SCENARIOS = {
     "cut on one": lambda folder: run(folder, prompts=ENDING + CUT, **CUTS),
@@ -190,6 +203,8 @@ SCENARIOS = {
     "frozen on one, LoRA": lambda folder: frozen(folder, logging_steps=5, lora=True),
     "frozen on one, by weights": lambda folder: frozen(folder, weight_normalization="weights"),
     "weighted": weighted,
+    "random arm": random_arm,
+    "sampled evaluation": sampled_evaluation,
     "uneven": lambda folder: run(folder, prompts=ENDING + CUT, problems=3),
     "one problem": lambda folder: run(folder, prompts=ENDING + CUT, problems=1),
     "sampled": lambda folder: run(

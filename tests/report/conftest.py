@@ -34,7 +34,7 @@ def run_folder(tokenizer, tmp_path_factory):
         train_dataset=make_dataset(),
         processing_class=tokenizer,
         callbacks=[RolloutSamples(3), AccuracyCallback(problems(5), Seen(), eval_steps=4)],
-        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
     trainer.train()
     trainer.save_model()

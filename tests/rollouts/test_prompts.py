@@ -13,7 +13,7 @@ from trl_opd.studies.probe import require_prompts_fit
 
 from tests.helpers import trainers
 from tests.helpers.command_line import error_of, flags
-from tests.helpers.tiny import PROMPTS, TEMPLATE, make_dataset, make_model, make_tokenizer
+from tests.helpers.tiny import PROMPTS, TEMPLATE, make_config, make_dataset, make_model, make_tokenizer
 
 HALF = "so \ud83d it"  # half of a surrogate pair, which is left when JavaScript cuts a text inside an emoji
 IMAGE = {"type": "image", "image": "cat.png"}
@@ -97,14 +97,19 @@ def test_token_id_that_only_one_model_has_is_an_error():
     [
         (Dataset.from_dict({"prompt": []}), r"^The training dataset is empty: it has no rows\.$"),
         (Dataset.from_list([]), r"^The training dataset is empty: it has no rows\.$"),
-        (None, "no prompts to train on: pass `train_dataset`"),
         (make_dataset(1), r"needs 4 prompts .* and the dataset has 1 rows"),
     ],
-    ids=["no rows", "no columns", "no dataset", "fewer rows than a step"],
+    ids=["no rows", "no columns", "fewer rows than a step"],
 )
 def test_dataset_with_too_few_prompts_is_an_error(tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, dataset).train()
+
+
+def test_training_without_a_dataset_is_an_error(tmp_path):
+    trainer = OPDTrainer(make_model(), make_model(seed=1), make_config(tmp_path), processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="no prompts to train on: pass `train_dataset`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_opd import OPDTrainer
@@ -10,6 +10,7 @@ from trl_opd.models.quantised import make_readable
 from trl_opd.saving.merging import replace_by_merged
 
 from tests.helpers.tiny import make_config, make_dataset, make_model
+from tests.helpers.trainers import build
 
 IDS = torch.tensor([[1, 87, 85, 274, 201, 40, 50], [3, 5, 299, 17, 201, 9, 12]])
 QUANTISED = {
@@ -82,6 +83,53 @@ def test_weights_that_cannot_be_read_are_told(tmp_path):
     with pytest.raises(ValueError, match="packed for a CPU"):
         replace_by_merged(model, tmp_path / "student")
     assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+
+
+def two_adapters() -> torch.nn.Module:
+    model = get_peft_model(make_model(seed=0), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("second", LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("second")
+    return model
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+KINDS = {
+    "pissa": (LoraConfig(**LORA, init_lora_weights="pissa"), {}),
+    "olora": (LoraConfig(**LORA, init_lora_weights="olora"), {}),
+    "embeddings of a tied model": (
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+        {"family": "qwen3_tied"},
+    ),
+    "tokens of a tied model": (LoraConfig(**LORA, trainable_token_indices=[5, 6, 7]), {"family": "qwen3_tied"}),
+    "tokens": (LoraConfig(**LORA, trainable_token_indices={"embed_tokens": [5, 6, 7]}), {}),
+    "vera": (VeraConfig(r=4, target_modules=["q_proj"]), {}),
+    "the second of two": (None, {}),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_adapters_of_every_kind_are_merged_as_they_were_trained(tmp_path, kind):
+    config, model = KINDS[kind]
+    student = two_adapters() if config is None else make_model(**model, seed=0)
+    trainer = build(tmp_path, student=student, peft_config=config, merge_adapter=True, max_steps=2, learning_rate=3e-2)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert "model.safetensors" in names
+    assert not names & {"adapter_model.safetensors", "adapter_config.json", "second"}
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    torch.testing.assert_close(found, logits(trainer.model), rtol=0, atol=1e-4)
+
+
+def test_merged_model_that_differs_is_refused_and_the_adapter_is_kept(tmp_path, monkeypatch):
+    config = LoraConfig(**LORA, init_lora_weights=False)
+    trainer = build(tmp_path, student=make_model(seed=0), peft_config=config, merge_adapter=True, max_steps=1)
+    trainer.train()
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model: model.unload(), raising=False)
+    with pytest.raises(ValueError, match=r"differs from the student by a mean KL of .* The adapter is saved instead"):
+        trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
 
 
 def run(tokenizer, path, peft_config, **changes) -> OPDTrainer:

@@ -157,3 +157,14 @@ def test_invalid_argument_is_an_error_before_training(dataset, reward, settings,
 def test_failing_reward_is_an_error_during_training(tmp_path):
     with pytest.raises(ValueError, match="returned None for problem 0, not a finite number"):
         run(tmp_path, AccuracyCallback(problems(2), Seen([None, 1.0])))
+
+
+def test_sampled_completions_have_the_temperature_of_the_training(tmp_path):
+    """At a temperature near 0 they are the greedy ones."""
+    texts = []
+    for is_greedy, temperature in ((True, 1.0), (False, 1e-4), (False, 1.0)):
+        reward = Seen()
+        run(tmp_path, AccuracyCallback(problems(4), reward, greedy=is_greedy), temperature=temperature)
+        texts.append(reward.calls[0][1])
+    assert texts[1] == texts[0]
+    assert texts[2] != texts[0]

@@ -21,6 +21,7 @@ from trl_opd.studies.collect import Collector
 from tests.helpers import reference
 from tests.helpers.paths import SHARED_DATA
 from tests.helpers.tiny import PROMPTS, make_tokenizer, save
+from tests.helpers.trainers import build
 
 GSM8K = SHARED_DATA / "gsm8k" / "test.jsonl"
 CPU = ["--use_cpu", "--bf16", "false", "--max_completion_length", "10", "--report_to", "none"]
@@ -146,6 +147,41 @@ def test_adapter_off_is_the_base_of_a_lora_student(world, tmp_path, four_bit):
     if not four_bit:
         student = PeftModel.from_pretrained(load(world / "before"), world / "adapter").double().eval()
         require_divergences(rows["kl"], student, load(world / "teacher"), rows, prompts)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapter_that_changed_its_base_has_no_student_before_it(world, tmp_path, capsys, init):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(world / "before"), adapter).save_pretrained(
+        tmp_path / "adapter"
+    )
+    given = arguments(world, tmp_path / "out", BEFORE, "adapter_off", student=tmp_path / "adapter")
+    assert main(given) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "has changed the weights of its base" in error
+    assert f"Pass --reference_model_name_or_path {world / 'before'}" in error
+
+
+def test_adapter_of_a_run_that_continued_another_has_no_student_before_it(world, tmp_path, capsys):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    student = get_peft_model(AutoModelForCausalLM.from_pretrained(world / "before"), adapter)
+    trainer = build(tmp_path / "run", student=student, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    make_tokenizer().save_pretrained(tmp_path / "run")
+    assert main(arguments(world, tmp_path / "out", BEFORE, "adapter_off", student=tmp_path / "run")) == 1
+    assert "continued another adapter" in capsys.readouterr().err
+
+
+def test_batches_of_the_same_prompt_have_noise_of_their_own(world, tmp_path):
+    (tmp_path / "same").mkdir()
+    line = json.dumps({"prompt": PROMPTS[0]}) + "\n"
+    (tmp_path / "same" / "prompts.jsonl").write_text(2 * line)
+    for name in ("student", "teacher"):
+        (tmp_path / "same" / name).symlink_to(world / name)
+    rows, _ = collect(tmp_path / "same", tmp_path / "out", "--per_device_eval_batch_size", 1)
+    first, second = completions_of(rows)
+    assert first != second
 
 
 # Resuming

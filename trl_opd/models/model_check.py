@@ -213,10 +213,18 @@ def own_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def kl_between(right: torch.Tensor, found: torch.Tensor, *, median: bool = False) -> float:
-    """Return the mean or median KL (nats) between the softmax of rows of logits, `(N, V)` each."""
-    right_log_p = right.double().log_softmax(-1)
-    found_log_p = found.to(right.device).double().log_softmax(-1)
-    divergence = (right_log_p.exp() * (right_log_p - found_log_p)).sum(-1)
+    """Return the mean or median KL (nats) between the softmax of rows of logits, `(N, V)` each.
+
+    Rows that overflow in `right` are left out: float16 has no logits above 65 504, and the divergence is computed in
+    float32. A logit of minus infinity is a probability of 0.
+    """
+    comparable = (right < torch.inf).all(-1)  # neither infinite nor NaN
+    if not comparable.any():
+        return 0.0
+    right_log_p = right[comparable].double().log_softmax(-1)
+    found_log_p = found.to(right.device)[comparable].double().log_softmax(-1)
+    p = right_log_p.exp()
+    divergence = (p * (right_log_p - found_log_p)).where(p > 0, 0.0).sum(-1)
     return float(divergence.median() if median else divergence.mean())
 
 
