@@ -182,7 +182,8 @@ def weighted(folder: Path) -> dict:
 
 def random_arm(folder: Path) -> dict:
     """Train with weights at random positions; with everything else equal these depend on the rollout's number."""
-    return run(folder, prompts=MIXED, **rocks(folder, range(60, 180)) | {"token_weighting": "random"})
+    share_of_half = rocks(folder, range(60, 65))  # fifty of a hundred tokens
+    return run(folder, prompts=MIXED, **share_of_half | {"token_weighting": "random"})
 
 
 def sampled_evaluation(folder: Path) -> dict:
