@@ -53,7 +53,7 @@ from .rollouts.prompts import (
     require_prompts,
     tokenize_prompts,
 )
-from .rollouts.sampling import mask_repeated, own_random_stream, sample_by_length, sampling_mode
+from .rollouts.sampling import mask_repeated, own_random_stream, sample_unpadded, sampling_mode
 from .saving import checkpoints
 from .saving.run_record import RunRecord
 from .saving.student import add_report, save_student, warn_of_failed_pushes, write_card
@@ -419,7 +419,7 @@ class OPDTrainer(DistillationTrainer):
                 )
                 if self.student_traits.generates_padded:
                     return generate(prompt_ids)
-                return sample_by_length(generate, prompt_ids)
+                return sample_unpadded(generate, prompt_ids, together=self.student_traits.generates_together)
             with self.generation_model(self.generation_kwargs) as model:
                 return generate_continuously(
                     model, prompt_ids, self.generation_config, self.args.transformers_continuous_batching_config

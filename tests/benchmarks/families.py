@@ -43,7 +43,12 @@ def judge(family: str) -> tuple[str, str]:
             trainer.train()
     expected = mean_kl(trainer.first_student, trainer.teacher_model, trainer.batch)
     found = trainer.state.log_history[0]["kl/mean"]
-    apart = "" if trainer.student_traits.generates_padded else "; prompts of one length are sampled together"
+    traits = trainer.student_traits
+    apart = ""
+    if not traits.generates_padded:
+        apart = "; prompts of one length are sampled together"
+    if not traits.generates_together:
+        apart = "; each prompt is sampled apart"
     verdict = "right" if abs(found - expected) <= TOLERANCE * max(abs(expected), 0.01) else "wrong"
     return verdict, f"kl/mean {found:.4f}, by whole models {expected:.4f}{apart}"
 

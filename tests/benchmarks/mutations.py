@@ -163,6 +163,132 @@ MUTATIONS = [
         "return units[::2], units[::2]",
         "tests/cli/test_detect.py",
     ),
+    Mutation(
+        "TRL's op without our weights",
+        "loss/divergence.py",
+        "return (divergence * row_weights).sum(), divergence.detach(), entropy",
+        "return divergence.sum() * row_weights.max(), divergence.detach(), entropy",
+        "tests/loss/test_ways.py",
+    ),
+    Mutation(
+        "TRL's op without the student's soft cap",
+        "loss/divergence.py",
+        "student_head.softcap,\n        teacher_head.logit_scale",
+        "None,\n        teacher_head.logit_scale",
+        "tests/loss/test_ways.py",
+    ),
+    Mutation(
+        "TRL's op in the other direction",
+        "loss/divergence.py",
+        "teacher_bias,\n        beta,",
+        "teacher_bias,\n        1.0 - beta,",
+        "tests/loss/test_ways.py",
+    ),
+    Mutation(
+        "the random arm draws the same positions on every process",
+        "training/position_weights.py",
+        "first_rollout=self._accelerator.process_index * len(mask)",
+        "first_rollout=0",
+        "tests/test_processes.py",
+    ),
+    Mutation(
+        "every process samples an evaluation with the same noise",
+        "rollouts/sampling.py",
+        "set_seed(seed, device_specific=True)",
+        "set_seed(seed)",
+        "tests/test_processes.py",
+    ),
+    Mutation(
+        "every batch of a collection has the same noise",
+        "studies/collect.py",
+        "SeedSequence([self._seed, start])",
+        "SeedSequence([self._seed])",
+        "tests/studies/test_collect.py",
+    ),
+    Mutation(
+        "a teacher with the shorter context is ignored",
+        "opd_trainer.py",
+        "self.context_length = min(context_length(self.model), context_length(teacher))",
+        "self.context_length = context_length(self.model)",
+        "tests/training/test_gpu_paths.py",
+    ),
+    Mutation(
+        "Falcon-H1's multiplier is not read",
+        "loss/lm_head.py",
+        '("logit_scale", "output_multiplier", "lm_head_multiplier")',
+        '("logit_scale", "output_multiplier")',
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
+        "HyperCLOVA X's multiplier is read as a divisor",
+        "loss/lm_head.py",
+        'return scaling if config.model_type == "hyperclovax" else 1 / scaling',
+        "return 1 / scaling",
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
+        "padding is no end of a rollout",
+        "opd_trainer.py",
+        "stop_ids = [*self.eos_token_ids, self._tokenizer.pad_token_id]",
+        "stop_ids = self.eos_token_ids",
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
+        "accuracy is sampled at temperature 1",
+        "studies/accuracy.py",
+        "temperature=args.temperature,",
+        "temperature=1.0,",
+        "tests/studies/test_accuracy.py",
+    ),
+    Mutation(
+        "the entropy is that of the positions with a weight",
+        "training/metrics.py",
+        '"entropy": (sums.entropy, positions),',
+        '"entropy": (sums.entropy, sums.projected),',
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
+        "studies round logits to the head's dtype",
+        "loss/logits.py",
+        "products = [hidden.float() @ rows.to(hidden.dtype).float().T for rows in head.weight.split(TILE)]",
+        "products = [(hidden @ rows.to(hidden.dtype).T).float() for rows in head.weight.split(TILE)]",
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
+        "the student's rollouts are padded on the left",
+        "opd_trainer.py",
+        "hidden = super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)",
+        "hidden = super()._get_last_hidden_state(unwrapped_model, args[0].roll(1, 1), *args[1:], **kwargs)",
+        "tests/models/test_model_check.py",
+    ),
+    Mutation(
+        "a student that padding changes is sampled in padded batches",
+        "opd_trainer.py",
+        "if self.student_traits.generates_padded:",
+        "if True:",
+        "tests/models/test_model_check.py",
+    ),
+    Mutation(
+        "later tokens are not looked at",
+        "models/model_check.py",
+        "self._changed = self._long[: self._unchanged] + drawn[2][self._unchanged : longest]",
+        "self._changed = self._long",
+        "tests/models/test_model_check.py",
+    ),
+    Mutation(
+        "an adapter is checked without noise",
+        "models/model_check.py",
+        "parameter.add_(noise.to(parameter))",
+        "parameter.add_(noise.to(parameter), alpha=0)",
+        "tests/models/test_model_check.py",
+    ),
+    Mutation(
+        "a merged model is not compared",
+        "saving/merging.py",
+        "if not difference <= limit:",
+        "if False:",
+        "tests/saving/test_merging.py",
+    ),
 ]
 
 
@@ -182,7 +308,7 @@ def first_failure(mutation: Mutation, copy: Path) -> str | None:
         module.write_text(original, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr}")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return failed[1] if failed else None
 
 

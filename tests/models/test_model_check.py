@@ -70,6 +70,20 @@ def test_step_has_the_divergence_of_the_whole_models(tmp_path, family, changes, 
     assert trainer.student_traits.generates_padded == padded
 
 
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma"])
+def test_rollouts_of_a_student_that_padding_changes_are_those_of_each_prompt_alone(tmp_path, family):
+    student = make_family(family)
+    trainer = make_trainer(tmp_path, student, make_family(family, seed=1), generation_kwargs={"do_sample": False})
+    trainer.train()
+    batch, student = trainer.batch, trainer.first_student.eval()
+    for row in range(len(batch["prompt_ids"])):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()][None]
+        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+        alone = student.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert alone[0, prompt.shape[1] :].tolist() == completion.tolist()
+
+
 @pytest.mark.parametrize("family", ["hunyuan_v1_dense", "openai-gpt", "ctrl", "rwkv"])
 @pytest.mark.parametrize("changes", [{}, AS_TRL], ids=["default", "as TRL"])
 def test_models_with_equal_weights_have_no_divergence(tmp_path, family, changes):

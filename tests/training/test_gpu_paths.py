@@ -12,7 +12,7 @@ from trl_opd import OPDTrainer, RolloutSamples
 from trl_opd.models.parking import Parking
 from trl_opd.models.quantised import keep_scalable
 from trl_opd.models.teacher import load_teacher
-from trl_opd.rollouts.sampling import attention_restored, sample_by_length
+from trl_opd.rollouts.sampling import attention_restored, sample_unpadded
 from trl_opd.training.finite import name_student_in_sampling_error
 from trl_opd.training.teacher_states import free_cuda_memory
 
@@ -144,8 +144,12 @@ def test_prompts_are_sampled_by_length_and_returned_in_order():
         return [[ids[0], len(ids)] for ids in prompts]
 
     prompts = [[5, 6, 7], [8], [9, 10, 11], [12], [13, 14]]
-    assert sample_by_length(generate, prompts) == [[5, 3], [8, 1], [9, 3], [12, 1], [13, 2]]
+    expected = [[5, 3], [8, 1], [9, 3], [12, 1], [13, 2]]
+    assert sample_unpadded(generate, prompts, together=True) == expected
     assert calls == [[3, 3], [1, 1], [2]]
+    calls.clear()
+    assert sample_unpadded(generate, prompts, together=False) == expected
+    assert calls == [[3], [1], [3], [1], [2]]
 
 
 def test_rollouts_are_sampled_under_the_autocast_in_which_they_are_scored(tmp_path):

@@ -54,11 +54,13 @@ class StudentTraits:
     Args:
         scores_padded_left (`bool`): Whether padding on the left changes nothing in a forward.
         generates_padded (`bool`): Whether padding on the left changes nothing in `generate`.
+        generates_together (`bool`): Whether another prompt of the same length changes nothing in `generate`.
         starts_at_base (`bool`): Whether its adapter, if it has one, changes nothing yet.
     """
 
     scores_padded_left: bool = True
     generates_padded: bool = True
+    generates_together: bool = True
     starts_at_base: bool = True
 
 
@@ -165,11 +167,15 @@ def check_student(
             return StudentTraits()
         check.require_own_distribution()
         scores_padded_left = not padded_left or check.scores_padded_left()
-        with sampling(student):
-            generates_padded = not generates or check.generates_padded()
+        generates_padded = generates_together = True
+        if generates:
+            with sampling(student):
+                check.require_scored_generation()
+                generates_padded = check.generates_beside(longer=True)
+                generates_together = generates_padded or check.generates_beside(longer=False)
         check.require_trainable_effect()  # before the adapter is switched off, which changes what is trainable
         starts_at_base = not is_peft_model(student) or check.starts_at_base()
-    return StudentTraits(scores_padded_left, generates_padded, starts_at_base)
+    return StudentTraits(scores_padded_left, generates_padded, generates_together, starts_at_base)
 
 
 def largest_difference(model: PreTrainedModel, *, mixed: bool = False) -> float:
@@ -255,6 +261,7 @@ class _Check:
         with autocast():
             mixed = torch.is_autocast_enabled(self._device.type)
         self._limit = largest_difference(model, mixed=mixed)
+        self._limit_generated = self._limit if self._limit == LIMIT_FLOAT32 else LIMIT_GENERATED
 
         ids = _ordinary_ids(model)
         generator = torch.Generator().manual_seed(0)
@@ -331,13 +338,8 @@ class _Check:
             return False
         return self._difference(alone, padded) <= self._limit
 
-    def generates_padded(self) -> bool:
-        """Return whether `generate` gives the same distributions beside a longer prompt, padded on the left.
-
-        Raises:
-            `ValueError`: if it cannot generate, or samples from other distributions than those that are scored.
-        """
-        limit = self._limit if self._limit == LIMIT_FLOAT32 else LIMIT_GENERATED
+    def require_scored_generation(self) -> None:
+        """Raise `ValueError` if the model cannot generate, or samples from other distributions than are scored."""
         try:
             alone = self._generated([self._short])
         except Exception as error:  # model classes raise errors of many types
@@ -347,13 +349,21 @@ class _Check:
             scored[:, : alone.shape[-1]],
             alone,
             "`generate`, which keeps a cache, samples from other distributions than those of a whole forward",
-            limit,
+            self._limit_generated,
         )
+
+    def generates_beside(self, *, longer: bool) -> bool:
+        """Return whether `generate` gives the same distributions beside another prompt, of its length or a longer one.
+
+        Beside a longer prompt it is padded on the left.
+        """
+        other = self._long if longer else self._long[: len(self._short)]
+        alone = self._generated([self._short])
         try:
-            padded = self._generated([self._short, self._long])
+            beside = self._generated([self._short, other])
         except Exception:  # as above
             return False
-        return self._difference(alone, padded) <= limit
+        return self._difference(alone, beside) <= self._limit_generated
 
     def starts_at_base(self) -> bool:
         """Return whether the model with its adapter switched off gives the same distributions."""

@@ -77,23 +77,26 @@ def sampling_mode(model: torch.nn.Module):
             config.output_router_logits = router_logits
 
 
-def sample_by_length(generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]]) -> list:
-    """Return one completion per prompt, in order, from calls that each get prompts of the same length.
+def sample_unpadded(
+    generate: Callable[[list[list[int]]], list[list[int]]], prompt_ids: list[list[int]], *, together: bool
+) -> list[list[int]]:
+    """Return one completion per prompt, in order, from calls in which no prompt is padded.
 
-    This way no prompt is padded, for students whose state or positions padding would change.
+    For students whose state or positions padding would change.
 
     Args:
         generate (`Callable`): Returns the completions of prompts.
         prompt_ids (`list[list[int]]`): Token ids of the prompts.
+        together (`bool`): Whether prompts of one length are sampled in one call; else each has its own.
     """
     places = defaultdict(list)
     for place, ids in enumerate(prompt_ids):
-        places[len(ids)].append(place)
+        places[len(ids) if together else place].append(place)
 
     completions = [[]] * len(prompt_ids)
-    for same_length in places.values():
-        sampled = generate([prompt_ids[place] for place in same_length])
-        for place, completion in zip(same_length, sampled, strict=True):
+    for group in places.values():
+        sampled = generate([prompt_ids[place] for place in group])
+        for place, completion in zip(group, sampled, strict=True):
             completions[place] = completion
     return completions
 
