@@ -85,6 +85,7 @@ class OPDTrainer(DistillationTrainer):
     Attributes:
         rock_set ([`RockSet`] or `None`): The rock set of `args.rock_set`.
         teacher_model ([`~transformers.PreTrainedModel`]): The frozen teacher.
+        student_traits ([`StudentTraits`]): What its check found out about the student.
         model_pair ([`ModelPair`]): Student and teacher, and the method that computes the hidden states of both.
         context_length (`int`): Number of positions that both models support.
         run_record ([`RunRecord`]): Settings and results of the run, for the report and the model card.

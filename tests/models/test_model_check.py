@@ -14,8 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from trl_opd import OPDTrainer
-from trl_opd.models.model_check import check_student, check_teacher
+from trl_opd import AccuracyCallback, OPDTrainer
+from trl_opd.models.model_check import check_student, check_teacher, generates_padded
 
 from tests.helpers.families import make_family, make_trainer, mean_kl, spread_logits
 from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model, make_tokenizer
@@ -363,3 +363,24 @@ def test_autocast_is_no_reason_to_refuse(tmp_path, peft_config):
         peft_config=peft_config,
     )
     assert trainer.student_traits.starts_at_base
+
+
+def test_accuracy_and_probe_sample_a_student_that_padding_changes_as_alone(tmp_path):
+    seen = []
+
+    def reward(completions, **_):
+        seen.append(list(completions))
+        return [1.0] * len(completions)
+
+    student = make_family("rwkv")
+    texts = []
+    for batch_size in (1, 8):
+        trainer = make_trainer(tmp_path, student, make_family("rwkv", seed=1), per_device_eval_batch_size=batch_size)
+        trainer.add_callback(AccuracyCallback(make_dataset(chat=False), reward))
+        seen.clear()
+        trainer.args.learning_rate = 0.0
+        trainer.train()
+        texts.append(seen[0])
+    assert texts[0] == texts[1]
+    assert not generates_padded(student)
+    assert generates_padded(make_family("llama"))

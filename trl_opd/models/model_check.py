@@ -178,6 +178,17 @@ def check_student(
     return StudentTraits(scores_padded_left, generates_padded, generates_together, starts_at_base)
 
 
+def generates_padded(model: PreTrainedModel) -> bool:
+    """Return whether padding on the left changes nothing in the `generate` of a model in eval mode."""
+    check = _Check(model, "student", _no_states, nullcontext)
+    with check.undone():
+        return check.generates_beside(longer=True)
+
+
+def _no_states(*_) -> torch.Tensor:
+    raise RuntimeError("This check looks at `generate` only.")
+
+
 def largest_difference(model: PreTrainedModel, *, mixed: bool = False) -> float:
     """Return the largest mean KL (nats) between two ways to the same distribution that is due to rounding alone.
 

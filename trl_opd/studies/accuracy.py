@@ -128,6 +128,7 @@ class AccuracyCallback(OPDCallback):
         args = trainer.args
         prompts = trainer.prompt_token_ids([row["prompt"] for row in self._rows])
         room = trainer.context_length - max(map(len, prompts))
+        padded = trainer.student_traits.generates_padded
         sampling = Sampling(
             max_new_tokens=min(trainer.max_completion_length, room),
             greedy=self._greedy,
@@ -136,7 +137,7 @@ class AccuracyCallback(OPDCallback):
             top_k=args.top_k,
             min_p=args.min_p,
             seed=args.seed,
-            batch_size=args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size if padded else 1,
         )
         # Training never samples the ids that the teacher lacks either.
         forbidden = trainer.generation_kwargs.get("suppress_tokens") or ()

@@ -19,6 +19,7 @@ from ..artefacts.atomic import complete_file, room_errors
 from ..artefacts.run_files import KNOCKOUT_FORMAT, KNOCKOUT_VERSION
 from ..loss.lm_head import output_rows
 from ..loss.logits import entropy
+from ..models.model_check import generates_padded
 from ..models.shape import context_length
 from ..rocks.rock_set import RockSet
 from ..rollouts.prompts import require_fit, tokenize_prompts
@@ -135,6 +136,8 @@ class Probe:
         journal: Path,
         settings: dict[str, Any],
     ):
+        if not generates_padded(model):
+            sampling = replace(sampling, batch_size=1)
         self.tokenizer = tokenizer
         self.sampling = sampling
         self._model = model
