@@ -30,7 +30,13 @@ from .artefacts.hub import hub_errors
 from .artefacts.token_stats import TokenStats
 from .loss.divergence import loss_and_signals
 from .loss.lm_head import is_read_by_trl, output_rows
-from .models.model_check import StudentTraits, check_student, check_teacher, require_causal_lm
+from .models.model_check import (
+    StudentTraits,
+    check_student,
+    check_teacher,
+    require_causal_architecture,
+    require_causal_lm,
+)
 from .models.quantised import keep_scalable, make_readable
 from .models.shape import context_length, rope_switch_length
 from .models.teacher import (
@@ -124,7 +130,10 @@ class OPDTrainer(DistillationTrainer):
         # TRL's constructor does not get the teacher, because it raises an error for vocabularies of unequal size. The
         # teacher is loaded first, which changes no random number: TRL's constructor seeds before it builds the student.
         teacher = load_teacher(teacher_model, model, args)
-        if not isinstance(model, str):
+        if isinstance(model, str):
+            revision = (args.model_init_kwargs or {}).get("revision")
+            require_causal_architecture(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        else:
             require_causal_lm(model, "student")
         super().__init__(
             model=model,

@@ -214,6 +214,15 @@ def test_models_that_are_no_causal_lm_are_refused_in_one_sentence(tmp_path, make
     assert "AutoModelForCausalLM" in message
 
 
+@pytest.mark.parametrize("kind", [Qwen3ForSequenceClassification, Qwen3Model], ids=["classifier", "backbone"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_folders_of_such_models_are_refused_in_the_same_sentence(tmp_path, kind, who):
+    kind(make_model().config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    message = refusal(tmp_path, **{who: str(tmp_path / "model")})
+    assert message.startswith(f"The {who} is a {kind.__name__}, which has no LM head")
+
+
 def test_bert_without_a_decoder_is_refused_as_a_teacher(tmp_path):
     model = make_family("bert", is_decoder=False)
     assert "cannot be used" in refusal(tmp_path, teacher=model)

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import transformers
 from accelerate.utils import has_offloaded_params, is_peft_model
 from peft import PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..loss.lm_head import lm_head
 from ..loss.logits import head_logits
@@ -101,6 +102,33 @@ def require_causal_lm(model: PreTrainedModel, who: str) -> None:
         raise ValueError(
             f"The {who} has an activated LoRA (`alora_invocation_tokens`), which acts only in PEFT's own forward, so "
             "it would not be used, and nothing would be trained: use a plain LoRA."
+        )
+
+
+def require_causal_architecture(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
+    """Raise `ValueError` if the configuration of a student names a class that cannot generate.
+
+    TRL loads the class that the configuration names, also where that is a classifier or a backbone.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub.
+        revision (`str`, *optional*): Revision on the Hub.
+        trust_remote_code (`bool`): Whether code from the Hub may run.
+
+    Raises:
+        `OSError`: if there is no configuration.
+        `ValueError`: if it names no class, or one that cannot generate.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if not config.architectures:
+        raise ValueError(
+            f"The config.json of the student {name} names no architecture: write it with `save_pretrained`."
+        )
+    kind = getattr(transformers, config.architectures[0], None)  # `None` for code from the Hub
+    if kind is not None and not kind.can_generate():
+        raise ValueError(
+            f"The student is a {kind.__name__}, which has no LM head: on-policy distillation needs a causal language "
+            "model. Load it with `AutoModelForCausalLM`."
         )
 
 
