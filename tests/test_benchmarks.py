@@ -112,6 +112,7 @@ def test_detection_ranks_as_the_dictionary_baseline_does(tmp_path):
     assert rocks
 
 
+@pytest.mark.slow
 def test_detection_sensitivity_writes_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detection_sensitivity, "VALUES", {"eta": (0.05, 0.9), "gamma": (0.5,)})
     plot = tmp_path / "plot.png"

@@ -83,6 +83,7 @@ def test_our_loss_and_gradients_equal_trls_on_the_same_rollouts(tmp_path, pair, 
 
 @pytest.mark.parametrize(("beta", "tools"), [(0.0, True), (0.25, False), (0.5, True), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.slow
 def test_weighted_loss_and_gradients_equal_the_float64_reference(tmp_path, pair, beta, tools):
     inputs = make_inputs(tools=tools)
     rocks = [inputs["completion_ids"][1, 0].item(), inputs["completion_ids"][1, 5].item()]
@@ -196,6 +197,7 @@ def bigram_pair(odd_id):
     ],
     ids=["first", "middle", "last", "after a tool token", "before a tool token"],
 )
+@pytest.mark.slow
 def test_only_the_weight_of_the_predicted_token_acts(tmp_path, odd_id, predicted, tool_mask):
     inputs = make_inputs(prompts=((5, 6, 7),), lengths=(6,))
     inputs["completion_ids"][0] = torch.tensor([21, 22, 23, 24, 25, 26])

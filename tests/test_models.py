@@ -49,6 +49,7 @@ def test_documented_trl_example_runs_with_our_two_class_names(paths, tmp_path):
     assert_trains(trainer)
 
 
+@pytest.mark.slow
 def test_student_resumes_from_a_saved_adapter(paths, tmp_path):
     first = build(tmp_path, *paths, peft_config=LORA)
     moved = movement(first)
@@ -164,6 +165,7 @@ def test_different_ids_raise_even_if_sizes_agree(paths, tmp_path):
     build(tmp_path, *paths)
 
 
+@pytest.mark.slow
 def test_teacher_without_a_tokenizer_is_a_warning_or_an_error_if_sizes_differ(tmp_path, tokenizer):
     for rows in (300, 320):
         make_model(seed=1, rows=rows).save_pretrained(tmp_path / str(rows))

@@ -39,6 +39,7 @@ QUANTISED = {"quantization_config": BitsAndBytesConfig(**FOUR_BIT), "peft_config
     ],
     ids=["bfloat16 teacher", "4-bit teacher", "bfloat16 student", "QLoRA student", "LoRA with checkpointing"],
 )
+@pytest.mark.slow
 def test_our_loss_equals_trls_for_mixed_precision_and_adapters(tmp_path, changes):
     paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
     found = []

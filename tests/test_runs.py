@@ -127,6 +127,7 @@ def test_logged_repetition_is_the_mean_over_completions_since_the_last_log(token
     assert max(lines) > 0
 
 
+@pytest.mark.slow
 def test_rock_set_without_weighting_only_adds_metrics(tokenizer, tmp_path):
     sets = {"plain": {}, "shown": {"rock_set": rock_file(tmp_path / "rocks.json", ROCKS)}}
     sets["absent"] = {"rock_set": rock_file(tmp_path / "absent.json", [1])}  # which no rollout has
@@ -206,6 +207,7 @@ def test_frozen_positions_are_in_the_metrics_of_steps_that_measure_them(tokenize
 # Random weights
 
 
+@pytest.mark.slow
 def test_random_weighting_draws_the_share_of_rocks_and_repeats_its_draw(tokenizer, tmp_path):
     rocks = rock_file(tmp_path / "rocks.json", ROCKS[:4])  # 4 rocks of count 10 in 100 tokens
     for split in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}):

@@ -116,6 +116,7 @@ def test_seed_alone_decides_the_resamples():
     assert np.random.get_state()[1].tolist() == before
 
 
+@pytest.mark.slow
 def test_interval_covers_the_true_difference_as_often_as_its_level_says():
     rng, covered, runs, true = np.random.default_rng(0), 0, 200, 0.1
     for seed in range(runs):

@@ -186,6 +186,7 @@ def test_masked_and_frozen_positions_are_not_projected(tokenizer, tmp_path, proj
 
 
 @pytest.mark.parametrize("own_path", [False, True])
+@pytest.mark.slow
 def test_error_names_the_step_with_broken_logits_and_the_next_run_is_clean(tmp_path, own_path):
     class BreaksInStep3(OPDTrainer):
         breaks = True

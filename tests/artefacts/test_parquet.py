@@ -43,6 +43,7 @@ def test_whole_file_that_unfolds_to_far_more_memory_is_not_read(tmp_path, monkey
     assert "bytes on disk and would take" in error_of(path)
 
 
+@pytest.mark.slow
 def test_prompt_of_too_many_tokens_is_an_error(tmp_path):
     path = write(tmp_path, large_files("prompts")[-1])
     with pytest.raises(ValueError, match="a prompt of 10000000 tokens, at most 1048576"):

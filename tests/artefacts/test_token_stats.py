@@ -63,6 +63,7 @@ def test_sums_are_those_of_a_slow_twin(rows):
 
 
 @given(positions, st.data())
+@pytest.mark.slow
 def test_any_split_merged_in_any_order_gives_the_same_sums(rows, data):
     shuffled = data.draw(st.permutations(rows))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
@@ -314,6 +315,7 @@ def test_file_of_torch_save_is_an_error_and_is_not_unpickled(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_file_cut_anywhere_or_with_bytes_behind_it_is_an_error(tmp_path):
     path = write(tmp_path / "stats")
     content = path.read_bytes()
@@ -324,6 +326,7 @@ def test_file_cut_anywhere_or_with_bytes_behind_it_is_an_error(tmp_path):
     refused(path)
 
 
+@pytest.mark.slow
 def test_file_with_wrong_bytes_is_a_one_line_error_or_holds_statistics(tmp_path):
     path, generator, reasons = write(tmp_path / "stats"), random.Random(0), []
     content = path.read_bytes()

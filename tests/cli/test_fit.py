@@ -104,6 +104,7 @@ def test_value_of_the_wrong_type_in_a_file_is_a_one_line_error(pair, tmp_path, l
         '{"model_type": "qwen3", "num_hidden_layers": "x"}',
     ],
 )
+@pytest.mark.slow
 def test_unreadable_configuration_is_a_one_line_error(tmp_path, pair, content, error_of):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -115,6 +116,7 @@ def test_missing_folder_is_named(pair, error_of):
     assert "There is no model in /nowhere: no such folder." in error
 
 
+@pytest.mark.slow
 def test_table_of_the_page_has_the_numbers_of_the_planner(tmp_path):
     page = (ROOT / "docs" / "consumer_gpus.md").read_text()
     rows = re.findall(

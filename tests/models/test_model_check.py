@@ -62,6 +62,7 @@ def refusal(tmp_path, student=None, teacher=None, **changes) -> str:
         ("gpt2", {}, True),
     ],
 )
+@pytest.mark.slow
 def test_step_has_the_divergence_of_the_whole_models(tmp_path, family, changes, padded):
     trainer = make_trainer(tmp_path, make_family(family, **changes), make_family(family, seed=1, **changes))
     trainer.train()
@@ -86,6 +87,7 @@ def test_rollouts_of_a_student_that_padding_changes_are_those_of_each_prompt_alo
 
 @pytest.mark.parametrize("family", ["hunyuan_v1_dense", "openai-gpt", "ctrl", "rwkv"])
 @pytest.mark.parametrize("changes", [{}, AS_TRL], ids=["default", "as TRL"])
+@pytest.mark.slow
 def test_models_with_equal_weights_have_no_divergence(tmp_path, family, changes):
     trainer = make_trainer(tmp_path, make_family(family), make_family(family), **changes)
     trainer.train()
@@ -94,6 +96,7 @@ def test_models_with_equal_weights_have_no_divergence(tmp_path, family, changes)
     assert abs(line["kl/mean"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_trls_loss_is_not_used_where_it_reads_the_head_otherwise(tmp_path):
     models = [make_family("recurrent_gemma", seed=seed, logits_soft_cap=5.0) for seed in (0, 1)]
     trainer = make_trainer(tmp_path, *models, **AS_TRL)

@@ -31,6 +31,7 @@ def test_four_bits_are_nf4_twice_quantised_with_a_head_in_full_precision(tmp_pat
         ("8bit", {"load_in_8bit": True}, 0.1),
     ],
 )
+@pytest.mark.slow
 def test_teacher_quantization_equals_the_same_config_in_init_kwargs(tmp_path, bits, by_hand, distance):
     paths = save(tmp_path / "student", seed=0), save(tmp_path / "teacher", seed=1)
     settings = [{}, {"teacher_quantization": bits}, {"teacher_model_init_kwargs": {"quantization_config": by_hand}}]

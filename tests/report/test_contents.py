@@ -15,6 +15,7 @@ from tests.helpers.report_folders import changed, knockout_without, make_collect
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
+@pytest.mark.slow
 def test_curve_keeps_the_last_value_of_a_repeated_step(copy):
     record = json.loads((copy / "opd_run.json").read_text())
     record["log"] = [{"step": 2, "kl/mean": 9.0}, {"step": 4, "kl/mean": 1.0}, {"step": 2, "kl/mean": 2.0}]

@@ -569,6 +569,7 @@ found.seen = [".step", ".tokens span", "tbody tr", ".search", ".switch", "#opd-t
 
 
 @needs_browser
+@pytest.mark.slow
 def test_page_without_its_script_is_readable_and_shows_no_dead_controls(known_page, tmp_path):
     found, _ = browse(tmp_path, known_page.replace('"use strict";', '"use  strict";', 1), BARE)
     assert found["seen"] == [3, 4 * 60 + 6 + 5, 6, 0, 0, 0, 0, 0]

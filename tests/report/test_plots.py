@@ -156,6 +156,7 @@ def drawn(axes, label: str):
 
 
 @every_figure
+@pytest.mark.slow
 def test_png_is_dark_on_white_and_an_svg_is_the_same_before_and_after(name, tmp_path):
     figure = FIGURES[name]()
     save_png(figure, tmp_path / "plot.png")
@@ -330,6 +331,7 @@ def test_hostile_name_of_a_metric_becomes_a_harmless_label(plot):
     assert any(visible(text, 60) in label for label in texts(svg))
 
 
+@pytest.mark.slow
 def test_png_escapes_characters_that_its_font_lacks(tmp_path):
     pictures = []
     for text in ("中", "文", "中文字中文字中文字中文字中文字中文字中文字"):
@@ -412,6 +414,7 @@ def test_axis_of_a_share_starts_at_zero_in_percent_and_is_not_too_short(top, lim
     assert axes.yaxis.get_major_formatter()(0.0) == "0%"
 
 
+@pytest.mark.slow
 def test_long_noise_stays_a_small_svg():
     points = 20_000
     rng = np.random.default_rng(0)
@@ -501,6 +504,7 @@ def test_funnel_names_the_rocks_with_the_highest_mass():
 
 
 @pytest.mark.parametrize("height", [0.0, 0.1, 5.0])
+@pytest.mark.slow
 def test_names_beside_the_funnel_do_not_overlap_and_stay_inside_the_figure(height):
     count, mean_kl, is_rock = world()
     mean_kl[is_rock] = height  # all at one height, also where the axis ends
@@ -600,6 +604,7 @@ def test_long_forest_shows_both_ends_and_says_so():
     assert "the 30 at each end of 100" in axes.get_title("left")
 
 
+@pytest.mark.slow
 def test_gradients_are_drawn_by_group():
     found = study()
     figure = plot_gradients(found)
@@ -684,6 +689,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.slow
 def test_little_or_no_data_is_drawn_without_a_warning(name):
     svg = to_svg(NOTHING[name](), "a")
     assert texts(svg)
@@ -693,6 +699,7 @@ def test_little_or_no_data_is_drawn_without_a_warning(name):
 
 
 @pytest.mark.parametrize("name", REASONS)
+@pytest.mark.slow
 def test_png_without_data_is_not_blank(name, tmp_path):
     save_png(NOTHING[name](), tmp_path / "plot.png")
     assert len(np.unique(imread(tmp_path / "plot.png"))) > 1

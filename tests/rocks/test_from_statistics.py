@@ -44,6 +44,7 @@ types = st.builds(one_type, st.integers(0, 6), st.sampled_from([0, 0, 1, 6]), st
     st.sampled_from([0.0, 0.5, 0.75, 1.0, 1.5]),
     st.integers(0, 14),
 )
+@pytest.mark.slow
 def test_rocks_are_those_of_a_sort_in_python(pairs, persist, top_k, min_persistence, exclude):
     now, earlier = zip(*pairs, strict=True)
     found = detect_rocks(

@@ -65,6 +65,7 @@ def compare(rows: list[dict], vocab: int, **changes) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
+@pytest.mark.slow
 def test_filter_equals_the_definition_pair_by_pair(data):
     draw = data.draw
     vocab, has_pre = draw(st.integers(1, 5)), draw(st.booleans())

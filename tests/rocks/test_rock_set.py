@@ -245,6 +245,7 @@ def test_file_that_is_not_a_rock_set_is_an_error_with_the_reason(tmp_path, reaso
         assert reason in reason_of(write(tmp_path, content))
 
 
+@pytest.mark.slow
 def test_file_that_is_cut_anywhere_is_an_error(tmp_path):
     for length in range(len(VALID)):
         reason_of(write(tmp_path, VALID[:length]))

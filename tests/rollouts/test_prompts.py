@@ -240,6 +240,7 @@ def test_file_with_broken_rows_is_an_error_of_train_and_collect(world, tmp_path,
     ],
     ids=["no template", "raising template", "no end token", "padding outside"],
 )
+@pytest.mark.slow
 def test_unusable_tokenizer_is_an_error_of_train_and_collect(world, tmp_path, capsys, changes, message):
     tokenizer = make_tokenizer(("<|far|>",))
     for attribute, value in changes.items():

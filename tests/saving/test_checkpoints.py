@@ -327,6 +327,7 @@ with _ended_by_sigterm():
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_sigterm_ends_a_forked_process_as_without_our_handler():
     """`multiprocessing.Pool` and the worker processes of a reward end their children with this signal."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=60)
@@ -412,6 +413,7 @@ COMMANDS = ["collect", "detect", "probe", "gradients", "report"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_full_disk_is_an_error_of_every_command_which_works_again_with_room(collected, tmp_path, capsys, name):
     command = command_of(name, collected, tmp_path)
     for room in (10, 600):
@@ -431,6 +433,7 @@ def test_folder_without_write_permission_is_an_error(collected, tmp_path, capsys
     error_of(command_of(name, collected, tmp_path), capsys)
 
 
+@pytest.mark.slow
 def test_probe_overwrites_a_journal_cut_in_its_first_line_and_keeps_one_of_another_probe(collected, tmp_path, capsys):
     command = command_of("probe", collected, tmp_path)
     journal = tmp_path / ".k.json.journal.jsonl"
@@ -445,6 +448,7 @@ def test_probe_overwrites_a_journal_cut_in_its_first_line_and_keeps_one_of_anoth
         assert not journal.exists()
 
 
+@pytest.mark.slow
 def test_damaged_line_of_a_journal_is_named(collected, tmp_path, capsys, monkeypatch):
     journal = tmp_path / ".k.json.journal.jsonl"
     command = command_of("probe", collected, tmp_path)

@@ -134,6 +134,7 @@ def test_greedy_rollouts_are_those_of_generate_in_every_batch_size_and_engine(wo
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.slow
 def test_adapter_off_is_the_base_of_a_lora_student(world, tmp_path, four_bit):
     torch.manual_seed(0)
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -187,6 +188,7 @@ def test_batches_of_the_same_prompt_have_noise_of_their_own(world, tmp_path):
 # Resuming
 
 
+@pytest.mark.slow
 def test_interrupted_collection_resumes_with_equal_rows(world, tmp_path, monkeypatch, capsys):
     more = ["--num_generations", 2, "--per_device_eval_batch_size", 4]
     whole = collect(world, tmp_path / "whole", *more)

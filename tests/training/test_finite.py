@@ -102,6 +102,7 @@ def test_one_broken_entry_of_the_vocabulary_stops_the_run(tmp_path, culprit, val
 @pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
 @pytest.mark.parametrize("where", ["nan", "inf", "everywhere"])
 @pytest.mark.parametrize("culprit", ["student", "teacher"])
+@pytest.mark.slow
 def test_broken_weights_stop_evaluation_prediction_and_training(tmp_path, culprit, where, settings):
     models = healthy_and(culprit, lambda seed: broken(make_model(seed=seed), where))
     trainer = build(tmp_path, **models, generation_kwargs=GREEDY, **settings)
@@ -134,6 +135,7 @@ def test_one_broken_rollout_in_an_evaluation_stops_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, AS_TRL], ids=["ours", "as TRL"])
+@pytest.mark.slow
 def test_float16_teacher_that_overflows_is_an_error_and_bfloat16_trains(tmp_path, settings):
     stops(build(tmp_path, teacher=overflowing(1e5, torch.float16), **settings).train, "teacher")
     trainer = build(tmp_path, teacher=overflowing(1e5, torch.bfloat16), **settings)
@@ -178,6 +180,7 @@ def last_line(capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_healthy_models_pass_collect(world, tmp_path):
     assert main(["collect", *flags(world, tmp_path / "out", reference_model_name_or_path=world / "student")]) == 0
 
@@ -216,6 +219,7 @@ def test_probe_names_the_problem_whose_logits_are_broken(world, tmp_path, capsys
         ({"teacher_model_name_or_path": "bad_teacher"}, "teacher"),
     ],
 )
+@pytest.mark.slow
 def test_one_broken_rollout_stops_gradients(world, tmp_path, capsys, changes, bad):
     changes = {name: world / folder for name, folder in changes.items()}
     run = flags(world, tmp_path / "out", dataset_name=None, rock_set=world / "rocks.json", **changes)

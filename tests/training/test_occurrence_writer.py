@@ -90,6 +90,7 @@ def test_occurrences_need_no_statistics(tmp_path):
     assert list(steps(tmp_path)) == [2]
 
 
+@pytest.mark.slow
 def test_saving_occurrences_changes_no_step(tmp_path):
     with_file, without = (trained(tmp_path, **more) for more in ({}, {"save_occurrences": 1}))
     assert_same_weights(with_file.model, without.model)

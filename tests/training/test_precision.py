@@ -52,6 +52,7 @@ def test_gradient_study_in_bfloat16_has_the_logits_of_the_loss(autocast):
     torch.testing.assert_close(torch.cat(chunks).double(), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_entropy_of_frozen_positions_is_in_the_mean_or_no_mean_is_logged(tmp_path):
     """With frozen positions skipped in steps 1 and 2, the log of step 3 has the mean of step 3 alone."""
     rocks = {"token_weighting": "rock", "rock_set": rock_file(tmp_path / "rocks.json", range(3, 200))}

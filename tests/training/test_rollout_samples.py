@@ -89,6 +89,7 @@ def test_file_has_both_models_probabilities_of_every_token(tmp_path, changes):
                 np.testing.assert_allclose(found, values, rtol=0 if "id" in name else 2e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_divergence_before_distillation_is_that_of_a_student_whose_adapter_began_at_its_base(tmp_path):
     batches = Batches()
     adapter = LoraConfig(r=4, target_modules="all-linear")

@@ -35,6 +35,7 @@ def test_statistics_are_sums_over_all_rollouts(tokenizer, tmp_path):
     assert float(stats.entropy_sum.sum()) == pytest.approx(np.dot(lines, positions(trainer.batches)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_do_not_change_the_trained_weights(tokenizer, tmp_path):
     runs = [record(tokenizer, tmp_path / str(on), token_statistics=on) for on in (True, False)]
     for one, two in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
@@ -79,6 +80,7 @@ def test_evaluation_does_not_change_the_statistics(tokenizer, tmp_path):
     assert equal(trainer.token_stats, before)
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_the_statistics_since_the_previous_checkpoint(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path, max_steps=5, save_strategy="steps", save_steps=2)
     windows = [TokenStats.load(tmp_path / f"checkpoint-{step}") for step in (2, 4, 5)]
@@ -101,6 +103,7 @@ def test_saving_outside_a_checkpoint_closes_no_window(tokenizer, tmp_path):
     assert equal(TokenStats.load(tmp_path / "checkpoint-1"), stats)
 
 
+@pytest.mark.slow
 def test_checkpoint_that_is_saved_again_keeps_its_statistics(tokenizer, tmp_path):
     trainer = record(tokenizer, tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
     folder = tmp_path / "run" / "checkpoint-2"
