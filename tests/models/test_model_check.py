@@ -15,7 +15,14 @@ from transformers import (
 )
 
 from trl_opd import AccuracyCallback, OPDTrainer
-from trl_opd.models.model_check import check_student, check_teacher, generates_padded
+from trl_opd.models.model_check import (
+    LIMIT_FLOAT32,
+    LIMIT_HALF,
+    check_student,
+    check_teacher,
+    generates_padded,
+    largest_difference,
+)
 
 from tests.helpers.families import make_family, make_trainer, mean_kl, spread_logits
 from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model, make_tokenizer
@@ -254,6 +261,16 @@ def test_half_precision_is_no_reason_to_refuse(family, dtype):
     spread_logits(model)
     assert check_student(model, last_hidden_state=last_hidden_state).generates_padded
     assert check_teacher(model, last_hidden_state=last_hidden_state, padded_left=True) == (family != "gpt2")
+
+
+def test_products_in_tf32_have_the_limit_of_half_precision():
+    model = make_model()
+    assert largest_difference(model) == LIMIT_FLOAT32
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert largest_difference(model) == LIMIT_HALF
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # Adapters

@@ -226,8 +226,9 @@ def largest_difference(model: PreTrainedModel, *, mixed: bool = False) -> float:
     """
     if getattr(model, "is_loaded_in_8bit", False):
         return LIMIT_8BIT
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    return LIMIT_FLOAT32 if exact and not mixed else LIMIT_HALF
+    in_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    rounded = mixed or torch.get_float32_matmul_precision() != "highest"  # TF32 on a GPU, bfloat16 on a CPU
+    return LIMIT_FLOAT32 if in_float32 and not rounded else LIMIT_HALF
 
 
 @torch.no_grad()
@@ -446,6 +447,8 @@ class _Check:
             # Autocast keeps its copies of weights until it ends, so each forward has its own.
             with self._autocast():
                 output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # model classes raise errors of many types
             raise ValueError(
                 f"{self._subject()} cannot be run on token ids alone: {type(error).__name__}: {error}. Use a causal "
@@ -465,6 +468,8 @@ class _Check:
         try:
             with self._autocast():
                 hidden = self._last_hidden_state(self._model, ids.to(self._device), mask.to(self._device), longest - 1)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # model classes raise errors of many types
             raise ValueError(
                 f"The backbone of {self._subject(start=False)} cannot be run by itself: {type(error).__name__}: "
