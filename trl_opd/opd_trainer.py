@@ -181,22 +181,16 @@ class OPDTrainer(DistillationTrainer):
         self._rope_limit = min((limit for limit in switches if limit is not None), default=None)
 
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        trains_as_trl = student_rows == teacher_rows and self.args.trains_as_trl()
-        if sharded:  # compared with itself before it is wrapped
-            teacher_padded_left = self._check_teacher(teacher, padded_left=trains_as_trl)
-        self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=sharded)
-        if not sharded:
-            teacher_padded_left = self._check_teacher(teacher, padded_left=trains_as_trl)
-            # TRL also registers its teacher. Without a registered model, an evaluation before the training prepares the
-            # student for evaluation only, the training takes it for prepared, and gradients are not averaged over
-            # processes (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
-            self.accelerator._models.append(self.teacher_model)
-
-        self.student_traits = self._check_student(padded_left=trains_as_trl, sharded=sharded)
+        asks_for_trl_loss = student_rows == teacher_rows and self.args.trains_as_trl()
+        teacher_padded_left = self._place_checked_teacher(teacher, padded_left=asks_for_trl_loss, sharded=sharded)
+        self.student_traits = self._check_student(padded_left=asks_for_trl_loss, sharded=sharded)
         # TRL's own loss is called if nothing is weighted or grouped, both vocabularies have the same size, and TRL's
         # padding and its reading of the heads are right for both models. The run is then bit-identical to TRL's.
         padded_left = teacher_padded_left and self.student_traits.scores_padded_left
-        self._uses_trl_loss = trains_as_trl and padded_left and is_read_by_trl(self.model) and is_read_by_trl(teacher)
+        trl_is_right = padded_left and is_read_by_trl(self.model) and is_read_by_trl(teacher)
+        if asks_for_trl_loss and not trl_is_right:
+            preflight.warn_of_other_loss()
+        self._uses_trl_loss = asks_for_trl_loss and trl_is_right
         self._teacher_runs_ahead = not sharded and not self._uses_trl_loss
 
         measure = describe_measure(self.args, self.model, teacher, self._tokenizer)
@@ -223,14 +217,26 @@ class OPDTrainer(DistillationTrainer):
             starts_at_base=self.student_traits.starts_at_base,
         )
 
-    def _check_teacher(self, teacher: PreTrainedModel, *, padded_left: bool) -> bool:
-        """Compare the teacher with itself; return whether its forwards may be padded on the left."""
-        return check_teacher(
+    def _place_checked_teacher(self, teacher: PreTrainedModel, *, padded_left: bool, sharded: bool) -> bool:
+        """Compare the teacher with itself and place it; return whether its forwards may be padded on the left."""
+        check = partial(
+            check_teacher,
             teacher,
             last_hidden_state=self._get_last_hidden_state,
             autocast=self.accelerator.autocast,
             padded_left=padded_left,
         )
+        if sharded:  # the wrapped teacher could not be compared
+            may_be_padded_left = check()
+            self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=True)
+            return may_be_padded_left
+
+        self.teacher_model = place_teacher(teacher, self.accelerator, self.args.teacher_device, sharded=False)
+        # TRL also registers its teacher. Without a registered model, an evaluation before the training prepares the
+        # student for evaluation only, the training takes it for prepared, and gradients are not averaged over processes
+        # (transformers 5.23, `Trainer.evaluation_loop`). Can go when transformers fixes that.
+        self.accelerator._models.append(self.teacher_model)
+        return check()
 
     def _check_student(self, *, padded_left: bool, sharded: bool) -> StudentTraits:
         """Compare the student with itself; raise `ValueError` if its rollouts cannot be sampled."""
@@ -239,7 +245,7 @@ class OPDTrainer(DistillationTrainer):
             last_hidden_state=self._get_last_hidden_state,
             autocast=self.accelerator.autocast,
             sampling=sampling_mode,
-            generates=not self.use_vllm and not self.args.use_transformers_continuous_batching,
+            generates=not self.use_vllm,
             padded_left=padded_left,
         )
         if sharded and not traits.generates_padded:

@@ -104,12 +104,13 @@ def test_models_with_equal_weights_have_no_divergence(tmp_path, family, changes)
 
 
 @pytest.mark.slow
-def test_trls_loss_is_not_used_where_it_reads_the_head_otherwise(tmp_path):
+def test_trls_loss_is_not_used_where_it_reads_the_head_otherwise(tmp_path, caplog):
     models = [make_family("recurrent_gemma", seed=seed, logits_soft_cap=5.0) for seed in (0, 1)]
     trainer = make_trainer(tmp_path, *models, **AS_TRL)
     trainer.train()
     expected = mean_kl(trainer.first_student, trainer.teacher_model, trainer.batch)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert "TRL's own loss is not called" in caplog.text
 
 
 class NormalisedHead(LlamaForCausalLM):

@@ -19,6 +19,7 @@ from trl_opd.cli import main
 from trl_opd.studies.collect import Collector
 
 from tests.helpers import reference
+from tests.helpers.families import make_family
 from tests.helpers.paths import SHARED_DATA
 from tests.helpers.tiny import PROMPTS, make_tokenizer, save
 from tests.helpers.trainers import build
@@ -161,6 +162,16 @@ def test_adapter_that_changed_its_base_has_no_student_before_it(world, tmp_path,
     error = capsys.readouterr().err.splitlines()[-1]
     assert "has changed the weights of its base" in error
     assert f"Pass --reference_model_name_or_path {world / 'before'}" in error
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert-decoder"])
+def test_reference_student_with_other_logits_is_an_error(world, tmp_path, capsys, family):
+    make_family(family).save_pretrained(tmp_path / "reference")
+    make_tokenizer().save_pretrained(tmp_path / "reference")
+    assert main(arguments(world, tmp_path / "out", BEFORE, tmp_path / "reference")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "The reference student (" in error
+    assert "do not give its own distribution" in error
 
 
 def test_adapter_of_a_run_that_continued_another_has_no_student_before_it(world, tmp_path, capsys):

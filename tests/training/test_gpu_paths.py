@@ -73,15 +73,15 @@ def test_memory_that_pytorch_keeps_for_reuse_counts_as_free(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "error", "told"),
+    ("message", "error", "match"),
     [
         ("probability tensor contains either `inf`, `nan` or element < 0", ValueError, "the student's logits are not"),
         ("CUDA error: device-side assert triggered", RuntimeError, "a CUDA assertion failed while rollouts"),
         ("CUDA out of memory", RuntimeError, "^CUDA out of memory$"),
     ],
 )
-def test_only_what_is_known_of_a_sampling_error_is_said(message, error, told):
-    with pytest.raises(error, match=told), name_student_in_sampling_error(4):
+def test_error_while_sampling_names_the_student_only_where_its_logits_are_the_cause(message, error, match):
+    with pytest.raises(error, match=match), name_student_in_sampling_error(4):
         raise RuntimeError(message)
 
 

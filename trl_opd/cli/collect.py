@@ -118,6 +118,7 @@ def run(argv: list[str]) -> None:
 
 def make_collector(dataset, args, model_args, reference: str | None, settings: dict):
     """Load the models and return the object that collects rollouts for a dataset."""
+    from ..models.model_check import check_teacher
     from ..models.student import load_reference
     from ..studies.collect import ADAPTER_OFF, Collector
     from .models import make_trainer
@@ -127,6 +128,12 @@ def make_collector(dataset, args, model_args, reference: str | None, settings: d
     if reference not in (None, ADAPTER_OFF):
         reference = load_reference(
             reference, kwargs, quantization, student=trainer.model, device=trainer.accelerator.device
+        )
+        check_teacher(
+            reference,
+            "reference student",
+            last_hidden_state=trainer.model_pair.last_hidden_state,
+            autocast=trainer.accelerator.autocast,
         )
     return Collector(
         trainer.model_pair,

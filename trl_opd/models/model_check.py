@@ -134,6 +134,7 @@ def require_causal_architecture(name: str, *, revision: str | None, trust_remote
 
 def check_teacher(
     teacher: PreTrainedModel,
+    who: str = "teacher",
     *,
     last_hidden_state: LastHiddenState,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -143,6 +144,7 @@ def check_teacher(
 
     Args:
         teacher (`transformers.PreTrainedModel`): The teacher, on its device and not wrapped.
+        who (`str`): Its part, for the error: "teacher", or "reference student".
         last_hidden_state (`Callable`): Runs a model's backbone, as TRL's `_get_last_hidden_state`.
         autocast (`Callable`): Returns the context in which the trainer runs forwards.
         padded_left (`bool`): Whether its forwards are to be padded on the left, as TRL's loss does; else `True` is
@@ -151,7 +153,7 @@ def check_teacher(
     Raises:
         `ValueError`: with the mean KL by which two ways to the same distribution differ.
     """
-    check = _Check(teacher, "teacher", last_hidden_state, autocast)
+    check = _Check(teacher, who, last_hidden_state, autocast)
     if not check.can_run():
         return True
     with check.undone():

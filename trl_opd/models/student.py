@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .._trl import create_model_from_path
 from ..artefacts.run_files import RUN_FILE, TOKENIZER_FILE, read_run
 from ..loss.lm_head import output_rows
-from .model_check import kl_between, largest_difference, own_logits
+from .model_check import kl_between, largest_difference, own_logits, require_causal_lm
 from .quantised import make_readable
 
 
@@ -141,6 +141,7 @@ def load_reference(
         `ValueError`: if its vocabulary is not the student's.
     """
     model, _ = load_student_model(name, kwargs, quantization)
+    require_causal_lm(model, "reference student")
     reference_rows = output_rows(model)
     student_rows = output_rows(student)
     if reference_rows != student_rows:

@@ -186,6 +186,14 @@ def warn_of_router_loss(student: PreTrainedModel) -> None:
         )
 
 
+def warn_of_other_loss() -> None:
+    """Say that TRL's own loss, which the settings ask for, would be wrong for these models."""
+    logger.warning(
+        "TRL's own loss is not called, because it pads these models on the left or reads their LM heads in a way that "
+        "changes their distributions: our loss is computed instead."
+    )
+
+
 def warn_of_rope_switch(longest: int, limit: int) -> None:
     """Warn that a rollout exceeds the positions up to which the rotary frequencies of a model are constant.
 
