@@ -114,12 +114,13 @@ def spread_logits(model: torch.nn.Module) -> None:
 
 
 def _tiny_config(model_type: str, changes: dict):
+    """Return a configuration with the tiny sizes that it knows, and with `changes` as they are."""
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
-    fields = SIZES | SPECIAL.get(model_type, {}) | changes
+    asked = SPECIAL.get(model_type, {}) | changes
     errors = []
     for build in (_from_fields, _by_assignment):
         try:
-            config = build(config_class, fields)
+            config = build(config_class, asked)
             with torch.device("meta"):
                 getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
             return config
@@ -128,9 +129,10 @@ def _tiny_config(model_type: str, changes: dict):
     raise errors[0]
 
 
-def _known(config, fields: dict) -> dict:
+def _known_sizes(config) -> dict:
+    """Return the tiny sizes of the fields that a configuration has, without dropout and other noise of training."""
     found = {}
-    for name, value in fields.items():
+    for name, value in SIZES.items():
         try:
             known = getattr(config, name, None) is not None or (name in UNSET and hasattr(config, name))
         except Exception:  # transformers' error for fields that vary by layer
@@ -138,9 +140,8 @@ def _known(config, fields: dict) -> dict:
         if known:
             found[name] = value
     for name, value in vars(config).items():
-        # A step's forward runs in training mode.
-        noise = "drop" in name or "jitter" in name
-        if noise and isinstance(value, float):
+        is_noise = "drop" in name or "jitter" in name
+        if is_noise and isinstance(value, float):
             found[name] = 0.0
     if hasattr(config, "qk_rope_head_dim"):
         found.pop("head_dim", None)
@@ -148,21 +149,21 @@ def _known(config, fields: dict) -> dict:
     return found
 
 
-def _from_fields(config_class, fields: dict):
+def _from_fields(config_class, asked: dict):
     default = config_class()
-    given = _known(default, fields)
     text = default.get_text_config()
+    fields = _known_sizes(text) | asked
     if text is default:
-        return config_class(**given)
+        return config_class(**fields)
     name = next(name for name, value in vars(default).items() if value is text)
-    return config_class(**{name: {**_known(text, fields), "model_type": text.model_type}})
+    return config_class(**{name: {**fields, "model_type": text.model_type}})
 
 
-def _by_assignment(config_class, fields: dict):
+def _by_assignment(config_class, asked: dict):
     config = config_class()
     text = config.get_text_config()
     for part in [config] if text is config else [config, text]:
-        for name, value in _known(part, fields).items():
+        for name, value in (_known_sizes(part) | asked).items():
             try:
                 setattr(part, name, value)
             except Exception:  # a property, or a field that varies by layer
