@@ -54,6 +54,11 @@ CASES = {
         lambda content: content | {"student": content["student"] | {"parameters": 10**400}},
         "student.parameters is a number of too many digits",
     ),
+    "start in words": (
+        RUN,
+        lambda content: content | {"student": content["student"] | {"starts_at_base": "no"}},
+        "student.starts_at_base is 'no', not true or false",
+    ),
     "foreign summary": ("summary.json", [], "not the summary of a demo"),
     "newer summary": ("summary.json", {"version": 2}, "version 2, this trl_opd"),
     "knockout without labels": ("knockout.json", knockout_without("label"), '"arms[0].label" is missing'),

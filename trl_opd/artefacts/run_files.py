@@ -97,6 +97,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
         sizes = dict.fromkeys(("parameters", "trainable_parameters"), json_checks.whole)
         json_checks.require(content["student"], sizes, "student", null=True)
+        json_checks.require(content["student"], {"starts_at_base": json_checks.truth}, "student", null=True)
         json_checks.require(content["teacher"], sizes, "teacher", null=True)
 
         if content.get("rocks") is not None:

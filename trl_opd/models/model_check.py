@@ -238,8 +238,8 @@ def mean_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     """Return the mean KL (nats) between the distributions of two models on some tokens, each on its device.
 
     Args:
-        model (`transformers.PreTrainedModel`): A model; its mode is restored.
-        other (`transformers.PreTrainedModel`): Another one with its vocabulary, in eval mode afterwards.
+        model (`transformers.PreTrainedModel`): A model.
+        other (`transformers.PreTrainedModel`): Another one with its vocabulary.
     """
     return kl_between(own_logits(model), own_logits(other), median=is_mixture(model))
 
@@ -247,17 +247,12 @@ def mean_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
 @torch.no_grad()
 def own_logits(model: PreTrainedModel) -> torch.Tensor:
     """Return the logits of a model's own forward on some tokens, without dropout, float32, `(L, V)`."""
-    modules = [(module, module.training) for module in model.modules()]
     generator = torch.Generator().manual_seed(0)
     ids = _ordinary_ids(model)
     row = ids[torch.randint(len(ids), (1, 2 * LONG), generator=generator)].to(model.device)
     row = row[:, : context_length(model)]
-    try:
-        model.eval()
+    with _eval_mode(model):
         return model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0].float()
-    finally:
-        for module, training in modules:
-            module.training = training
 
 
 def kl_between(right: torch.Tensor, found: torch.Tensor, *, median: bool = False) -> float:
@@ -328,16 +323,12 @@ class _Check:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Run the block in eval mode without gradient, and restore modes, gradient flags and random states."""
-        modules = [(module, module.training) for module in self._model.modules()]
         parameters = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         devices = [self._device] if self._device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
-                self._model.eval()
+            with torch.random.fork_rng(devices=devices), torch.no_grad(), _eval_mode(self._model):
                 yield
         finally:
-            for module, training in modules:
-                module.training = training
             for parameter, requires_grad in parameters:  # PEFT switches them with its adapters
                 parameter.requires_grad_(requires_grad)
 
@@ -521,6 +512,18 @@ class _Check:
 
     def _subject(self, *, start: bool = True) -> str:
         return f"{'The' if start else 'the'} {self._who} ({self._kind})"
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Run the block in eval mode, and restore the mode of each layer, some of which may differ from the model's."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _holds_weights(module: torch.nn.Module) -> bool:
