@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model, inject_adapter_in_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -24,8 +24,11 @@ from trl_opd.models.model_check import (
     largest_difference,
 )
 
+from tests.helpers import reference
 from tests.helpers.families import make_family, make_trainer, mean_kl, spread_logits
+from tests.helpers.padded_rollouts import make_inputs
 from tests.helpers.tiny import AS_TRL, make_config, make_dataset, make_model, make_tokenizer
+from tests.helpers.trainers import build, loss_and_gradient, reference_of
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -414,3 +417,34 @@ def test_accuracy_and_probe_sample_a_student_that_padding_changes_as_alone(tmp_p
     assert texts[0] == texts[1]
     assert not generates_padded(student)
     assert generates_padded(make_family("llama"))
+
+
+TOKENS = [5, 6, 7, 40, 50]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen3", LoraConfig(**LORA, use_dora=True)),
+        ("qwen3", LoraConfig(**LORA, modules_to_save=["lm_head"])),
+        ("qwen3", LoraConfig(**LORA, trainable_token_indices={"lm_head": TOKENS})),
+        ("qwen3_tied", LoraConfig(**LORA, trainable_token_indices=TOKENS)),
+        ("qwen3_tied", LoraConfig(**LORA, modules_to_save=["embed_tokens"])),
+        ("qwen3_tied", LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])),
+        ("qwen3", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    ],
+    ids=["dora", "head", "tokens of the head", "tied tokens", "tied embeddings saved", "tied embeddings", "ia3"],
+)
+def test_gradients_of_an_adapter_are_those_of_the_whole_model(tmp_path, family, config):
+    """The same values could come from weights that are read without their gradient."""
+    trainer = build(tmp_path, student=make_model(family), peft_config=config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    inputs = make_inputs()
+    _, expected = reference_of(trainer, inputs)
+    _, found = loss_and_gradient(trainer, inputs)
+    assert found.keys() == expected.keys()
+    assert reference.relative_error(found, expected) < 1e-5
