@@ -54,7 +54,7 @@ LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
 SPECIAL = {
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "local"]},
-    "inkling_text": {"vocab_size": VOCAB + 20},
+    "inkling_text": {"vocab_size": VOCAB + 20, "unpadded_vocab_size": VOCAB},
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"topk_method": "greedy"},
     "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 4, "first_k_dense_replace": 1},

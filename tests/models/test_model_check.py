@@ -13,6 +13,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trl_opd import AccuracyCallback, OPDTrainer
 from trl_opd.models.model_check import (
@@ -107,8 +108,18 @@ def test_models_with_equal_weights_have_no_divergence(tmp_path, family, changes)
 
 
 @pytest.mark.slow
-def test_trls_loss_is_not_used_where_it_reads_the_head_otherwise(tmp_path, caplog):
-    models = [make_family("recurrent_gemma", seed=seed, logits_soft_cap=5.0) for seed in (0, 1)]
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("recurrent_gemma", {"logits_soft_cap": 5.0}),
+        ("inkling_text", {"logits_mup_width_multiplier": 3.0}),
+        ("mpt", {"logit_scale": 0.5}),
+        ("gpt2", {}),
+        ("ctrl", {}),
+    ],
+)
+def test_trls_loss_is_not_called_where_it_reads_the_head_otherwise_or_pads_wrongly(tmp_path, caplog, family, changes):
+    models = [make_family(family, seed=seed, **changes) for seed in (0, 1)]
     trainer = make_trainer(tmp_path, *models, **AS_TRL)
     trainer.train()
     expected = mean_kl(trainer.first_student, trainer.teacher_model, trainer.batch)
@@ -191,6 +202,69 @@ def test_models_with_another_distribution_are_refused_with_the_difference(tmp_pa
     assert message.startswith(f"The {who} ({kind.__name__}) cannot be used: ")
     assert reason in message
     assert "Mean KL" in message or kind is ShortLogits
+
+
+class CannotGenerate(Qwen3ForCausalLM):
+    def generate(self, *args, **kwargs):
+        raise KeyError("layer 3")
+
+
+class OtherCache(Qwen3ForCausalLM):
+    """Gives other logits while it generates."""
+
+    def forward(self, *args, use_cache=None, **kwargs):
+        output = super().forward(*args, use_cache=use_cache, **kwargs)
+        output.logits = output.logits * (2 if use_cache else 1)
+        return output
+
+
+class AsksForImages(Qwen3ForCausalLM):
+    def forward(self, *args, pixel_values=None, **kwargs):
+        raise ValueError("You have to pass pixel_values")
+
+
+class NoStates(Qwen3ForCausalLM):
+    """Has a backbone that returns no hidden states, as the wrapper of a multimodal model may."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.register_forward_hook(lambda *_: BaseModelOutput())
+
+
+class WideHead(Qwen3ForCausalLM):
+    """Widens its hidden states before the head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.widen = torch.nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.lm_head = torch.nn.Linear(2 * config.hidden_size, config.vocab_size)
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(self.widen(hidden)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (CannotGenerate, "The student (CannotGenerate) cannot generate: KeyError: 'layer 3'."),
+        (OtherCache, "The student (OtherCache) cannot be used: `generate`, which keeps a cache, samples from other"),
+        (AsksForImages, "The student (AsksForImages) cannot be run on token ids alone: ValueError: You have to pass"),
+        (NoStates, "The backbone of the student (NoStates) cannot be run by itself: TypeError"),
+        (WideHead, "The student (WideHead) cannot be used: its hidden states have width 32 and its LM head 64"),
+    ],
+)
+def test_model_that_fails_in_the_check_is_refused_with_the_reason(tmp_path, kind, message):
+    torch.manual_seed(1)
+    assert refusal(tmp_path, kind(make_model().config)).startswith(message)
+
+
+def test_process_without_the_weights_skips_the_check_and_says_so(caplog):
+    with torch.device("meta"):
+        model = make_model()
+    assert check_student(model, last_hidden_state=last_hidden_state).starts_at_base
+    assert check_teacher(model, last_hidden_state=last_hidden_state)
+    assert caplog.text.count("does not hold all its weights") == 2
 
 
 @pytest.mark.parametrize("family", ["modernbert-decoder", "bert", "roberta", "xlnet"])

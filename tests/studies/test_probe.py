@@ -1,6 +1,7 @@
 """`trl-opd probe`: arms, effects, labels and roles, resuming from the journal, and one-line errors."""
 
 import json
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -17,6 +18,7 @@ from trl_opd.studies.probe import Probe, tokenize
 from trl_opd.training.position_weights import load_rock_set
 
 from tests.helpers import reference
+from tests.helpers.families import make_family
 from tests.helpers.tiny import PROMPTS, make_config, make_tokenizer, save
 
 GREEDY = Sampling(max_new_tokens=10, batch_size=7)
@@ -288,3 +290,14 @@ def test_missing_model_is_bad_usage():
     with pytest.raises(SystemExit) as caught:
         main(["probe", "--dataset_name", "d"])
     assert caught.value.code == 2
+
+
+def test_student_that_padding_changes_is_decoded_one_prompt_at_a_time(tmp_path):
+    baselines = []
+    for batch_size in (1, 8):
+        sampling = replace(GREEDY, batch_size=batch_size)
+        journal = tmp_path / f"journal-{batch_size}"
+        student = make_family("rwkv").eval()
+        probe = Probe(student, make_tokenizer(), ROWS, even, sampling, journal=journal, settings={})
+        baselines.append(probe.baseline)
+    assert baselines[0] == baselines[1]
